@@ -1,0 +1,104 @@
+"""Native checkpoints: a folder with ``model.safetensors`` and ``config.json``; a CTC model also has ``vocab.json``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from w2v2.config import FinetuneConfig, PretrainConfig, load_config
+from w2v2.errors import UsageError
+from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.text import Vocabulary
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.json"
+
+
+def save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Write ``model.safetensors``, whole or not at all."""
+    partial = folder / (WEIGHTS + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    os.replace(partial, folder / WEIGHTS)
+
+
+def load_weights(model: M, folder: Path) -> M:
+    """Fill a model from ``FOLDER/model.safetensors``.
+
+    Raises:
+        UsageError: no such file, a damaged one, or tensors missing, left over or of another shape; all are listed.
+    """
+    state = _read(folder)
+    own = model.state_dict()
+    faults = [f"missing {name}" for name in own if name not in state]
+    faults += [f"unexpected {name}" for name in state if name not in own]
+    faults += [
+        f"{name} has {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if faults:
+        raise UsageError(f"{folder / WEIGHTS} does not fit the model: {'; '.join(faults)}")
+    model.load_state_dict(state)
+    return model
+
+
+def load_encoder(model: Wav2Vec2, folder: Path) -> None:
+    """Fill the encoder part of any model from a pretraining run; heads on either side are left out, nothing else is."""
+    names = Wav2Vec2(model.config).state_dict().keys()
+    heads = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+    state = {name: tensor for name, tensor in _read(folder).items() if not name.startswith(_PRETRAINING_HEADS)}
+    missing, unexpected = sorted(names - state.keys()), sorted(state.keys() - names)
+    own = model.state_dict()
+    reshaped = [name for name in names & state.keys() if own[name].shape != state[name].shape]
+    if missing or unexpected or reshaped:
+        raise UsageError(
+            f"{folder / WEIGHTS} does not fit the encoder: missing {missing}, unexpected {unexpected}, "
+            f"of another shape {sorted(reshaped)}; use the same model settings as in pretraining"
+        )
+    model.load_state_dict(state | heads)
+
+
+_PRETRAINING_HEADS = ("quantizer.", "project_q.", "out_linear.")
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UsageError(f"no {path}: expected a run folder of 'w2v2 pretrain' or 'w2v2 finetune'")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged: {error}; use another checkpoint") from error
+
+
+def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
+    """The model of a pretraining run, in evaluation mode."""
+    _expect(run, CONFIG)
+    config = load_config(run / CONFIG, PretrainConfig)
+    return load_weights(config.model.build(), run).eval()
+
+
+def load_recognizer(run: Path) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
+    """The model of a fine-tuning run, in evaluation mode, and its vocabulary."""
+    _expect(run, CONFIG)
+    _expect(run, VOCABULARY)
+    config = load_config(run / CONFIG, FinetuneConfig)
+    vocabulary = Vocabulary.load(run / VOCABULARY)
+    return load_weights(Wav2Vec2ForCTC(config.model, len(vocabulary.labels)), run).eval(), vocabulary
+
+
+def pretrained_config(run: Path) -> Wav2Vec2Config:
+    """The model configuration of a pretraining run."""
+    _expect(run, CONFIG)
+    return load_config(run / CONFIG, PretrainConfig).model
+
+
+def _expect(run: Path, name: str) -> None:
+    if not (run / name).is_file():
+        raise UsageError(f"no {run / name}: expected a finished run folder; check the path")

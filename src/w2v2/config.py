@@ -1,0 +1,270 @@
+"""Run-level configuration: what a recipe returns, what the run folder keeps, and the checks across its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from w2v2.errors import UsageError
+from w2v2.model.feature_encoder import receptive_field
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
+from w2v2.optim import OptimConfig
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the audio is and how it is batched."""
+
+    path: str = ""
+    """A prepared folder, or any folder in LibriSpeech layout (``--data``)."""
+    batch_seconds: float = 87.5
+    """Audio in one micro-batch at most, seconds (fairseq ``max_tokens`` 1.4M samples)."""
+    max_seconds: float = 15.625
+    """Crop of an utterance in pretraining at most, seconds (``max_sample_size`` 250,000 samples)."""
+    min_seconds: float = 2.0
+    """Shorter utterances are left out, and counted (``min_sample_size`` 32,000 samples)."""
+    num_buckets: int = 10
+    """Groups of similar duration that batches are drawn from."""
+    num_workers: int = 2
+    """Processes that decode audio, per rank; 0: in the training process."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, on what, and what is written."""
+
+    max_steps: int | None = None
+    """Optimiser steps at which this run ends; None: at the end of the schedule. It does not change the schedule."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step and rank (``update_freq``)."""
+    precision: str = "32-true"
+    """Lightning's name: ``bf16-mixed``, ``16-mixed``, ``32-true``."""
+    accelerator: str = "auto"
+    """Lightning's name: ``auto``, ``cpu``, ``gpu``."""
+    devices: int = 1
+    """Processes on each machine, one per device."""
+    num_nodes: int = 1
+    """Machines."""
+    seed: int = 0
+    """Of everything random."""
+    log_every: int = 50
+    """Optimiser steps between rows of metrics.csv."""
+    val_every: int = 1000
+    """Optimiser steps between validations."""
+    checkpoint_every: int = 1000
+    """Optimiser steps between checkpoints."""
+
+
+def _loss_weights() -> dict[str, float]:
+    return {"contrastive": 1.0, "diversity": 0.1, "feature_penalty": 10.0}
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """A whole pretraining run."""
+
+    recipe: str = ""
+    """Name of the recipe, or FILE.py:FUNCTION."""
+    model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
+    """The network and its objective."""
+    loss_weights: dict[str, float] = field(default_factory=_loss_weights)
+    """Weight of each of the model's losses, per masked frame; the keys must be the model's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Audio."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Run."""
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is written.
+
+        Raises:
+            UsageError: with the field, what it must be, and what it is.
+        """
+        check_model(self.model)
+        check_run(self.data, self.train)
+        frames = self.model.frames([int(self.data.max_seconds * SAMPLE_RATE)])[0]
+        if frames > self.model.max_seq_len:
+            raise UsageError(
+                f"--data.max-seconds {self.data.max_seconds:g} gives crops of {frames} frames, more than "
+                f"--model.max-seq-len {self.model.max_seq_len}; crop at "
+                f"{self.model.max_seq_len * 0.02:g} s or less, or raise max-seq-len"
+            )
+        if self.data.batch_seconds < self.data.max_seconds:
+            raise UsageError(
+                f"--data.batch-seconds must hold at least one crop of --data.max-seconds "
+                f"({self.data.max_seconds:g}), got {self.data.batch_seconds:g}"
+            )
+        field_seconds = receptive_field(self.model.conv_kernel_sizes, self.model.conv_strides) / SAMPLE_RATE
+        if self.data.min_seconds < 4 * field_seconds:
+            raise UsageError(
+                f"--data.min-seconds must leave a few frames to mask, at least {4 * field_seconds:g}, "
+                f"got {self.data.min_seconds:g}"
+            )
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """A whole CTC fine-tuning run (ALGORITHM 13)."""
+
+    recipe: str = ""
+    """Name of the recipe, or FILE.py:FUNCTION."""
+    model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
+    """The network; with a pretrained one its shape comes from there, its regularisation from here."""
+    channel_mask_prob: float = 0.25
+    """Share of channels that would be masked if no spans overlapped (``mask_channel_prob``)."""
+    channel_mask_length: int = 64
+    """Channels of a span (``mask_channel_length``)."""
+    freeze_encoder_steps: int = 0
+    """Optimiser steps in which only the output layer learns (``freeze_finetune_updates``)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Audio with transcripts."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Run."""
+
+    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
+        """Make the model that of a pretraining run, but for the regularisation, which stays this recipe's."""
+        kept = {name: getattr(self.model, name) for name in _REGULARISATION}
+        self.model = dataclasses.replace(pretrained, **kept)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is written."""
+        check_model(self.model)
+        check_run(self.data, self.train)
+
+
+_REGULARISATION = (
+    "conv_gradient_scale",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "layer_drop",
+    "mask_prob",
+    "mask_length",
+)
+
+
+def check_model(model: Wav2Vec2Config) -> None:
+    """Refuse a model that cannot be built; :class:`UsageError` names the field."""
+    shape = [model.conv_kernel_sizes, model.conv_strides, model.conv_paddings]
+    if any(len(part) != len(model.conv_channels) for part in shape):
+        raise UsageError(
+            f"--model.conv-kernel-sizes, conv-strides and conv-paddings need one number for each of the "
+            f"{len(model.conv_channels)} conv-channels, got {', '.join(str(len(part)) for part in shape)}"
+        )
+    if model.n_embd % model.n_head:
+        raise UsageError(f"--model.n-embd must be a multiple of n-head ({model.n_head}), got {model.n_embd}")
+    if model.n_embd % model.pos_conv_groups:
+        raise UsageError(
+            f"--model.n-embd must be a multiple of pos-conv-groups ({model.pos_conv_groups}), got {model.n_embd}"
+        )
+    kind, _, groups = model.conv_norm.partition(":")
+    if model.conv_norm != "layer" and (kind != "group" or not groups.isdigit() or int(groups) == 0):
+        raise UsageError(f"--model.conv-norm must be 'layer' or 'group:N' such as 'group:32', got {model.conv_norm!r}")
+    if kind == "group" and model.conv_channels[0] % int(groups):
+        raise UsageError(
+            f"--model.conv-norm needs groups that divide the first of conv-channels ({model.conv_channels[0]}), "
+            f"got {groups}"
+        )
+    if model.target_features not in ("projected", "encoder"):
+        raise UsageError(f"--model.target-features must be 'projected' or 'encoder', got {model.target_features!r}")
+
+
+def check_run(data: DataConfig, train: TrainConfig) -> None:
+    """Refuse impossible numbers; :class:`UsageError` names the field."""
+    positive = {
+        "--train.max-steps": 1 if train.max_steps is None else train.max_steps,
+        "--train.accumulate": train.accumulate,
+        "--train.devices": train.devices,
+        "--train.log-every": train.log_every,
+        "--train.val-every": train.val_every,
+        "--train.checkpoint-every": train.checkpoint_every,
+        "--data.batch-seconds": data.batch_seconds,
+        "--data.max-seconds": data.max_seconds,
+        "--data.num-buckets": data.num_buckets,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise UsageError(f"{name} must be more than 0, got {value:g}")
+    if data.num_workers < 0:
+        raise UsageError(f"--data.num-workers must be 0 or more, got {data.num_workers}")
+    if data.min_seconds > data.max_seconds:
+        raise UsageError(
+            f"--data.min-seconds must not exceed max-seconds ({data.max_seconds:g}), got {data.min_seconds:g}"
+        )
+
+
+def to_dict(config: Any) -> Any:
+    """Dataclasses to JSON values; each keeps its type as ``_type``, ``module:Class``."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        kind = type(config)
+        values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"_type": f"{kind.__module__}:{kind.__qualname__}", **values}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(values: Any, kinds: type[T] | tuple[type[T], ...]) -> T:
+    """Inverse of ``to_dict``, for one of some dataclasses or a subclass of theirs.
+
+    No code is imported for it: a type must be this package's or already loaded.
+
+    Raises:
+        UsageError: an unknown type, or a field that the type does not have, or lacks.
+    """
+    kind = _resolve(values.get("_type", ""), kinds)
+    hints = typing.get_type_hints(kind)
+    given = {name: value for name, value in values.items() if name != "_type"}
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if given.keys() != names:
+        unknown, missing = sorted(given.keys() - names), sorted(names - given.keys())
+        raise UsageError(
+            f"saved {kind.__name__} does not fit this version: unknown fields {unknown}, missing {missing}"
+        )
+    made: T = kind(**{name: _from_value(value, hints[name]) for name, value in given.items()})
+    return made
+
+
+def _resolve(name: str, kinds: type[T] | tuple[type[T], ...]) -> type[T]:
+    module, _, qualname = name.partition(":")
+    found: Any = getattr(sys.modules.get(module), qualname, None)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, kinds)):
+        raise UsageError(
+            f"saved configuration needs the type '{name}', which is not known here; "
+            "name its recipe file (FILE.py:FUNCTION) on the command line, or import it first"
+        )
+    return found
+
+
+def _from_value(value: Any, hint: Any) -> Any:
+    if isinstance(value, dict) and "_type" in value:
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        return from_dict(value, options)
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a configuration as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(path: Path, kind: type[T]) -> T:
+    """Read a configuration written by ``save_config``."""
+    return from_dict(json.loads(path.read_text()), kind)

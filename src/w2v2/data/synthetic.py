@@ -1,0 +1,573 @@
+"""A synthetic spoken corpus with transcripts, speakers, splits and word times, made offline by espeak-ng.
+
+`synthesize` writes the layout of LibriSpeech: `OUT/SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UUUU.flac` (16 kHz, mono,
+16 bit) and `SPEAKER-CHAPTER.trans.txt`; beside them the true word times in `SPEAKER-CHAPTER.words.jsonl`, the
+speakers in `OUT/SPEAKERS.TXT` and the configuration in `OUT/synthetic.json`.
+
+The same seed gives the same bytes (with the same versions of espeak-ng, numpy, soxr and libsndfile), however the
+work is split over processes: every random number is keyed by the seed and the utterance, and every utterance is
+spoken by a freshly loaded library.
+
+espeak-ng is GPL-3: it is an optional extra (`pip install 'w2v2[synth]'`), called through ctypes only.
+"""
+
+import _ctypes
+import bisect
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from w2v2.data import lexicon
+
+SAMPLE_RATE = 16_000
+"""Rate of the written audio, samples per second."""
+MIN_SECONDS, MAX_SECONDS = 2.0, 16.0
+"""Every utterance lasts between these two, in seconds, silence included."""
+FORMAT_VERSION = 1
+"""Raised when the same configuration no longer gives the same corpus."""
+
+Split = Literal["train", "valid", "test"]
+Word = tuple[str, float, float]
+"""A word in upper case, its start and its end in seconds."""
+
+ACCENTS = (
+    "en", "en-us", "en-us-nyc", "en-029", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd"
+)  # fmt: skip
+
+# One line per family. Relatives are voices whose names differ in trailing digits only (f1..f5 and m1..m8 too, to be
+# safe) and voices whose files carry nearly the same formant table under another name (miguel is Hugo with another
+# pitch, linda is f4 with two formants moved). Left out of espeak-ng's 103 variants:
+# - whispers, without voicing: whisper, whisperf, caleb;
+# - robots and public-address echoes, which smear the phones: UniRobot, anikaRobot, announcer, Demonic, robosoft*,
+#   RicishayMax*;
+# - formants no human has, with phones unlike any other voice's: kaukovalta (first formant at 40 %), ian (formant 0
+#   at 20 %), Lee (third formant at 9 %), Alicia (second formant at 150 %), zac (a cartoon voice at 360 Hz);
+# - Reed, whose breath comes from the C library's rand(), which another thread may call;
+# - Marco (every vowel stretched), croak (hoarse), fast (a test file equal to the default voice) and "Mr serious"
+#   (john again, with a blank in its name).
+FAMILIES = {
+    line.split()[0].lower(): line.split()
+    for line in """
+Alex
+Andrea
+Andy AnxiousAndy
+Annie
+anika
+antonio
+boris
+david
+victor Denis
+ed
+f1 f2 f3 f4 f5 aunty belinda linda
+Gene Gene2
+grandma
+grandpa
+Hugo Diogo Henrique michel miguel
+iven iven2 iven3 iven4
+Jacky
+john norbert Tweaky
+klatt klatt2 klatt3 klatt4 klatt5 klatt6 adam benjamin edward edward2
+m1 m2 m3 m4 m5 m6 m7 m8 Nguyen
+max
+Michael Mario gustave marcelo
+Mike mike2
+pablo
+paul
+pedro
+robert rob quincy
+sandro
+shelby
+steph steph2 steph3
+Storm
+travis
+""".strip().splitlines()
+}
+"""Suitable espeak-ng voice variants by family; no family is in two splits."""
+_FEMALE = {"andrea", "anika", "annie", "grandma", "shelby", "steph"}
+_LARGEST_HELD_OUT_FAMILY = 3
+
+_MIN_SPEAKER_SECONDS = 4.0
+_ESPEAK_RATE = 22_050
+_PACE_TEXT = "The old farmer carried seven baskets to the market, and his brother waited near the bridge until Monday."
+
+
+@dataclass(kw_only=True)
+class SyntheticConfig:
+    """What to synthesise."""
+
+    hours: float = 2.0
+    """Audio of the training split, hours."""
+    valid_hours: float = 0.1
+    """Audio of the validation split, hours."""
+    test_hours: float = 0.2
+    """Audio of the test split, hours."""
+    n_speakers: int = 96
+    """Speakers of all splits together; an eighth each for validation and test."""
+    seed: int = 0
+    """Seed of everything random."""
+    jobs: int = field(default_factory=lambda: min(os.cpu_count() or 1, 32))
+    """Processes; has no influence on what is written."""
+
+    def __post_init__(self) -> None:
+        if self.n_speakers < 3:
+            raise ValueError(f"n_speakers: expected at least 3, one per split, got {self.n_speakers}; raise it")
+        if self.jobs < 1:
+            raise ValueError(f"jobs: expected at least 1, got {self.jobs}; raise it")
+        for split, (name, hours, count) in self.shares().items():
+            if not hours * 3600 / count >= _MIN_SPEAKER_SECONDS:
+                raise ValueError(
+                    f"{name}: expected at least {_MIN_SPEAKER_SECONDS:g} s for each of the {count} {split} speakers, "
+                    f"got {hours} h; raise it to {_MIN_SPEAKER_SECONDS * count / 3600:.3f} or lower n_speakers"
+                )
+
+    def shares(self) -> dict[Split, tuple[str, float, int]]:
+        """For each split the name of its field of hours, its hours and its number of speakers."""
+        held_out = max(1, round(self.n_speakers / 8))
+        return {
+            "train": ("hours", self.hours, self.n_speakers - 2 * held_out),
+            "valid": ("valid_hours", self.valid_hours, held_out),
+            "test": ("test_hours", self.test_hours, held_out),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """One speaker of the corpus: a voice with a pitch, a rate and an accent of its own."""
+
+    id: int
+    """Name of the speaker's folder."""
+    family: str
+    """Key of `FAMILIES`."""
+    voice: str
+    """espeak-ng voice variant."""
+    accent: str
+    """espeak-ng language."""
+    pitch: int
+    """espeak-ng pitch, 0 to 99; 50 is the voice's own."""
+    rate: int
+    """Words per minute."""
+    split: Split
+    """The only split the speaker is in."""
+    seconds: float
+    """Audio to make, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speech:
+    """What espeak-ng said: clean, at 22.05 kHz."""
+
+    audio: NDArray[np.float32]
+    """Samples in [-1, 1]."""
+    words: list[Word]
+    """Words with their times in `audio`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """Room and microphone of one chapter."""
+
+    impulse: NDArray[np.float64]
+    delay: float
+    noise_slope: float
+    snr_db: float
+    tilt_db: float
+    low_cut_hz: float
+    level_db: float
+
+
+class _EventId(ctypes.Union):
+    _fields_ = (("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8))
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
+    )
+
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_EVENT_WORD, _EVENT_PHONEME = 1, 7
+_SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 0x0001, 0x8000, 1
+_RATE, _VOLUME, _PITCH = 1, 2, 3
+
+
+def _rng(seed: int, *key: object) -> np.random.Generator:
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def split_families(seed: int) -> dict[Split, list[str]]:
+    """Deal the voice families to the splits: at least ten voices each, two families of women among them, held out."""
+    names = sorted(name for name, voices in FAMILIES.items() if len(voices) <= _LARGEST_HELD_OUT_FAMILY)
+    order = [names[i] for i in _rng(seed, "families").permutation(len(names))]
+    female, male = [f for f in order if f in _FEMALE], [f for f in order if f not in _FEMALE]
+    held_out: dict[Split, list[str]] = {"valid": [], "test": []}
+    for families in held_out.values():
+        families += [female.pop(), female.pop()]
+        while sum(len(FAMILIES[family]) for family in families) < 10:
+            families.append(male.pop())
+    taken = {family for families in held_out.values() for family in families}
+    return {"train": [family for family in FAMILIES if family not in taken], **held_out}
+
+
+def plan_speakers(config: SyntheticConfig) -> list[Speaker]:
+    """Every speaker of the corpus; the numbers depend on the configuration alone."""
+    speakers: list[Speaker] = []
+    families = split_families(config.seed)
+    for split, (_, hours, count) in config.shares().items():
+        rng = _rng(config.seed, "speakers", split)
+        shuffled = [families[split][i] for i in rng.permutation(len(families[split]))]
+        # A voice of each family in turn, so that few speakers are still as different as can be.
+        depth = max(len(FAMILIES[family]) for family in shuffled)
+        voices = [(f, FAMILIES[f][i]) for i in range(depth) for f in shuffled if i < len(FAMILIES[f])]
+        accents, own_pitch = rng.permutation(ACCENTS), rng.random(len(voices))
+        for number in range(count):
+            turn, which = divmod(number, len(voices))
+            family, voice = voices[which]
+            speaker = Speaker(
+                id=1001 + len(speakers),
+                family=family,
+                voice=voice,
+                accent=str(accents[(number + turn) % len(accents)]),
+                # The golden ratio keeps the pitches of speakers who share a voice apart.
+                pitch=round(32 + 36 * ((own_pitch[which] + 0.618 * turn) % 1)),
+                rate=int(rng.integers(140, 200)),
+                split=split,
+                seconds=hours * 3600 / count,
+            )
+            speakers.append(speaker)
+    return speakers
+
+
+def _espeak_paths() -> tuple[str, str]:
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise RuntimeError("synthetic speech needs espeak-ng: pip install 'w2v2[synth]'") from None
+    return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+
+
+def _load_espeak(library: str, data: str) -> ctypes.CDLL:
+    espeak = ctypes.CDLL(library)
+    espeak.espeak_SetSynthCallback.argtypes = [_CALLBACK]
+    espeak.espeak_SetSynthCallback.restype = None
+    espeak.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+    espeak.espeak_Synth.argtypes = [
+        ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint,
+        ctypes.c_void_p, ctypes.c_void_p,
+    ]  # fmt: skip
+    rate = espeak.espeak_Initialize(_SYNCHRONOUS, 1000, os.fsencode(data), _DONT_EXIT | _PHONEME_EVENTS)
+    if rate != _ESPEAK_RATE:
+        raise RuntimeError(
+            f"espeak-ng did not start: expected {_ESPEAK_RATE} Hz, got {rate}; its data folder must be readable and "
+            f"its path shorter than 160 characters: {data}"
+        )
+    return espeak
+
+
+def _check(status: int, what: str) -> None:
+    if status != 0:
+        raise RuntimeError(f"espeak-ng: {what}: expected status 0, got {status}; try espeakng-loader 0.2.4")
+
+
+def _unload(handle: int) -> None:
+    if sys.platform == "win32":
+        _ctypes.FreeLibrary(handle)
+    else:
+        _ctypes.dlclose(handle)
+
+
+def speak(text: str, *, voice: str, accent: str = "en-us", pitch: int = 50, rate: int = 175, seed: int = 0) -> Speech:
+    """Say `text` (ordinary spelling) with an espeak-ng `voice` variant and `accent`, without room or noise.
+
+    `pitch` is 0 to 99 (50 is the voice's own), `rate` words per minute, `seed` that of breath noise. Not thread-safe.
+    """
+    blocks: list[bytes] = []
+    events: list[tuple[int, int, bool]] = []
+
+    def receive(audio: Any, length: int, event: Any) -> int:
+        if audio and length > 0:
+            blocks.append(ctypes.string_at(audio, 2 * length))
+        index = 0
+        while (kind := event[index].type) != 0:
+            if kind in (_EVENT_WORD, _EVENT_PHONEME):
+                is_pause = kind == _EVENT_PHONEME and event[index].id.string.startswith(b"_")
+                position = event[index].text_position - 1 if kind == _EVENT_WORD else -1
+                events.append((position, event[index].sample, is_pause))
+            index += 1
+        return 0
+
+    # espeak carries noise, flutter, gain and echo from one utterance into the next, in variables that nothing
+    # resets. Only loading the library anew (0.2 ms) makes an utterance depend on its own arguments alone.
+    callback = _CALLBACK(receive)
+    espeak = _load_espeak(*_espeak_paths())
+    try:
+        espeak.espeak_SetSynthCallback(callback)
+        name = f"{accent}+{voice}"
+        _check(espeak.espeak_SetVoiceByName(name.encode()), f"voice {name}")
+        espeak.espeak_ng_SetRandSeed(seed)
+        # Some voices clip at half the default volume of 100.
+        for parameter, value in ((_RATE, rate), (_VOLUME, 20), (_PITCH, pitch)):
+            _check(espeak.espeak_SetParameter(parameter, value, 0), f"parameter {parameter} = {value}")
+        encoded = text.encode() + b"\0"
+        _check(espeak.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None), f"text {text!r}")
+    finally:
+        espeak.espeak_Terminate()
+        _unload(espeak._handle)
+    _check(0 if blocks else 1, f"no sound for {text!r}")
+    audio = np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / np.float32(32768)
+    return Speech(audio=audio, words=_word_times(text, events, len(audio)))
+
+
+def _word_times(text: str, events: list[tuple[int, int, bool]], length: int) -> list[Word]:
+    """Words of `text` from espeak's events: (position in the text, or -1 for a phone; sample; is it a pause?)."""
+    matches = list(lexicon.WORD.finditer(text))
+    offsets = [match.start() for match in matches]
+    starts: list[tuple[int, int]] = []
+    ends: list[int] = []
+    speech_end: int | None = None
+    for position, sample, is_pause in events:
+        if position < 0:
+            if not is_pause:
+                speech_end = None
+            elif speech_end is None:
+                speech_end = sample
+            continue
+        word = bisect.bisect_right(offsets, position) - 1
+        if not starts or word > starts[-1][0]:
+            if starts:
+                ends.append(sample if speech_end is None else speech_end)
+            starts.append((word if starts else 0, sample))
+            speech_end = None
+    ends.append(length if speech_end is None else speech_end)
+    words: list[Word] = []
+    for (first, start), end, last in zip(starts, ends, [w for w, _ in starts[1:]] + [len(matches)], strict=True):
+        # espeak says a few word pairs ("of the") as one: their time is shared out by letters.
+        bounds = np.cumsum([0] + [len(match[0]) for match in matches[first:last]])
+        times = (start + (end - start) * bounds / bounds[-1]) / _ESPEAK_RATE
+        texts = [match[0].upper() for match in matches[first:last]]
+        words += zip(texts, times[:-1].tolist(), times[1:].tolist(), strict=True)
+    return words
+
+
+def _draw_session(rng: np.random.Generator) -> _Session:
+    """A room of 0.1 to 0.4 s reverberation (RT60), a background noise and a microphone."""
+    rt60, direct_to_reverberant_db = rng.uniform(0.1, 0.4), rng.uniform(3, 12)
+    delay = int(rng.uniform(0.3, 3.0) / 343 * SAMPLE_RATE)  # the speaker is 0.3 to 3 m from the microphone
+    first_echo = delay + int(rng.uniform(0.001, 0.006) * SAMPLE_RATE)
+    impulse = np.zeros(first_echo + int(rt60 * SAMPLE_RATE))
+    echoes = rng.standard_normal(len(impulse) - first_echo)
+    echoes *= 10 ** (-3 * np.arange(len(echoes)) / len(echoes))
+    impulse[first_echo:] = echoes * 10 ** (-direct_to_reverberant_db / 20) / np.sqrt(np.sum(echoes**2))
+    impulse[delay] = 1.0
+    return _Session(
+        impulse=impulse,
+        delay=delay / SAMPLE_RATE,
+        noise_slope=rng.uniform(0, 2),
+        snr_db=rng.uniform(11, 29),
+        tilt_db=rng.uniform(-3, 3),
+        low_cut_hz=rng.uniform(40, 150),
+        level_db=rng.uniform(-32, -20),
+    )
+
+
+def _record(
+    speech: Speech, session: _Session, rng: np.random.Generator, lead: float, tail: float
+) -> tuple[NDArray[np.int16], list[Word]]:
+    """Speech as the session's microphone hears it, with `lead` and `tail` seconds of background around it."""
+    clean = soxr.resample(speech.audio.astype(np.float64), _ESPEAK_RATE, SAMPLE_RATE)
+    before, after = round(lead * SAMPLE_RATE), round(tail * SAMPLE_RATE)
+    dry = np.pad(clean, (before, after))
+    size = -(-(len(dry) + len(session.impulse)) // 2048) * 2048
+    frequency = np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 20.0)
+    # dB per octave around 1 kHz, and a low cut as of any small microphone.
+    microphone = (frequency / 1000) ** (session.tilt_db / 6.02) / (1 + (session.low_cut_hz / frequency) ** 2)
+    voice = np.fft.rfft(dry, size) * np.fft.rfft(session.impulse, size) * microphone
+    noise = rng.standard_normal(len(frequency)) + 1j * rng.standard_normal(len(frequency))
+    noise *= frequency ** (-session.noise_slope / 2) * microphone
+
+    # Parseval: power of the voice while somebody speaks, and of the noise all the time.
+    spoken = sum(end - start for _, start, end in speech.words) * SAMPLE_RATE
+    voice_power = 2 * np.sum(np.abs(voice) ** 2) / size / spoken
+    noise_power = 2 * np.sum(np.abs(noise) ** 2) / size**2
+    noise *= np.sqrt(voice_power / noise_power) * 10 ** (-(session.snr_db + rng.uniform(-1, 1)) / 20)
+    audio = np.fft.irfft(voice + noise, size)[: len(dry)]
+    gain = 10 ** ((session.level_db + rng.uniform(-2, 2)) / 20) / np.sqrt(voice_power)
+    audio *= min(gain, 0.95 / np.max(np.abs(audio)))
+    shift = before / SAMPLE_RATE + session.delay
+    words = [(word, round(start + shift, 4), round(end + shift, 4)) for word, start, end in speech.words]
+    return np.round(audio * 32767).astype(np.int16), words
+
+
+def _draw_text(rng: np.random.Generator, letters: float) -> str:
+    """One to four sentences of about `letters` characters."""
+    best = ""
+    for _ in range(40):
+        text = lexicon.sentence(rng)
+        for _ in range(3):
+            # A further sentence costs a pause as long as about five letters.
+            if len(text) + 25 < letters:
+                text += " " + lexicon.sentence(rng)
+        if not best or abs(len(text) - letters) < abs(len(best) - letters):
+            best = text
+        if abs(len(best) - letters) < 0.03 * letters:
+            break
+    return best
+
+
+def _utterance(
+    speaker: Speaker, session: _Session, rng: np.random.Generator, pace: float, target: float
+) -> tuple[str, NDArray[np.int16], list[Word]]:
+    """Transcript, audio and word times of about `target` seconds; `pace` is letters per second."""
+    best: tuple[float, str, Speech, float, float] | None = None
+    attempts = 0
+    while best is None or (attempts < 8 and abs(best[0] - target) > 0.2 + 0.02 * target):
+        attempts += 1
+        lead, tail = rng.uniform(0.1, 0.4, 2)
+        text = _draw_text(rng, (target - lead - tail) * pace)
+        speech = _speak_as(speaker, text, int(rng.integers(2**31)))
+        seconds = lead + tail + len(speech.audio) / _ESPEAK_RATE
+        inside = MIN_SECONDS + 0.01 < seconds < MAX_SECONDS - 0.01
+        if inside and (best is None or abs(seconds - target) < abs(best[0] - target)):
+            best = (seconds, text, speech, lead, tail)
+    _, text, speech, lead, tail = best
+    audio, words = _record(speech, session, rng, lead, tail)
+    return lexicon.transcript(text), audio, words
+
+
+def _speak_as(speaker: Speaker, text: str, seed: int) -> Speech:
+    return speak(
+        text, voice=speaker.voice, accent=speaker.accent, pitch=speaker.pitch, rate=speaker.rate, seed=seed
+    )  # fmt: skip
+
+
+def _next_target(rng: np.random.Generator, remaining: float) -> float:
+    """Seconds of the next utterance: 2.5 to 15.5, and never so that less than 2.5 s would remain."""
+    target = 2.5 + 13 * rng.beta(1.3, 1.5)
+    if remaining - target >= 2.5:
+        return target
+    return min(max(remaining, 2.5), 15.5) if remaining <= 16 else remaining / 2
+
+
+def _write_speaker(root: Path, speaker: Speaker, seed: int) -> float:
+    """Write every chapter of a speaker under `root`; returns the seconds of audio."""
+    pace = len(_PACE_TEXT) / _speak_as(speaker, _PACE_TEXT, 0).words[-1][2]
+    n_chapters = min(max(round(speaker.seconds / 20), 1), 8)
+    written = 0.0
+    for chapter in range(n_chapters):
+        name = f"{speaker.id}-{speaker.id}{chapter + 1:02d}"
+        folder = root / speaker.split / name.replace("-", "/")
+        folder.mkdir(parents=True)
+        session = _draw_session(_rng(seed, "session", name))
+        goal = written + (speaker.seconds - written) / (n_chapters - chapter)
+        transcripts: list[str] = []
+        words_lines: list[str] = []
+        while not transcripts or goal - written > MIN_SECONDS:
+            utterance_id = f"{name}-{len(transcripts):04d}"
+            rng = _rng(seed, "utterance", utterance_id)
+            text, audio, words = _utterance(speaker, session, rng, pace, _next_target(rng, goal - written))
+            soundfile.write(folder / f"{utterance_id}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
+            transcripts.append(f"{utterance_id} {text}\n")
+            words_lines.append(json.dumps({"id": utterance_id, "words": words}) + "\n")
+            written += len(audio) / SAMPLE_RATE
+        (folder / f"{name}.trans.txt").write_text("".join(transcripts), encoding="utf-8")
+        (folder / f"{name}.words.jsonl").write_text("".join(words_lines), encoding="utf-8")
+    return written
+
+
+def _write_speakers(root: Path, speakers: list[Speaker], config: SyntheticConfig) -> Iterator[tuple[Speaker, float]]:
+    """Write the speakers in `config.jobs` processes; yields each, with its seconds, when done."""
+    if config.jobs == 1:
+        for speaker in speakers:
+            yield speaker, _write_speaker(root, speaker, config.seed)
+        return
+    # Not forked: the caller may have started threads (torch does).
+    pool = ProcessPoolExecutor(min(config.jobs, len(speakers)), mp_context=get_context("spawn"))
+    try:
+        futures = {pool.submit(_write_speaker, root, speaker, config.seed): speaker for speaker in speakers}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` already holds this corpus; refuses a folder that holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    found = "other files" if out.is_dir() else "a file"
+    if (out / "synthetic.json").is_file():
+        try:
+            held = json.loads((out / "synthetic.json").read_text(encoding="utf-8"))
+            if {key: held[key] for key in identity} == identity:
+                return True
+            found = f"format {held['format']} with {held['config']}"
+        except (ValueError, TypeError, KeyError):
+            found = "an unreadable synthetic.json"
+    raise ValueError(
+        f"{out}: expected a folder that is empty, missing or holds this very corpus, got {found}; "
+        "choose another folder or delete this one"
+    )
+
+
+def synthesize(out: Path, config: SyntheticConfig, progress: Callable[[float], None] | None = None) -> None:
+    """Write the corpus to `out`; `progress` is told the fraction done, 0 to 1.
+
+    `out` appears only when it is complete. If it already holds the same corpus, nothing is done; if it holds anything
+    else, ValueError. With more than one job, a script must call this under `if __name__ == "__main__":`.
+    """
+    report = progress or (lambda fraction: None)
+    identity = {"format": FORMAT_VERSION, "config": {k: v for k, v in asdict(config).items() if k != "jobs"}}
+    if _is_finished(out, identity):
+        report(1.0)
+        return
+    _espeak_paths()
+    speakers = plan_speakers(config)
+    total = sum(speaker.seconds for speaker in speakers)
+    seconds: dict[int, float] = {}
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        for speaker, written in _write_speakers(partial, speakers, config):
+            seconds[speaker.id] = written
+            report(min(sum(seconds.values()) / total, 1.0))
+        _write_tables(partial, speakers, seconds, identity)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    report(1.0)
+
+
+def _write_tables(root: Path, speakers: list[Speaker], seconds: dict[int, float], identity: dict[str, Any]) -> None:
+    lines = ["; ID | VOICE FAMILY | VOICE | ACCENT | PITCH (0-99) | RATE (WORDS/MIN) | SPLIT\n"]
+    by_split: dict[Split, float] = {}
+    for s in speakers:
+        lines.append(f"{s.id} | {s.family} | {s.voice} | {s.accent} | {s.pitch} | {s.rate} | {s.split}\n")
+        by_split[s.split] = by_split.get(s.split, 0.0) + seconds[s.id]
+    description = {**identity, "seconds": {split: round(total, 2) for split, total in by_split.items()}}
+    (root / "SPEAKERS.TXT").write_text("".join(lines), encoding="utf-8")
+    (root / "synthetic.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,189 @@
+"""The whole road in one call, offline, on a laptop CPU.
+
+Audio, manifest, pretraining, fine-tuning beside the same without pretraining, evaluation on unseen speakers, a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from w2v2 import recipes
+from w2v2.config import PretrainConfig
+from w2v2.data.corpora import Splits, labelled_subset, read_corpus
+from w2v2.data.datamodule import SpeechDataModule, load_audio
+from w2v2.data.prepare import describe, prepare
+from w2v2.data.synthetic import SyntheticConfig, synthesize
+from w2v2.errors import UsageError
+from w2v2.evaluate import error_rates
+from w2v2.model.masking import keyed_generator
+from w2v2.model.wav2vec2 import Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.report import write_demo_report
+from w2v2.tasks.finetune import transcripts
+from w2v2.text import Vocabulary, normalize_text
+from w2v2.train import evaluate, finetune, pretrain
+
+log = logging.getLogger(__name__)
+
+LABELLED_MINUTES = 10.0
+_MARK = "demo.json"
+_OWN = ("pretrain", "finetuned", "scratch", "manifest")
+
+
+def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float = 2.0, shrink: float = 1.0) -> Path:
+    """Run the demo and leave its results in a folder.
+
+    Args:
+        out: ``summary.json``, ``report.html``, and a run folder per stage go here. The results of an earlier demo are
+            replaced, its corpus is used again.
+        data: real speech in LibriSpeech layout; None: two hours of synthetic speech are made.
+        seed: of everything random.
+        hours: synthetic training audio.
+        shrink: divides the number of updates of each stage; 1 is the demo, more is for a look at the machinery.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        UsageError: ``out`` holds something else, or ``data`` cannot be used.
+    """
+    _claim(out)
+    seconds: dict[str, float] = {}
+    if data is None:
+        data = out / "corpus"
+        with _stage("synthesise", seconds):
+            synthesize(data, SyntheticConfig(hours=hours, seed=seed))
+    with _stage("prepare", seconds):
+        prepare(data, out / "manifest")
+        splits = read_corpus(out / "manifest")
+    with _stage("pretrain", seconds):
+        config = _scaled(recipes.tiny(), seed, shrink)
+        pretrained = pretrain(config, splits, out / "pretrain")
+        figures = evaluate(out / "pretrain", splits, "valid")
+    labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
+    with _stage("finetune", seconds):
+        tuned, vocabulary = finetune(
+            _scaled(recipes.tiny_ctc(), seed, shrink), labelled, out / "finetuned", init_from=out / "pretrain"
+        )
+    with _stage("scratch", seconds):
+        scratch, _ = finetune(_scaled(recipes.tiny_ctc_scratch(), seed, shrink), labelled, out / "scratch")
+    with _stage("evaluate", seconds):
+        split = "test" if "test" in splits else "valid"
+        rows = _hypotheses({"finetuned": tuned, "scratch": scratch}, labelled, split, vocabulary)
+        _write(out / "hypotheses.json", _spread(rows, 10))
+        _write_codebook(out, pretrained, splits, config)
+        _write_example(out, splits, config)
+    references = [row["reference"] for row in rows]
+    rates = {arm: error_rates(references, [row[arm] for row in rows]) for arm in ("finetuned", "scratch")}
+    names = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
+    summary = {
+        "schema": 1,
+        "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in names}},
+        **{arm: {"wer": rate.wer, "cer": rate.cer} for arm, rate in rates.items()},
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "peak_memory_gib": _peak_memory_gib(),
+        "seed": seed,
+        "test_split": split,
+        "labelled_minutes": sum(cut.duration for cut in labelled["train"]) / 60,
+        "data": describe(splits),
+    }
+    _write(out / "summary.json", summary)
+    log.info(
+        "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% from scratch",
+        100 * rates["finetuned"].cer, 100 * rates["scratch"].cer,
+    )  # fmt: skip
+    return write_demo_report(out)
+
+
+def _claim(out: Path) -> None:
+    """Make the folder ours, or clear what an earlier demo left but its corpus."""
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise UsageError(f"{out} is not empty and not of an earlier demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).write_text("{}\n")
+    for name in _OWN:
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _scaled(config: Any, seed: int, shrink: float) -> Any:
+    """A recipe with the demo's seed, all its lengths divided by ``shrink``."""
+    config.train.seed = seed
+    schedule, train = config.optim.schedule, config.train
+    for owner, name in (
+        (schedule, "total_steps"), (schedule, "warmup_steps"),
+        (train, "log_every"), (train, "val_every"), (train, "checkpoint_every"),
+    ):  # fmt: skip
+        if hasattr(owner, name):
+            setattr(owner, name, max(1, round(getattr(owner, name) / shrink)))
+    return config
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    log.info("%s ...", name)
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+    log.info("%s: %.0f s", name, seconds[name])
+
+
+def _hypotheses(
+    models: dict[str, Wav2Vec2ForCTC], splits: Splits, split: str, vocabulary: Vocabulary
+) -> list[dict[str, str]]:
+    """Reference and each model's hypothesis for every transcribed utterance of a split."""
+    data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=vocabulary.encode, normalize=False)
+    said = {name: transcripts(model, data.eval_dataloader(split), vocabulary) for name, model in models.items()}
+    rows = []
+    for cut in splits[split]:
+        text = normalize_text(cut.supervisions[0].text or "")
+        if text and all(cut.id in by_id for by_id in said.values()):
+            rows.append({"id": cut.id, "reference": text, **{name: by_id[cut.id] for name, by_id in said.items()}})
+    return rows
+
+
+def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """So many rows, evenly over the list: not the best ones."""
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+
+
+def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, config: PretrainConfig) -> None:
+    """How often each entry of each codebook is chosen over the masked frames of the validation set."""
+    data = SpeechDataModule({"valid": splits["valid"]}, config.data)
+    counts = torch.zeros(config.model.n_groups, config.model.n_entries)
+    model.eval()
+    with torch.no_grad():
+        for batch in data.val_dataloader():
+            samples = batch.lengths.tolist()
+            draws = model.draw(samples, [("valid", name) for name in batch.ids])
+            counts += model(batch.audio, draws, samples).metrics["codes"]
+    _write(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": config.model.n_entries})
+
+
+def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:
+    """One validation utterance with a mask as pretraining draws it."""
+    cut = min(splits["valid"], key=lambda c: abs(c.duration - 4.0))
+    audio = load_audio(cut)
+    frames = config.model.frames([len(audio)])[0]
+    mask = config.model.sample_mask(frames, keyed_generator(config.train.seed, 0, cut.id))
+    hop = int(np.prod(config.model.conv_strides))
+    np.savez_compressed(out / "example.npz", audio=audio, mask=mask.numpy(), hop=hop, id=cut.id)
+
+
+def _peak_memory_gib() -> float:
+    """Largest resident set of this process or of a helper process, GiB."""
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage) / 2**20
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,119 @@
+"""The convolutional feature encoder: raw audio to one feature vector every 20 ms (paper section 2; ALGORITHM 2, 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def output_lengths(
+    samples: Sequence[int], kernel_sizes: Sequence[int], strides: Sequence[int], paddings: Sequence[int]
+) -> list[int]:
+    """Frames that the conv stack makes of so many samples, per utterance; 0 when it is shorter than one frame needs."""
+    lengths = []
+    for length in samples:
+        for kernel, stride, padding in zip(kernel_sizes, strides, paddings, strict=True):
+            length = max((length + 2 * padding - kernel) // stride + 1, 0)
+        lengths.append(length)
+    return lengths
+
+
+def receptive_field(kernel_sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Samples that one frame sees: 400 (25 ms at 16 kHz) for the standard stack."""
+    field = 1
+    for kernel, stride in zip(reversed(kernel_sizes), reversed(strides), strict=True):
+        field = (field - 1) * stride + kernel
+    return field
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Identity whose gradient is multiplied by ``scale`` (fairseq: ``GradMultiply``)."""
+    out: Tensor = _ScaleGradient.apply(x, scale)
+    return out
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, T), each frame on its own (fairseq extractor mode ``layer_norm``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) -> same shape."""
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class FeatureEncoder(nn.Module):
+    """Seven (by default) convolution blocks of Conv1d, norm and GELU.
+
+    Args:
+        channels: output channels of each block.
+        kernel_sizes, strides, paddings: of each block, in frames of its input.
+        norms: the norm after each convolution; ``nn.Identity()`` for none.
+        bias: whether the convolutions have one (paper BASE: no; LARGE LV-60k: yes).
+        gradient_scale: factor on the gradient that enters the stack (fairseq ``feature_grad_mult``); 0 freezes it.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        kernel_sizes: Sequence[int],
+        strides: Sequence[int],
+        paddings: Sequence[int],
+        norms: Sequence[nn.Module],
+        *,
+        bias: bool = False,
+        gradient_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.kernel_sizes, self.strides, self.paddings = tuple(kernel_sizes), tuple(strides), tuple(paddings)
+        self.gradient_scale = gradient_scale
+        self.conv_layers = nn.ModuleList()
+        fan_in = 1
+        for width, kernel, stride, padding, norm in zip(channels, kernel_sizes, strides, paddings, norms, strict=True):
+            conv = nn.Conv1d(fan_in, width, kernel, stride, padding, bias=bias)
+            self.conv_layers.append(nn.Sequential(conv, norm, nn.GELU()))
+            fan_in = width
+
+    def conv_weights(self) -> list[Tensor]:
+        """(C_out, C_in, kernel) weight of each convolution."""
+        return [m.weight for m in self.modules() if isinstance(m, nn.Conv1d)]
+
+    def output_lengths(self, samples: Sequence[int]) -> list[int]:
+        """Frames for so many samples, per utterance."""
+        return output_lengths(samples, self.kernel_sizes, self.strides, self.paddings)
+
+    def forward(self, audio: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Encode a batch.
+
+        Args:
+            audio: (B, S) float32.
+            lengths: valid samples of each utterance, when they differ. Each utterance then goes through the stack on
+                its own: norm statistics over its valid frames alone, no padding to re-zero, no work on padding.
+
+        Returns:
+            (B, T, C), or (1, sum of T, C) packed when ``lengths`` is given.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0):
+            if lengths is None:
+                x = self._stack(audio)
+            else:
+                x = torch.cat([self._stack(row[None, :n]) for row, n in zip(audio, lengths, strict=True)], dim=1)
+        return scale_gradient(x, self.gradient_scale) if x.requires_grad else x
+
+    def _stack(self, audio: Tensor) -> Tensor:
+        x = audio.unsqueeze(1)  # (B, S) -> (B, 1, S)
+        for layer in self.conv_layers:
+            x = layer(x)
+        return x.transpose(1, 2)  # (B, C, T) -> (B, T, C)

@@ -1,0 +1,215 @@
+"""Named experiments: functions that return a whole typed configuration; a variant calls another and changes fields.
+
+Your own live outside the package: ``w2v2 pretrain ./mine.py:experiment``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from w2v2.config import DataConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.errors import UsageError
+from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
+
+T = TypeVar("T")
+
+
+def base() -> PretrainConfig:
+    """The page's BASE: 95.7 M parameters, 12 blocks of 768, padded convolutions, pre-norm, warm-up and cosine.
+
+    LibriSpeech, 960 h. One update should hear about 1.6 h of audio: on one 80 GB GPU accumulate 64 micro-batches of
+    87.5 s, on 8 GPUs 8 (``--train.devices 8 --train.accumulate 8``).
+    """
+    return PretrainConfig(
+        recipe="base",
+        model=Wav2Vec2Config(),
+        optim=OptimConfig(schedule=WarmupCosine(peak=5e-4, warmup_steps=32_000, total_steps=400_000)),
+        train=TrainConfig(precision="bf16-mixed", accumulate=64),
+    )
+
+
+def paper_base() -> PretrainConfig:
+    """The released wav2vec 2.0 BASE: 95,044,608 parameters, weights interchangeable with fairseq and Hugging Face.
+
+    Published: 64 V100, 1.6 days, 400k updates of 1.6 h; after fine-tuning on 960 h, 3.4 / 8.5 % WER on test-clean /
+    test-other without a language model.
+    """
+    config = base()
+    config.recipe = "paper_base"
+    config.model = Wav2Vec2Config(
+        n_head=12,
+        conv_paddings=(0,) * 7,
+        conv_norm="group:512",
+        norm_first=False,
+        target_features="encoder",
+        codebook_dim=128,
+        similarity_dim=256,
+    )
+    config.optim.schedule = WarmupLinear(peak=5e-4, warmup_steps=32_000, total_steps=400_000)
+    config.optim.clip_norm = None
+    return config
+
+
+def paper_large_lv60k() -> PretrainConfig:
+    """The released LARGE trained on Libri-Light's 60k hours: 317,390,592 parameters, layer-norm encoder, pre-norm.
+
+    Published: 128 V100, 5.2 days; here mainly for conversion and fine-tuning.
+    """
+    config = paper_base()
+    config.recipe = "paper_large_lv60k"
+    config.model = Wav2Vec2Config(
+        n_layer=24,
+        n_head=16,
+        n_embd=1024,
+        ffn_dim=4096,
+        conv_paddings=(0,) * 7,
+        conv_bias=True,
+        conv_norm="layer",
+        conv_gradient_scale=1.0,
+        normalize_audio=True,
+        norm_first=True,
+        dropout=0.0,
+        attention_dropout=0.0,
+        dropout_input=0.0,
+        dropout_features=0.0,
+        layer_drop=0.0,
+        target_features="encoder",
+        codebook_dim=384,
+        similarity_dim=768,
+        gumbel_end=0.1,
+    )
+    config.loss_weights["feature_penalty"] = 0.0
+    config.data.max_seconds = 20.0
+    config.data.batch_seconds = 75.0
+    config.optim.schedule = WarmupLinear(peak=3e-4, warmup_steps=32_000, total_steps=600_000)
+    return config
+
+
+def small() -> PretrainConfig:
+    """A narrow ``base`` of about 11 M parameters, for one GPU or a patient CPU.
+
+    Its convolutions widen on the way down, which makes them five times cheaper than 512 channels throughout.
+    """
+    config = base()
+    config.recipe = "small"
+    config.model = Wav2Vec2Config(
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        ffn_dim=1536,
+        conv_channels=(64, 96, 128, 192, 256, 256, 256),
+        codebook_dim=128,
+        similarity_dim=256,
+        dropout=0.05,
+        attention_dropout=0.0,
+        layer_drop=0.0,
+    )
+    config.data = DataConfig(batch_seconds=40.0, max_seconds=10.0)
+    config.optim.schedule = WarmupCosine(peak=5e-4, warmup_steps=1_000, total_steps=20_000)
+    config.train = TrainConfig(val_every=500, checkpoint_every=500)
+    return config
+
+
+def tiny() -> PretrainConfig:
+    """1.3 M parameters that learn in minutes on two CPU cores; what ``make demo`` trains."""
+    config = small()
+    config.recipe = "tiny"
+    config.model = Wav2Vec2Config(
+        n_layer=3,
+        n_head=4,
+        n_embd=192,
+        ffn_dim=384,
+        conv_channels=(32, 48, 64, 96, 96, 128, 128),
+        utterance_norm=True,
+        conv_init_smoothing=0.8,
+        dropout=0.0,
+        attention_dropout=0.0,
+        dropout_input=0.0,
+        dropout_features=0.0,
+        layer_drop=0.0,
+        pos_conv_kernel=48,
+        mask_length=5,
+        target_features="encoder",
+        codebook_dim=64,
+        similarity_dim=128,
+        gumbel_decay=0.9993,
+    )
+    config.loss_weights["diversity"] = 0.5
+    config.data = DataConfig(batch_seconds=12.0, max_seconds=3.0, num_buckets=2, num_workers=0)
+    config.optim.schedule = WarmupCosine(peak=1.2e-3, warmup_steps=160, total_steps=4_000)
+    config.train = TrainConfig(accelerator="cpu", log_every=50, val_every=500, checkpoint_every=1000)
+    return config
+
+
+def tiny_ctc() -> FinetuneConfig:
+    """CTC on a few minutes of labels with the ``tiny`` encoder; what ``make demo`` fine-tunes, twice."""
+    model = tiny().model
+    model.mask_prob = 0.3
+    return FinetuneConfig(
+        recipe="tiny_ctc",
+        model=model,
+        channel_mask_prob=0.0,
+        data=DataConfig(batch_seconds=40.0, max_seconds=40.0, min_seconds=0.1, num_buckets=4, num_workers=0),
+        optim=OptimConfig(schedule=TriStage(peak=2e-3, total_steps=400), eps=1e-8, weight_decay=0.0),
+        train=TrainConfig(accelerator="cpu", log_every=50, val_every=100, checkpoint_every=400),
+    )
+
+
+def tiny_ctc_scratch() -> FinetuneConfig:
+    """``tiny_ctc`` from random weights: the same updates and labels, its own best learning rate, nothing frozen."""
+    config = tiny_ctc()
+    config.recipe = "tiny_ctc_scratch"
+    config.model.conv_gradient_scale = 1.0
+    return config
+
+
+def load_recipe(name: str, kind: type[T]) -> T:
+    """The configuration of a recipe of ours, by name, or of FILE.py:FUNCTION.
+
+    Raises:
+        UsageError: no such recipe, or one of another kind.
+    """
+    function: Callable[[], Any] | None
+    if ".py:" in name:
+        function = _from_file(name)
+    else:
+        function = _ours(kind).get(name)
+        if function is None:
+            raise UsageError(f"unknown recipe {name!r}: expected one of {', '.join(_ours(kind))}, or FILE.py:FUNCTION")
+    config = function()
+    if not isinstance(config, kind):
+        raise UsageError(f"recipe {name} must return a {kind.__name__}, got a {type(config).__name__}")
+    config.recipe = name  # type: ignore[attr-defined]
+    return config
+
+
+def recipe_names(kind: type[T]) -> list[str]:
+    """Names of the recipes that return this kind of configuration."""
+    return list(_ours(kind))
+
+
+def _ours(kind: type[T]) -> dict[str, Callable[[], T]]:
+    functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
+    wanted = {name: f for name, f in functions if f.__annotations__.get("return") == kind.__name__}
+    return dict(sorted(wanted.items(), key=lambda item: item[1].__code__.co_firstlineno))
+
+
+def _from_file(name: str) -> Callable[[], Any]:
+    path, _, attribute = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"no recipe file {path}: expected FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that a saved configuration finds the file's own types
+    spec.loader.exec_module(module)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UsageError(f"no function {attribute!r} in {path}")
+    return function  # type: ignore[no-any-return]

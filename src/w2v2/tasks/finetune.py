@@ -1,0 +1,139 @@
+"""CTC fine-tuning of the encoder (ALGORITHM 13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from w2v2.config import FinetuneConfig
+from w2v2.data.datamodule import Batch
+from w2v2.decode import greedy
+from w2v2.evaluate import error_rates
+from w2v2.model.masking import keyed_generator, sample_span_mask
+from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
+from w2v2.tasks.pretrain import NormalizedTask, Sums
+from w2v2.text import Vocabulary
+
+
+@dataclass
+class CTCBatch:
+    """A batch on the device, with what was drawn for it on the host."""
+
+    audio: Tensor
+    lengths: list[int] | None
+    targets: Tensor
+    target_lengths: Tensor
+    covered: Tensor | None = None
+    channels: Tensor | None = None
+    keep_layers: tuple[bool, ...] | None = None
+
+
+class FinetuneTask(NormalizedTask):
+    """CTC on characters; the loss is summed over utterances and divided once by their number (``sentence_avg``)."""
+
+    def __init__(self, model: Wav2Vec2ForCTC, vocabulary: Vocabulary, config: FinetuneConfig) -> None:
+        super().__init__(config.optim, config.train.seed)
+        self.model, self.vocabulary, self.config = model, vocabulary, config
+        self.valid_sums = Sums()
+        self.references: list[str] = []
+        self.hypotheses: list[str] = []
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> CTCBatch:
+        """Draw masks on the host in training, then send everything along."""
+        assert batch.targets is not None and batch.target_lengths is not None
+        samples = batch.lengths.tolist()
+        on_device = CTCBatch(
+            audio=batch.audio.to(device, non_blocking=True),
+            lengths=samples if min(samples) < batch.audio.shape[1] else None,
+            targets=batch.targets.to(device, non_blocking=True),
+            target_lengths=batch.target_lengths,
+        )
+        if self.trainer.training:
+            self._draw(on_device, batch, samples, device)
+        return on_device
+
+    def _draw(self, on_device: CTCBatch, batch: Batch, samples: list[int], device: torch.device) -> None:
+        config, model = self.config, self.config.model
+        rngs = [keyed_generator(self.seed, batch.epoch, name) for name in batch.ids]
+        frames = model.frames(samples)
+        if model.mask_prob > 0:
+            masks = [model.sample_mask(n, rng) for n, rng in zip(frames, rngs, strict=True)]
+            on_device.covered = torch.cat(masks).nonzero().flatten().to(device, non_blocking=True)
+        if config.channel_mask_prob > 0:
+            span = min(config.channel_mask_length, model.n_embd // 4)
+            rows = [sample_span_mask(model.n_embd, config.channel_mask_prob, span, rng, min_spans=0) for rng in rngs]
+            on_device.channels = torch.stack(rows).to(device, non_blocking=True)
+        if model.layer_drop > 0:
+            kept = torch.rand(model.n_layer, generator=keyed_generator(self.seed, self.global_step, "layers"))
+            on_device.keep_layers = tuple((kept >= model.layer_drop).tolist())
+
+    def _loss(self, log_probs: Tensor, frames: list[int], batch: CTCBatch) -> Tensor:
+        """CTC summed over utterances, in fp32; utterances whose labels do not fit in their frames cost nothing."""
+        return F.ctc_loss(
+            log_probs.transpose(0, 1),  # (B, T, labels) -> (T, B, labels)
+            batch.targets,
+            torch.tensor(frames),
+            batch.target_lengths,
+            blank=self.vocabulary.blank,
+            reduction="sum",
+            zero_infinity=True,
+        )
+
+    def training_step(self, batch: CTCBatch, batch_idx: int) -> Tensor:
+        """Summed CTC loss of one micro-batch."""
+        self.seed_step(batch_idx)
+        log_probs, frames = self.model(
+            batch.audio,
+            batch.lengths,
+            covered=batch.covered,
+            channels=batch.channels,
+            keep_layers=batch.keep_layers,
+            freeze_encoder=self.global_step < self.config.freeze_encoder_steps,
+        )
+        loss = self._loss(log_probs, frames, batch)
+        self.sums.add(self._loggable(loss, batch))
+        return self.sum_loss(loss, len(frames))
+
+    @staticmethod
+    def _loggable(loss: Tensor, batch: CTCBatch) -> dict[str, Tensor]:
+        samples = batch.audio.numel() if batch.lengths is None else sum(batch.lengths)
+        ones = torch.ones((), device=loss.device, dtype=torch.float64)
+        return {"total": loss.double(), "targets": len(batch.target_lengths) * ones, "samples": samples * ones}
+
+    def train_figures(self) -> dict[str, float]:
+        """Loss per utterance since the last call, and ``seconds`` of audio."""
+        sums = self.sums.take()
+        return {"loss": (sums["total"] / sums["targets"]).item(), "seconds": sums["samples"].item() / 16_000}
+
+    def validation_step(self, batch: CTCBatch, batch_idx: int) -> None:
+        """Loss and greedy hypotheses."""
+        log_probs, frames = self.model(batch.audio, batch.lengths)
+        self.valid_sums.add(self._loggable(self._loss(log_probs, frames, batch), batch))
+        self.hypotheses += greedy(log_probs, frames, self.vocabulary)
+        self.references += [
+            self.vocabulary.decode(row[:n].tolist())
+            for row, n in zip(batch.targets.cpu(), batch.target_lengths, strict=True)
+        ]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss, WER and CER of the whole validation set."""
+        sums = self.valid_sums.take()
+        rates = error_rates(self.references, self.hypotheses)
+        self.references, self.hypotheses = [], []
+        loss = (sums["total"] / sums["targets"]).item()
+        self.log_validation({"loss": loss, "wer": rates.wer, "cer": rates.cer})
+
+
+def transcripts(model: Wav2Vec2ForCTC, batches: Any, vocabulary: Vocabulary) -> dict[str, str]:
+    """Greedy hypothesis of each utterance of a loader, by id."""
+    hypotheses: dict[str, str] = {}
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in batches:
+            log_probs, frames = model.eval()(batch.audio.to(device), batch.lengths.tolist())
+            hypotheses |= dict(zip(batch.ids, greedy(log_probs, frames, vocabulary), strict=True))
+    return hypotheses

@@ -1,0 +1,208 @@
+"""Self-supervised training of any model that returns :class:`SSLOutput` (DESIGN section 5)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from w2v2.data.datamodule import Batch
+from w2v2.errors import UsageError
+from w2v2.model.masking import Draws
+from w2v2.model.wav2vec2 import SSLOutput
+from w2v2.optim import OptimConfig
+
+
+class SSLModel(Protocol):
+    """What the task asks of a model."""
+
+    def draw(
+        self, samples: list[int], keys: list[tuple[int | str, ...]], *, step_key: tuple[int | str, ...] | None = None
+    ) -> Any:
+        """Everything random about a batch, drawn on the host; has ``to(device)`` and ``all_masked(frames)``."""
+
+    def __call__(self, audio: Tensor, draws: Any, lengths: list[int] | None = None, *, step: int = 0) -> SSLOutput:
+        """Losses and metrics, as sums."""
+
+    def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Figures from metrics summed over batches and ranks."""
+
+
+def step_seed(*key: int) -> int:
+    """A seed for torch's generators that depends on the key alone, such as (seed, step, rank, micro-batch)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Sum of weight times loss.
+
+    Raises:
+        UsageError: a loss without a weight, or a weight without a loss.
+    """
+    if losses.keys() != weights.keys():
+        raise UsageError(f"loss_weights must name the model's losses {sorted(losses)}, got {sorted(weights)}")
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+class Sums:
+    """Named sums that stay on the device until somebody reads them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add to each name."""
+        for name, value in values.items():
+            self.values[name] = self.values[name] + value.detach() if name in self.values else value.detach().clone()
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums over all ranks; starts again from nothing."""
+        taken, self.values = self.values, {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for name in sorted(taken):
+                torch.distributed.all_reduce(taken[name])
+        return taken
+
+
+class NormalizedTask(pl.LightningModule):
+    """One normalisation for every task: gradients are of the summed loss, divided once by the step's number of targets.
+
+    Micro-batches add up, DDP averages over ranks, and just before clipping everything is multiplied by the number of
+    ranks over the number of targets of all ranks and micro-batches. So one big batch, accumulation and any number of
+    ranks give the same gradient.
+    """
+
+    def __init__(self, optim: OptimConfig, seed: int) -> None:
+        super().__init__()
+        self.optim_config, self.seed = optim, seed
+        self.step_targets = 0
+        self.sums = Sums()
+        self.valid_figures: dict[str, float] = {}
+
+    def train_figures(self) -> dict[str, float]:
+        """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over every parameter that learns."""
+        return self.optim_config.build(p for p in self.parameters() if p.requires_grad)
+
+    def seed_step(self, batch_idx: int) -> None:
+        """Make dropout and Gumbel noise depend on (seed, step, rank, micro-batch) alone."""
+        torch.manual_seed(step_seed(self.seed, self.global_step, self.global_rank, batch_idx))
+
+    def sum_loss(self, total: Tensor, num_targets: int) -> Tensor:
+        """A summed loss as ``training_step`` has to return it: Lightning divides by the number of micro-batches."""
+        self.step_targets += num_targets
+        return total * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalise the gradient and set the learning rate."""
+        targets = torch.tensor(float(self.step_targets), device=self.device)
+        self.step_targets = 0
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(targets)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, self.trainer.world_size / targets)
+        for group in optimizer.param_groups:
+            group["lr"] = self.optim_config.schedule(self.global_step + 1)
+
+    def log_validation(self, figures: dict[str, float]) -> None:
+        """Give figures of a validation to the loggers, and keep them as ``valid_figures``."""
+        self.valid_figures = figures
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"valid/{name}": value for name, value in figures.items()}, self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of the unfinished logging interval."""
+        checkpoint["sums"] = self.sums.values
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.sums.values = checkpoint["sums"]
+
+
+class PretrainTask(NormalizedTask):
+    """Trains a self-supervised model.
+
+    Args:
+        model: see :class:`SSLModel`; a module.
+        optim: optimiser and schedule.
+        loss_weights: weight of each of the model's losses.
+        seed: of everything random.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, loss_weights: dict[str, float], seed: int) -> None:
+        super().__init__(optim, seed)
+        self.model = model
+        self.loss_weights = loss_weights
+        self.valid_sums = Sums()
+        self.baseline_sums = Sums()
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> tuple[Tensor, list[int] | None, Draws]:
+        """Draw on the host, then send audio and draws along; lengths are only needed on the host."""
+        samples = batch.lengths.tolist()
+        model: Any = self.model
+        if self.trainer.training:
+            keys = [(self.seed, batch.epoch, name) for name in batch.ids]
+            draws = model.draw(samples, keys, step_key=(self.seed, self.global_step))
+        else:
+            draws = model.draw(samples, [("valid", name) for name in batch.ids])
+        lengths = samples if min(samples) < batch.audio.shape[1] else None
+        return batch.audio.to(device, non_blocking=True), lengths, draws.to(device)
+
+    def training_step(self, batch: tuple[Tensor, list[int] | None, Any], batch_idx: int) -> Tensor:
+        """Sum of the weighted losses of one micro-batch."""
+        audio, lengths, draws = batch
+        self.seed_step(batch_idx)
+        out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
+        total = weighted_sum(out.losses, self.loss_weights)
+        self.sums.add(self._loggable(out, total, audio, lengths))
+        return self.sum_loss(total, out.num_targets)
+
+    def validation_step(self, batch: tuple[Tensor, list[int] | None, Any], batch_idx: int) -> None:
+        """The same losses without noise, and once more with every frame masked: what can be told without context."""
+        audio, lengths, draws = batch
+        out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
+        total = weighted_sum(out.losses, self.loss_weights)
+        self.valid_sums.add(self._loggable(out, total, audio, lengths))
+        n_frames = int(sum(self.model.frame_lengths(audio, lengths)[0]))  # type: ignore[operator]
+        blind: SSLOutput = self.model(audio, draws.all_masked(n_frames), lengths, step=self.global_step)
+        self.baseline_sums.add(blind.metrics)
+
+    @staticmethod
+    def _loggable(out: SSLOutput, total: Tensor, audio: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
+        samples = audio.numel() if lengths is None else sum(lengths)
+        ones = torch.ones((), device=audio.device, dtype=torch.float64)
+        return {
+            **{f"loss/{name}": value.double() for name, value in out.losses.items()},
+            **{f"metric/{name}": value for name, value in out.metrics.items()},
+            "total": total.double(),
+            "targets": out.num_targets * ones,
+            "samples": samples * ones,
+        }
+
+    def figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Per-target losses and the model's own figures, from sums."""
+        targets = sums["targets"].item()
+        losses = {name[5:]: value.item() / targets for name, value in sums.items() if name.startswith("loss/")}
+        metrics = {name[7:]: value for name, value in sums.items() if name.startswith("metric/")}
+        model: Any = self.model
+        return {"loss": sums["total"].item() / targets, **losses, **model.summarize(metrics)}
+
+    def train_figures(self) -> dict[str, float]:
+        """Figures of all micro-batches since the last call, over all ranks, and ``seconds`` of audio among them."""
+        sums = self.sums.take()
+        return {**self.figures(sums), "seconds": sums["samples"].item() / 16_000}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log figures of the whole validation set."""
+        figures = self.figures(self.valid_sums.take())
+        model: Any = self.model
+        figures["accuracy_all_masked"] = model.summarize(self.baseline_sums.take())["accuracy"]
+        self.log_validation(figures)

@@ -1,0 +1,228 @@
+"""A configuration to a finished run folder: seeds, Trainer, loggers, checkpoints, and a record of what ran on what."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from w2v2.checkpoint import (
+    CONFIG,
+    VOCABULARY,
+    load_encoder,
+    load_pretrained,
+    load_recognizer,
+    load_weights,
+    save_weights,
+)
+from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, load_config, save_config
+from w2v2.data.corpora import Splits
+from w2v2.data.datamodule import SpeechDataModule
+from w2v2.data.prepare import describe
+from w2v2.errors import UsageError
+from w2v2.model.wav2vec2 import Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.optim import OptimConfig
+from w2v2.tasks.callbacks import CSVMetrics, Progress
+from w2v2.tasks.finetune import FinetuneTask
+from w2v2.tasks.pretrain import PretrainTask, step_seed
+from w2v2.text import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(
+    config: PretrainConfig, splits: Splits, out: Path, *, init_from: Path | None = None, resume: bool = False
+) -> Wav2Vec2ForPretraining:
+    """Pretrain and leave a run folder.
+
+    Args:
+        config: the whole run.
+        splits: cuts, with ``train`` and ``valid``.
+        out: run folder; new or empty, unless resuming.
+        init_from: folder whose weights to start from, all of them, quantizer and heads included.
+        resume: go on from the last checkpoint of ``out``.
+
+    Raises:
+        UsageError: settings that cannot work, a folder that holds another run, weights that do not fit.
+    """
+    config.check()
+    _check_device(config.train)
+    _check_folder(out, resume)
+    data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
+    torch.manual_seed(step_seed(config.train.seed))
+    model = config.model.build()
+    if init_from is not None:
+        load_weights(model, init_from)
+    _start_folder(out, config, splits, resume)
+    task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
+    _fit(task, data, config.train, config.optim, out, resume)
+    return model
+
+
+def finetune(
+    config: FinetuneConfig,
+    splits: Splits,
+    out: Path,
+    *,
+    init_from: Path | None = None,
+    vocabulary: Vocabulary | None = None,
+    resume: bool = False,
+) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
+    """Fine-tune with CTC and leave a run folder.
+
+    Args:
+        config, splits, out, resume: as for ``pretrain``; cuts need transcripts.
+        init_from: pretraining run whose encoder to start from; None: from random weights.
+        vocabulary: None: the characters of the training transcripts.
+    """
+    config.check()
+    _check_device(config.train)
+    _check_folder(out, resume)
+    if vocabulary is None:
+        vocabulary = Vocabulary.from_texts(cut.supervisions[0].text or "" for cut in splits["train"])
+    data = SpeechDataModule(
+        splits,
+        config.data,
+        seed=config.train.seed,
+        normalize=config.model.normalize_audio,
+        encode=vocabulary.encode,
+    )
+    torch.manual_seed(step_seed(config.train.seed))
+    model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels))
+    if init_from is not None:
+        load_encoder(model, init_from)
+    _start_folder(out, config, splits, resume)
+    vocabulary.save(out / VOCABULARY)
+    _fit(FinetuneTask(model, vocabulary, config), data, config.train, config.optim, out, resume)
+    return model, vocabulary
+
+
+def evaluate(run: Path, splits: Splits, split: str) -> dict[str, float]:
+    """Figures of a finished run on a split: ``wer`` and ``cer``, or loss, accuracies and perplexities."""
+    task: PretrainTask | FinetuneTask
+    if (run / VOCABULARY).exists():
+        config = load_config(run / CONFIG, FinetuneConfig)
+        recognizer, vocabulary = load_recognizer(run)
+        task = FinetuneTask(recognizer, vocabulary, config)
+        data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio, encode=vocabulary.encode)
+    else:
+        pretrained = load_config(run / CONFIG, PretrainConfig)
+        task = PretrainTask(load_pretrained(run), pretrained.optim, pretrained.loss_weights, pretrained.train.seed)
+        data = SpeechDataModule(splits, pretrained.data, normalize=pretrained.model.normalize_audio)
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, devices=1)
+        trainer.validate(task, data.eval_dataloader(split), verbose=False)
+    return task.valid_figures
+
+
+def _fit(
+    task: PretrainTask | FinetuneTask,
+    data: SpeechDataModule,
+    train: TrainConfig,
+    optim: OptimConfig,
+    out: Path,
+    resume: bool,
+) -> None:
+    max_steps = train.max_steps or optim.schedule.total_steps
+    metrics = CSVMetrics(out / "metrics.csv")
+    checkpoints = ModelCheckpoint(
+        out / "checkpoints",
+        filename="{step}",
+        every_n_train_steps=train.checkpoint_every,
+        save_top_k=2,
+        monitor="step",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer = pl.Trainer(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            num_nodes=train.num_nodes,
+            precision=train.precision,  # type: ignore[arg-type]
+            max_epochs=-1,
+            max_steps=max_steps,
+            accumulate_grad_batches=train.accumulate,
+            gradient_clip_val=optim.clip_norm,
+            gradient_clip_algorithm="norm",
+            val_check_interval=train.val_every * train.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard")],
+            callbacks=[checkpoints, Progress(train.log_every, max_steps)],
+        )
+        last = out / "checkpoints" / "last.ckpt"
+        trainer.fit(task, data, ckpt_path=last if resume else None, weights_only=True)
+        if trainer.global_step % train.val_every:
+            trainer.validate(task, data, verbose=False)
+    if trainer.is_global_zero:
+        save_weights(task.model, out)
+
+
+def _silence_lightning() -> None:
+    """Advice that does not apply: workers are a setting of ours, and the loader's length is not known by design."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*DynamicBucketingSampler with an eagerly read CutSet.*",
+        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _check_device(train: TrainConfig) -> None:
+    if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--train.accelerator {train.accelerator} needs a CUDA device, none is visible; use cpu")
+    known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+    if train.precision not in known:
+        raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if resume:
+        if not (out / "checkpoints" / "last.ckpt").is_file():
+            raise UsageError(f"nothing to resume in {out}: expected {out / 'checkpoints' / 'last.ckpt'}")
+    elif out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty; choose another --out, or go on with --resume")
+
+
+@rank_zero_only
+def _start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / CONFIG)
+    if not resume:
+        (out / "environment.json").write_text(json.dumps(environment(splits), indent=2) + "\n")
+
+
+def environment(splits: Splits) -> dict[str, Any]:
+    """Versions, machine, source revision and data of a run."""
+    packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "git_revision": revision.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "data": describe(splits),
+    }
