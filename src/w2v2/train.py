@@ -168,12 +168,20 @@ def _fit(
             logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard")],
             callbacks=[checkpoints, Progress(train.log_every, max_steps)],
         )
-        last = out / "checkpoints" / "last.ckpt"
-        trainer.fit(task, data, ckpt_path=last if resume else None, weights_only=True)
+        last = _last_checkpoint(out) if resume else None
+        if last is not None:
+            saved = torch.load(last, map_location="cpu", weights_only=True)
+            data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+            metrics.resume_at(saved["global_step"])
+        trainer.fit(task, data, ckpt_path=last, weights_only=True)
         if trainer.global_step % train.val_every:
             trainer.validate(task, data, verbose=False)
     if trainer.is_global_zero:
         save_weights(task.model, out)
+
+
+def _last_checkpoint(out: Path) -> Path:
+    return out / "checkpoints" / "last.ckpt"
 
 
 def _silence_lightning() -> None:
@@ -197,8 +205,8 @@ def _check_device(train: TrainConfig) -> None:
 
 def _check_folder(out: Path, resume: bool) -> None:
     if resume:
-        if not (out / "checkpoints" / "last.ckpt").is_file():
-            raise UsageError(f"nothing to resume in {out}: expected {out / 'checkpoints' / 'last.ckpt'}")
+        if not _last_checkpoint(out).is_file():
+            raise UsageError(f"nothing to resume in {out}: expected {_last_checkpoint(out)}")
     elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out, or go on with --resume")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -150,8 +151,9 @@ class _CropConstraint(TimeConstraint):
 class EpochSampler:
     """Yields (epoch, cuts): lhotse's bucketing sampler, with the epoch travelling beside the cuts to any worker."""
 
-    def __init__(self, sampler: DynamicBucketingSampler) -> None:
+    def __init__(self, sampler: DynamicBucketingSampler, skip: int = 0) -> None:
         self.sampler = sampler
+        self.skip = skip  # batches of the first pass that a run had before it was resumed; nothing is decoded for them
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,12 +162,22 @@ class EpochSampler:
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[int, CutSet]]:
-        for cuts in self.sampler:
+        skip, self.skip = self.skip, 0
+        for cuts in itertools.islice(self.sampler, skip, None):
             yield self.epoch, cuts
 
 
 class SpeechDataModule(pl.LightningDataModule):
-    """Loaders of a corpus for pretraining (``encode`` None: crops of one length) or fine-tuning (whole utterances)."""
+    """Loaders of a corpus for pretraining (``encode`` None: crops of one length) or fine-tuning (whole utterances).
+
+    Args:
+        splits: cuts by name.
+        config: how to batch.
+        seed: of order and crops.
+        normalize: as for :class:`SpeechDataset`.
+        encode: transcript -> labels.
+        skip: batches that a resumed run has already had of its first pass.
+    """
 
     def __init__(
         self,
@@ -175,9 +187,11 @@ class SpeechDataModule(pl.LightningDataModule):
         seed: int = 0,
         normalize: bool = False,
         encode: Encode | None = None,
+        skip: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.seed, self.normalize, self.encode = config, seed, normalize, encode
+        self.skip = skip
         self.splits = {name: self._long_enough(name, cuts) for name, cuts in splits.items()}
 
     def _long_enough(self, name: str, cuts: CutSet) -> CutSet:
@@ -203,7 +217,7 @@ class SpeechDataModule(pl.LightningDataModule):
             normalize=self.normalize,
             encode=self.encode,
         )
-        return self._loader(dataset, self.splits["train"], max_seconds, shuffle=True)
+        return self._loader(dataset, self.splits["train"], max_seconds, shuffle=True, skip=self.skip)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The valid split in a fixed order."""
@@ -216,18 +230,19 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader(dataset, self.splits[split], max_seconds, shuffle=False)
 
     def _loader(
-        self, dataset: SpeechDataset, cuts: CutSet, max_seconds: float | None, *, shuffle: bool
+        self, dataset: SpeechDataset, cuts: CutSet, max_seconds: float | None, *, shuffle: bool, skip: int = 0
     ) -> DataLoader[Batch]:
         constraint = _CropConstraint(max_duration=self.config.batch_seconds, max_seconds=max_seconds)
         sampler = EpochSampler(
             DynamicBucketingSampler(
                 cuts,
                 constraint=constraint,
-                num_buckets=min(self.config.num_buckets, len(cuts)),
+                num_buckets=max(2, min(self.config.num_buckets, len(cuts))),
                 shuffle=shuffle,
                 seed=self.seed,
                 **_ranks(),
-            )
+            ),
+            skip,
         )
         return DataLoader(
             dataset,

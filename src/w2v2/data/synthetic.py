@@ -16,6 +16,7 @@ import bisect
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -439,10 +440,10 @@ def _draw_text(rng: np.random.Generator, letters: float) -> str:
 def _utterance(
     speaker: Speaker, session: _Session, rng: np.random.Generator, pace: float, target: float
 ) -> tuple[str, NDArray[np.int16], list[Word]]:
-    """Transcript, audio and word times of about `target` seconds; `pace` is letters per second."""
+    """Transcript, audio and word times of about `target` seconds; `pace` is a first guess, letters per second."""
     best: tuple[float, str, Speech, float, float] | None = None
-    attempts = 0
-    while best is None or (attempts < 8 and abs(best[0] - target) > 0.2 + 0.02 * target):
+    attempts, target = 0, min(max(target, MIN_SECONDS + 0.5), MAX_SECONDS - 0.5)
+    while best is None or (attempts < 8 and abs(best[0] - target) > 0.3 + 0.03 * target):
         attempts += 1
         lead, tail = rng.uniform(0.1, 0.4, 2)
         text = _draw_text(rng, (target - lead - tail) * pace)
@@ -451,6 +452,7 @@ def _utterance(
         inside = MIN_SECONDS + 0.01 < seconds < MAX_SECONDS - 0.01
         if inside and (best is None or abs(seconds - target) < abs(best[0] - target)):
             best = (seconds, text, speech, lead, tail)
+        pace *= math.sqrt(target / seconds)  # half the correction: a text's own pace is chance, too
     _, text, speech, lead, tail = best
     audio, words = _record(speech, session, rng, lead, tail)
     return lexicon.transcript(text), audio, words

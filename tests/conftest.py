@@ -1,0 +1,53 @@
+"""A small corpus of our own making: syllable-like bursts of coloured noise and tones, no speech needed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+RATE = 16_000
+WORDS = ("SUN", "MOON", "STAR", "SKY", "RAIN", "WIND")
+
+
+def sound(seconds: float, seed: int, rate: int = RATE) -> np.ndarray:
+    """Bursts of harmonics whose pitch and formant change every 80-240 ms."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    audio = np.zeros_like(t)
+    start = 0.0
+    while start < seconds:
+        length = rng.uniform(0.08, 0.24)
+        inside = (t >= start) & (t < start + length)
+        pitch, formant = rng.uniform(90, 220), rng.uniform(300, 2500)
+        for k in range(1, 20):
+            gain = np.exp(-(((k * pitch - formant) / 400) ** 2))
+            audio[inside] += gain * np.sin(2 * np.pi * k * pitch * t[inside])
+        start += length
+    audio += 0.01 * rng.standard_normal(len(t))
+    return (0.3 * audio / np.abs(audio).max()).astype(np.float32)
+
+
+def write_corpus(root: Path, subsets: dict[str, int], utterances: int = 4, suffix: str = "flac") -> Path:
+    """LibriSpeech layout: so many speakers in each subset, utterances of 2 to 4 s."""
+    speaker = 100
+    for subset, speakers in subsets.items():
+        for _ in range(speakers):
+            speaker += 1
+            folder = root / subset / str(speaker) / "1"
+            folder.mkdir(parents=True)
+            lines = []
+            for i in range(utterances):
+                name = f"{speaker}-1-{i:04d}"
+                rng = np.random.default_rng([speaker, i])
+                audio = sound(rng.uniform(2.0, 4.0), seed=speaker * 100 + i)
+                soundfile.write(folder / f"{name}.{suffix}", audio, RATE)
+                lines.append(f"{name} {' '.join(rng.choice(WORDS, 4))}\n")
+            (folder / f"{speaker}-1.trans.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four training speakers, one to validate on, one to test on."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"), {"train-clean": 4, "dev-clean": 1, "test-clean": 1})
