@@ -174,7 +174,7 @@ def test_ranks_share_a_pass_without_overlap_and_take_as_many_batches(corpus: Pat
 
     one, two = part(0), part(1)
     assert len(one) == len(two)
-    assert Counter(sum(one, []) + sum(two, [])) == Counter(cut.id for cut in cuts)
+    assert Counter(name for batch in one + two for name in batch) == Counter(cut.id for cut in cuts)
 
 
 def test_validation_crops_depend_on_the_utterance_alone(corpus: Path) -> None:

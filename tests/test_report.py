@@ -14,9 +14,8 @@ import pytest
 from w2v2.errors import UsageError
 from w2v2.report import MAX_POINTS, write_demo_report, write_run_report
 
-WORDS = "THE OLD MAN SAW A SMALL BOAT NEAR THE RIVER AND CALLED HIS BROTHER TO LOOK AT IT WITH HIM".split()
+WORDS = ("THE", "OLD", "MAN", "SAW", "A", "SMALL", "BOAT", "NEAR", "RIVER", "AND", "CALLED", "HIS", "BROTHER", "TO")
 CER = {"finetuned": [1.0, 0.631, 0.472, 0.3921], "scratch": [1.0, 0.812, 0.6666, 0.5804]}
-VOID = {"meta", "br", "use", "path", "image", "rect", "stop"}
 
 
 def write_metrics(run: Path, columns: dict[str, dict[int, float]]) -> None:
@@ -244,25 +243,36 @@ def test_transcripts_are_escaped_and_differences_marked(page: Page) -> None:
 
 
 def test_masked_share_and_dead_entries(page: Page) -> None:
-    assert "s7-u<3>: 16% of 200 frames masked, in 6 spans" in page.text
+    assert "Utterance s7-u<3>: 16% of 200 frames masked, in 6 spans" in page.text
     assert "Codebook 1: 250 of 320 entries used, 70 dead" in page.text
 
 
 def test_report_of_a_run(tmp_path: Path) -> None:
     pretrain_run(tmp_path / "mine", np.random.default_rng(1))
     page = Page(write_run_report(tmp_path / "mine"))
-    assert page.headings == ["Run mine", "What ran", "Final figures", "Curves", "Settings and environment"][:4]
+    assert page.headings == ["Run mine", "What ran", "Final figures, not the best", "Curves"]
     assert len(page.all("svg")) == 5  # loss, contrastive, accuracy, perplexities, learning rate
     assert "4,000 optimiser updates" in page.text and "tiny" in page.text
+    accuracy = float(re.search(r"Accuracy</th><td>([\d.]+)%</td>", page.source)[1])
+    assert 25 < accuracy < 31
 
 
 def test_long_run_is_thinned_and_undefined_values_pass(tmp_path: Path) -> None:
     steps = {step: 2.0 + math.sin(step) for step in range(1, 5001)}
-    write_metrics(tmp_path, {"train/my_own": steps, "valid/wer": {10: math.nan}})
+    diverged = {10: math.nan, 20: math.inf, 30: 1.0}
+    write_metrics(
+        tmp_path,
+        {
+            "train/my_<own>$": steps,
+            "epoch": {10: 1.0, 20: 2.0},
+            "valid/wer": {10: math.nan},
+            "train/contrastive": diverged,
+        },
+    )
     page = Page(write_run_report(tmp_path))
     path = re.search(r'<g id="my-own-training">\s*<path d="([^"]*)"', page.source)
     assert path is not None and len(re.findall("[ML]", path[1])) <= MAX_POINTS
-    assert "My own" in page.text
+    assert "My <own>$" in page.text and "Epoch" in page.text
 
 
 def test_same_input_same_page(folder: Path, page: Page) -> None:
@@ -291,6 +301,13 @@ def test_what_is_missing_is_said_in_one_line(case: str, folder: Path, tmp_path: 
     with pytest.raises(UsageError, match=expected[case]) as error:
         write_demo_report(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["epoch,loss\n1,2\n", "step,loss\n1,2e-\n", "step,loss\n1,2,3\n"])
+def test_metrics_of_another_kind(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(UsageError, match=r"expected a column step and numbers, got \w+Error .*; name a folder"):
+        write_run_report(tmp_path)
 
 
 def test_run_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -79,15 +79,15 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
     """The model of a pretraining run, in evaluation mode."""
-    _expect(run, CONFIG)
+    expect_file(run, CONFIG)
     config = load_config(run / CONFIG, PretrainConfig)
     return load_weights(config.model.build(), run).eval()
 
 
 def load_recognizer(run: Path) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
     """The model of a fine-tuning run, in evaluation mode, and its vocabulary."""
-    _expect(run, CONFIG)
-    _expect(run, VOCABULARY)
+    expect_file(run, CONFIG)
+    expect_file(run, VOCABULARY)
     config = load_config(run / CONFIG, FinetuneConfig)
     vocabulary = Vocabulary.load(run / VOCABULARY)
     return load_weights(Wav2Vec2ForCTC(config.model, len(vocabulary.labels)), run).eval(), vocabulary
@@ -95,10 +95,11 @@ def load_recognizer(run: Path) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
 
 def pretrained_config(run: Path) -> Wav2Vec2Config:
     """The model configuration of a pretraining run."""
-    _expect(run, CONFIG)
+    expect_file(run, CONFIG)
     return load_config(run / CONFIG, PretrainConfig).model
 
 
-def _expect(run: Path, name: str) -> None:
+def expect_file(run: Path, name: str) -> None:
+    """Refuse a folder without some file."""
     if not (run / name).is_file():
         raise UsageError(f"no {run / name}: expected a finished run folder; check the path")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import sys
@@ -90,13 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
         sub.add_argument("-h", "--help", action="store_true", help="this; with RECIPE, its settings too")
         sub.set_defaults(parser=sub)
-    finetune.add_argument(
-        "--minutes", type=float, help="use only about so many minutes of labels, over all speakers"
-    )
+    finetune.add_argument("--minutes", type=float, help="use only about so many minutes of labels, over all speakers")
 
-    evaluate = verb(
-        "evaluate", _evaluate, "loss and accuracy of a pretraining run, or WER and CER of a fine-tuned one"
-    )
+    evaluate = verb("evaluate", _evaluate, "loss and accuracy of a pretraining run, or WER and CER of a fine-tuned one")
     evaluate.add_argument("model", type=Path, help="run folder")
     evaluate.add_argument("--data", type=Path, required=True, help="prepared folder, or folder in LibriSpeech layout")
     evaluate.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
@@ -220,9 +217,11 @@ def override(config: T, args: Sequence[str], prog: str) -> T:
 
 def _one_line(box: str) -> str:
     """tyro's framed complaint as one line, with its first suggestion."""
-    lines = [line.strip("│╭╰─╮╯ \t") for line in box.splitlines()[1:]]
-    problem = " ".join(lines[: lines.index("") if "" in lines else None])
-    hints = [line for line in lines if line.startswith("--")]
+    frame = set("─-+╭╮╰╯│| ")
+    lines = [line.strip("│| \t") for line in box.splitlines() if set(line) - frame and line[0] not in "╭+"]
+    asides = ("Perhaps you meant", "Argument helptext", "Got errors", "For full helptext")
+    problem = " ".join(itertools.takewhile(lambda line: not line.startswith(asides), lines))
+    hints = [line.split()[0] for line in lines[1:] if line.startswith("--")]
     return f"{problem}; did you mean {hints[0]}?" if "Unrecognized" in problem and hints else problem
 
 

@@ -59,10 +59,12 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     """
     _claim(out)
     seconds: dict[str, float] = {}
+    source = f"--data {data}" if data is not None else f"--hours {hours:g}"
     if data is None:
         data = out / "corpus"
         with _stage("synthesise", seconds):
-            synthesize(data, SyntheticConfig(hours=hours, seed=seed))
+            held_out = {"valid_hours": max(0.05 * hours, 0.02), "test_hours": max(0.1 * hours, 0.02)}
+            synthesize(data, SyntheticConfig(hours=hours, **held_out, seed=seed))
     with _stage("prepare", seconds):
         prepare(data, out / "manifest")
         splits = read_corpus(out / "manifest")
@@ -92,7 +94,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         **{arm: {"wer": rate.wer, "cer": rate.cer} for arm, rate in rates.items()},
         "seconds": {**seconds, "total": sum(seconds.values())},
         "peak_memory_gib": _peak_memory_gib(),
-        "seed": seed,
+        "command": f"w2v2 demo {source} --seed {seed} --shrink {shrink:g}",
         "test_split": split,
         "labelled_minutes": sum(cut.duration for cut in labelled["train"]) / 60,
         "data": describe(splits),

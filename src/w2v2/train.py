@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from w2v2.checkpoint import (
     CONFIG,
     VOCABULARY,
+    expect_file,
     load_encoder,
     load_pretrained,
     load_recognizer,
@@ -110,6 +111,7 @@ def finetune(
 
 def evaluate(run: Path, splits: Splits, split: str) -> dict[str, float]:
     """Figures of a finished run on a split: ``wer`` and ``cer``, or loss, accuracies and perplexities."""
+    expect_file(run, CONFIG)
     task: PretrainTask | FinetuneTask
     if (run / VOCABULARY).exists():
         config = load_config(run / CONFIG, FinetuneConfig)
@@ -201,6 +203,9 @@ def _check_device(train: TrainConfig) -> None:
     known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
+    on_cpu = train.accelerator == "cpu" or (train.accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and train.precision == "16-mixed":
+        raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -223,7 +228,7 @@ def environment(splits: Splits) -> dict[str, Any]:
     """Versions, machine, source revision and data of a run."""
     packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
     revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
         "python": platform.python_version(),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -77,7 +78,8 @@ class GumbelVectorQuantizer(nn.Module):
         """Quantise (N, input_dim) features; in training with Gumbel noise, else by the largest logit. All in fp32."""
         with torch.autocast(x.device.type, enabled=False):
             # The projector takes part: choices between 320 near-equal logits need more than bf16's eight bits.
-            logits = self.projector(x.float()).unflatten(-1, (self.n_groups, self.n_entries))  # (N, G, V)
+            logits = F.linear(x.float(), self.projector.weight.float(), self.projector.bias.float())
+            logits = logits.unflatten(-1, (self.n_groups, self.n_entries))  # (N, G, V)
             probs = logits.softmax(-1)
             best = logits.argmax(-1)
             if self.training:

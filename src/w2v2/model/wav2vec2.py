@@ -144,9 +144,15 @@ class FeatureProjection(nn.Module):
         """features (B, T, C) or packed -> normalised, same shape; projected (B, T, D), before dropout."""
         if self.utterance_norm:
             rows = features.split(list(lengths), dim=1) if lengths is not None else (features,)
-            features = torch.cat([F.instance_norm(row.mT.float()).mT for row in rows], dim=1)
+            features = torch.cat([_normalize_over_time(row) for row in rows], dim=1)
         normalised = self.norm(features)
         return normalised, self.linear(normalised)
+
+
+def _normalize_over_time(x: Tensor) -> Tensor:
+    """(B, T, C) with zero mean and unit variance over T; fp32."""
+    var, mean = torch.var_mean(x.float(), dim=1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + 1e-5)
 
 
 class Wav2Vec2(nn.Module):
@@ -184,7 +190,11 @@ class Wav2Vec2(nn.Module):
         init_weights(self)
 
     def forward(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
-        """Encode audio.
+        """``encode``."""
+        return self.encode(audio, lengths)
+
+    def encode(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+        """Encode audio, also with the models that have this one inside.
 
         Args:
             audio: (B, S) float32 at 16 kHz, padded with anything where lengths differ.

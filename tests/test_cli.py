@@ -1,0 +1,164 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import write_corpus
+
+from w2v2.cli import main
+
+NANO = [
+    "--train.max-steps", "2", "--train.log-every", "1", "--train.val-every", "2", "--train.checkpoint-every", "2",
+    "--model.n-layer", "1", "--model.n-embd", "48", "--model.ffn-dim", "48",
+]  # fmt: skip
+
+
+def test_prepare_pretrain_finetune_evaluate_report_one_after_the_other(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, run, ctc = (str(tmp_path / name) for name in ("manifest", "run", "ctc"))
+    assert main(["prepare", str(corpus), manifest]) == 0
+    assert main(["pretrain", "tiny", "--data", manifest, "--out", run, *NANO]) == 0
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    assert main(["evaluate", run, "--data", manifest, "--split", "test"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() >= {"contrastive", "accuracy", "accuracy_all_masked"}
+    tune = ["finetune", "tiny_ctc", "--data", manifest, "--init-from", run, "--out", ctc, "--minutes", "0.3"]
+    assert main([*tune, *NANO[:8]]) == 0
+    assert main(["evaluate", ctc, "--data", manifest]) == 0
+    assert json.loads(capsys.readouterr().out).keys() >= {"wer", "cer"}
+    (tmp_path / "run" / "report.html").unlink()
+    assert main(["report", run]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_resume_goes_on_where_the_run_stopped(corpus: Path, tmp_path: Path) -> None:
+    call = ["pretrain", "tiny", "--data", str(corpus), "--out", str(tmp_path / "run"), *NANO]
+    assert main(call) == 0
+    assert main([*call, "--resume", "--train.max-steps", "4"]) == 0
+    steps = [line.split(",")[0] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    assert steps == ["step", "1", "2", "3", "4"]
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Exit code 2 and exactly one line on standard error, which is returned."""
+    assert main(list(argv)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in said if not line.startswith(("train:", "valid:"))]
+    assert len(said) == 1, said
+    assert said[0].startswith("w2v2: error: ")
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nano"], "unknown recipe 'nano': expected one of base, paper_base"),
+        (["./none.py:f"], "no recipe file ./none.py"),
+        (
+            ["tiny", "--train.max-step", "2"],
+            "Unrecognized options: --train.max-step, 2; did you mean --train.max-steps",
+        ),
+        (["tiny", "--train.max-steps", "two"], "Error parsing --train.max-steps"),
+        (["tiny", "--train.max-steps", "-1"], "--train.max-steps must be more than 0, got -1"),
+        (["tiny", "--train.precision", "fp8"], "--train.precision must be one of"),
+        (["tiny", "--train.accelerator", "gpu"], "needs a CUDA device"),
+        (["tiny", "--data.max-seconds", "25", "--data.batch-seconds", "25"], "gives crops of 1250 frames, more than"),
+        (["tiny", "--data.batch-seconds", "1"], "must hold at least one crop"),
+        (["tiny", "--data.min-seconds", "0.01"], "must leave a few frames to mask"),
+        (["tiny", "--data.min-seconds", "3.9", "--data.max-seconds", "3.9"], "no utterance of the"),
+        (["tiny", "--model.n-head", "5"], "must be a multiple of n-head (5), got 192"),
+        (["tiny", "--model.conv-norm", "batch"], "must be 'layer' or 'group:N'"),
+        (["tiny", "--model.conv-norm", "group:7"], "needs groups that divide"),
+        (["tiny", "--model.conv-strides", "5", "2"], "one number for each of the 7 conv-channels"),
+        (["tiny", "--loss-weights.diversity", "much"], "--loss-weights.diversity"),
+        (["tiny", "--init-from", "nowhere"], "no nowhere/model.safetensors"),
+        (["tiny", "--resume"], "nothing to resume"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_leaves_nothing_behind(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    line = refuse(capsys, "pretrain", *options, "--data", str(corpus), "--out", str(out))
+    assert message in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "unreadable", "short", "full"])
+def test_a_fault_in_the_data_or_the_folder_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    said = {
+        "missing": "no folder",
+        "empty": "no audio in",
+        "unreadable": "cannot read",
+        "short": "no utterance of the train split is as long as --data.min-seconds 2",
+        "full": "is not empty; choose another --out",
+    }[fault]
+    if fault != "missing":
+        data.mkdir()
+    if fault in ("unreadable", "full"):
+        write_corpus(data, {"train": 1, "dev": 1}, utterances=2)
+    if fault == "unreadable":
+        (data / "train" / "101" / "1" / "101-1-0000.flac").write_bytes(b"nothing")
+    if fault == "short":  # shorter than the receptive field of one frame, 400 samples
+        for speaker in (1, 2):
+            folder = data / "train" / str(speaker)
+            folder.mkdir(parents=True)
+            soundfile.write(folder / f"{speaker}-1.flac", np.zeros(300), 16_000)
+    if fault == "full":
+        out.mkdir()
+        (out / "thesis.tex").write_text("all of it")
+    line = refuse(capsys, "pretrain", "tiny", "--data", str(data), "--out", str(out))
+    assert said in line
+    if fault == "full":
+        assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    else:
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_file_that_turns_bad_during_training_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    data = write_corpus(tmp_path / "data", {"train": 2, "dev": 1}, utterances=3)
+    bad = data / "train" / "101" / "1" / "101-1-0001.flac"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 8])  # the header is whole, the audio is not
+    argv = ["pretrain", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *NANO]
+    argv += ["--train.max-steps", "20", "--data.num-workers", workers]
+    assert main(argv) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("w2v2: error: ")
+    assert "101-1-0001.flac" in last
+
+
+def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no " in refuse(capsys, "evaluate", str(empty), "--data", str(corpus))
+    assert "--split must be one of" in refuse(capsys, "evaluate", str(empty), "--data", str(corpus), "--split", "dev")
+    assert "no folder" in refuse(capsys, "prepare", str(tmp_path / "none"), str(tmp_path / "out"))
+    assert "not of an earlier demo" in refuse(capsys, "demo", "--out", str(corpus))
+    assert "unknown arguments --fast" in refuse(capsys, "prepare", str(corpus), str(tmp_path / "out"), "--fast")
+    assert "metrics.csv" in refuse(capsys, "report", str(empty))
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_answers_without_torch_and_lists_recipes_and_settings() -> None:
+    code = "import sys; from w2v2.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pretrain" in done.stdout
+    assert done.stdout.strip().endswith("False")
+    command = shutil.which("w2v2") or str(Path(sys.executable).parent / "w2v2")
+    said = subprocess.run([command, "pretrain", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "paper_base" in said
+    said = subprocess.run([command, "pretrain", "tiny", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--data DIR" in said or "--data DATA" in said
+    assert "--train.max-steps" in said
+    assert "fairseq" in said

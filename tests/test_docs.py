@@ -1,0 +1,61 @@
+"""Whatever README and docs show is run: each page's shell and Python blocks, one after the other, in one folder."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_corpus
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
+
+# What makes a command small enough for a test; nothing that changes what it does.
+FEWER = "--train.max-steps 2 --train.log-every 1 --train.val-every 2 --train.checkpoint-every 2 --data.num-workers 0"
+THIN = "--model.n-layer 1 --model.n-embd 48 --model.ffn-dim 48 --model.pos-conv-groups 4 --model.n-head 4"
+SHRINK = {
+    "demo": "--shrink 200",
+    "pretrain": f"{FEWER} {THIN} --data.batch-seconds 5 --data.max-seconds 3 --train.accumulate 1",
+    "finetune": FEWER,
+}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+def small(command: str) -> list[str]:
+    words = shlex.split(command, comments=True)
+    if words[0] != "w2v2":
+        return words
+    shrunk = [*words, *shlex.split(SHRINK.get(words[1], ""))]
+    if words[1] == "pretrain":  # the precision of a GPU recipe does not exist in reasonable time on a CPU
+        shrunk += ["--train.precision", "32-true"]
+    return [str(Path(sys.executable).parent / "w2v2"), *shrunk[1:]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "my_speech", {"train-clean-100": 4, "dev-clean": 1, "test-clean": 1})
+    shutil.copytree(tmp_path / "my_speech", tmp_path / "LibriSpeech")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = 0
+    for language, text in blocks(page):
+        if language == "python" and text.startswith("# "):  # a file to write, named in its first line
+            (tmp_path / text.split("\n")[0].removeprefix("# ")).write_text(text)
+            continue
+        if language == "python":
+            commands = [[sys.executable, "-c", text]]
+        else:
+            lines = text.replace("\\\n", " ").splitlines()
+            commands = [small(line) for line in lines if line.strip() and not line.startswith(("make ", "git ", "cd "))]
+        for command in commands:
+            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            ran += 1
+    assert ran or page.name not in ("README.md", "extending.md")
