@@ -2,11 +2,12 @@
 
     python benchmarks/training_step.py --rounds 5 --out benchmarks/results/training_step.json
 
-Both run wav2vec 2.0 BASE (12 heads, GroupNorm first, 2 x 320 entries), forward, backward and AdamW (fused for both), fp32,
-with masks and distractors given. Two workloads: four crops of one length, as pretraining has them, and four utterances of
-unequal lengths, as fine-tuning has them; there Hugging Face pads, and we do not. Attention and feed-forward dropout are set
-to 0 for both: Hugging Face would also drop out feed-forward activations, and the fused CPU attention has none.
-Times are of one process with the given threads; the ratio is of medians of pairs taken in turn.
+Both run wav2vec 2.0 BASE (12 heads, GroupNorm first, 2 x 320 entries): forward, backward, AdamW (fused for both),
+fp32, with masks and distractors given. Two workloads: four crops of one length, as pretraining has them, and four
+utterances of unequal lengths, as fine-tuning has them; there Hugging Face pads, and we do not. Attention and feed-
+forward dropout are set to 0 for both: Hugging Face would also drop out feed-forward activations, and the fused CPU
+attention has none. Times are of one process with the given threads; the ratio is the median over pairs taken in
+turn.
 """
 
 from __future__ import annotations

@@ -34,8 +34,6 @@ def small(command: str) -> list[str]:
     if words[0] != "w2v2":
         return words
     shrunk = [*words, *shlex.split(SHRINK.get(words[1], ""))]
-    if words[1] == "pretrain":  # the precision of a GPU recipe does not exist in reasonable time on a CPU
-        shrunk += ["--train.precision", "32-true"]
     return [str(Path(sys.executable).parent / "w2v2"), *shrunk[1:]]
 
 

@@ -211,7 +211,6 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     splits = {"train": few, "valid": few, "test": few}
     config = recipes.tiny_ctc()
     config.take_shape(load_config(run / "config.json", PretrainConfig).model)
-    config.model.mask_prob, config.model.conv_gradient_scale = 0.0, 1.0
     config.optim.schedule.peak, config.optim.schedule.total_steps = 1e-2, 200
     config.train.val_every = config.train.log_every = config.train.checkpoint_every = 100
     finetune(config, splits, tmp_path / "ctc", init_from=run)

@@ -45,8 +45,9 @@ class TrainConfig:
     """Optimiser steps at which this run ends; None: at the end of the schedule. It does not change the schedule."""
     accumulate: int = 1
     """Micro-batches per optimiser step and rank (``update_freq``)."""
-    precision: str = "32-true"
-    """Lightning's name: ``bf16-mixed``, ``16-mixed``, ``32-true``."""
+    precision: str = "auto"
+    """``bf16-mixed``, ``16-mixed``, ``bf16-true``, ``32-true``; ``auto``: bf16-mixed on a GPU that has it, else 32-true
+    (on a CPU bf16 is many times slower)."""
     accelerator: str = "auto"
     """Lightning's name: ``auto``, ``cpu``, ``gpu``."""
     devices: int = 1

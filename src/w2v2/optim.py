@@ -103,5 +103,5 @@ class OptimConfig:
             fused=True,
         )
         # Gradients have to be normalised and clipped before the step, so fp16 must not leave their scale to the kernel.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         return optimizer

@@ -155,7 +155,7 @@ def _fit(
             accelerator=train.accelerator,
             devices=train.devices,
             num_nodes=train.num_nodes,
-            precision=train.precision,  # type: ignore[arg-type]
+            precision=_precision(train),  # type: ignore[arg-type]
             max_epochs=-1,
             max_steps=max_steps,
             accumulate_grad_batches=train.accumulate,
@@ -200,12 +200,21 @@ def _silence_lightning() -> None:
 def _check_device(train: TrainConfig) -> None:
     if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UsageError(f"--train.accelerator {train.accelerator} needs a CUDA device, none is visible; use cpu")
-    known = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+    known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
-    on_cpu = train.accelerator == "cpu" or (train.accelerator == "auto" and not torch.cuda.is_available())
-    if on_cpu and train.precision == "16-mixed":
+    if not _on_gpu(train) and train.precision == "16-mixed":
         raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
+
+
+def _on_gpu(train: TrainConfig) -> bool:
+    return train.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _precision(train: TrainConfig) -> str:
+    if train.precision != "auto":
+        return train.precision
+    return "bf16-mixed" if _on_gpu(train) and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -228,7 +237,10 @@ def environment(splits: Splits) -> dict[str, Any]:
     """Versions, machine, source revision and data of a run."""
     packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
     revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "python": platform.python_version(),
