@@ -16,10 +16,12 @@ from w2v2.data.corpora import read_corpus
 from w2v2.data.datamodule import SpeechDataModule
 from w2v2.errors import UsageError
 from w2v2.model.masking import keyed_generator
-from w2v2.model.wav2vec2 import SSLOutput
+from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2ForCTC
 from w2v2.optim import OptimConfig, WarmupLinear
 from w2v2.recipes import load_recipe, recipe_names
+from w2v2.tasks.finetune import FinetuneTask
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
+from w2v2.text import Vocabulary
 from w2v2.train import evaluate, finetune, pretrain
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_100_steps.csv"
@@ -299,3 +301,29 @@ def test_keyed_generators_differ_by_key() -> None:
     draw = lambda *key: torch.rand(4, generator=keyed_generator(*key)).tolist()  # noqa: E731
     assert draw(0, 1, "a") == draw(0, 1, "a")
     assert len({tuple(draw(*key)) for key in [(0, 1, "a"), (0, 1, "b"), (0, 2, "a"), (1, 1, "a"), (0, "1a")]}) == 5
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+@pytest.mark.parametrize("conv_gradient_scale", [0.0, 1.0])
+def test_every_parameter_that_learns_gets_a_gradient_so_that_no_rank_waits_for_one(
+    freeze_encoder: bool, conv_gradient_scale: float
+) -> None:
+    config = recipes.tiny_ctc()
+    config.model.conv_gradient_scale = conv_gradient_scale
+    model = Wav2Vec2ForCTC(config.model, 5).train()
+    task = FinetuneTask(model, Vocabulary.from_texts(["AB"]), config)
+    log_probs, _ = model(torch.randn(2, 8000), freeze_encoder=freeze_encoder)
+    log_probs[..., 1].sum().backward()
+    learning = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in learning.values())
+    moved = {name for name, p in learning.items() if p.grad.abs().sum() > 0}
+    assert "lm_head.weight" in moved
+    assert any(name.startswith("transformer") for name in moved) != freeze_encoder
+    assert any(name.startswith("feature_encoder") for name in learning) == (conv_gradient_scale > 0)
+
+
+def test_lengths_that_do_not_fit_the_audio_are_refused() -> None:
+    model = nano().model.build()
+    for lengths in ([8000], [8000, 8001], [8000, 8000, 8000]):
+        with pytest.raises(ValueError, match="lengths must be 2 numbers of samples, at most 8000 each"):
+            model.encode(torch.zeros(2, 8000), lengths)

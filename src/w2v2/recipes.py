@@ -151,11 +151,11 @@ def tiny() -> PretrainConfig:
         target_features="encoder",
         codebook_dim=64,
         similarity_dim=128,
-        gumbel_decay=0.25 ** (1 / 2_400),
+        gumbel_decay=0.25 ** (1 / 1_800),
     )
     config.loss_weights["diversity"] = 0.25
     config.data = DataConfig(batch_seconds=12.0, max_seconds=3.0, num_buckets=2, num_workers=0)
-    config.optim.schedule = WarmupCosine(peak=1.2e-3, warmup_steps=320, total_steps=4_000)
+    config.optim.schedule = WarmupCosine(peak=1.2e-3, warmup_steps=240, total_steps=3_000)
     config.train = TrainConfig(accelerator="cpu", log_every=50, val_every=500, checkpoint_every=1000)
     return config
 

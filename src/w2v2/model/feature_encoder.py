@@ -85,6 +85,7 @@ class FeatureEncoder(nn.Module):
             conv = nn.Conv1d(fan_in, width, kernel, stride, padding, bias=bias)
             self.conv_layers.append(nn.Sequential(conv, norm, nn.GELU()))
             fan_in = width
+        self.requires_grad_(gradient_scale > 0)
 
     def conv_weights(self) -> list[Tensor]:
         """(C_out, C_in, kernel) weight of each convolution."""

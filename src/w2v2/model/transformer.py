@@ -7,7 +7,7 @@ attention and the positional convolution look across frames, so only they use th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,16 @@ def pack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
 def repeat_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """(B, D), a row per utterance -> (sum of T, D), a row per frame."""
     return torch.cat([row.expand(n, -1) for row, n in zip(x, lengths, strict=True)])
+
+
+def touch(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """x, with a gradient of zero for parameters that had no part in it.
+
+    So the set of parameters with a gradient never changes, and DDP needs no search for unused ones.
+    """
+    touched: Tensor = torch.stack([p.reshape(-1)[0] for p in parameters if p.requires_grad]).sum()
+    out: Tensor = x + 0.0 * touched.to(x.dtype)
+    return out
 
 
 class PositionalConvEmbedding(nn.Module):
@@ -133,10 +143,5 @@ class TransformerBlock(nn.Module):
         return x
 
     def skip(self, x: Tensor) -> Tensor:
-        """Identity for a dropped layer that still gives its parameters a gradient, of zero.
-
-        So the set of parameters with a gradient never changes, and DDP needs no search for unused ones.
-        """
-        touched: Tensor = torch.stack([p.reshape(-1)[0] for p in self.parameters()]).sum()
-        out: Tensor = x + 0.0 * touched.to(x.dtype)
-        return out
+        """Identity, for a dropped layer."""
+        return touch(x, self.parameters())

@@ -17,7 +17,7 @@ from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, fe
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, output_lengths
 from w2v2.model.masking import Draws, draw, equalize_masks, keyed_generator, sample_span_mask
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, repeat_rows, unpack
+from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, repeat_rows, touch, unpack
 
 SAMPLE_RATE = 16_000
 
@@ -204,7 +204,7 @@ class Wav2Vec2(nn.Module):
             (B, T, D) contextual vectors, zero after an utterance's end, and the frames T of each utterance.
 
         Raises:
-            ValueError: an utterance is shorter than one frame.
+            ValueError: lengths that do not fit the audio, or an utterance shorter than one frame.
         """
         frames, packed = self.frame_lengths(audio, lengths)
         features = self.feature_encoder(audio, lengths if packed else None)
@@ -214,6 +214,10 @@ class Wav2Vec2(nn.Module):
     def frame_lengths(self, audio: Tensor, lengths: Sequence[int] | None) -> tuple[list[int], list[int] | None]:
         """Frames of each utterance of (B, S) audio, and the same again if they must be packed, else None."""
         samples = [audio.shape[1]] * audio.shape[0] if lengths is None else list(lengths)
+        if len(samples) != audio.shape[0] or max(samples) > audio.shape[1]:
+            raise ValueError(
+                f"lengths must be {audio.shape[0]} numbers of samples, at most {audio.shape[1]} each, got {samples}"
+            )
         frames = self.feature_encoder.output_lengths(samples)
         if 0 in frames:
             raise ValueError(
@@ -425,6 +429,8 @@ class Wav2Vec2ForCTC(Wav2Vec2):
                 channels=channels,
                 keep_layers=keep_layers,
             )
+        if freeze_encoder and self.training:
+            x = touch(x, (p for name, p in self.named_parameters() if not name.startswith("lm_head.")))
         logits = self.lm_head(unpack(x, packed))
         return logits.float().log_softmax(-1), frames
 

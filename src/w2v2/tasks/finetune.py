@@ -38,6 +38,7 @@ class FinetuneTask(NormalizedTask):
     def __init__(self, model: Wav2Vec2ForCTC, vocabulary: Vocabulary, config: FinetuneConfig) -> None:
         super().__init__(config.optim, config.train.seed)
         self.model, self.vocabulary, self.config = model, vocabulary, config
+        model.mask_vector.requires_grad_(config.model.mask_prob > 0)
         self.valid_sums = Sums()
         self.references: list[str] = []
         self.hypotheses: list[str] = []
