@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+import w2v2
 from w2v2 import recipes
-from w2v2.checkpoint import load_pretrained, load_recognizer
+from w2v2.checkpoint import load_pretrained
 from w2v2.config import FinetuneConfig, PretrainConfig, from_dict, load_config, to_dict
 from w2v2.data.corpora import read_corpus
 from w2v2.data.datamodule import SpeechDataModule
@@ -19,10 +21,10 @@ from w2v2.model.masking import keyed_generator
 from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2ForCTC
 from w2v2.optim import OptimConfig, WarmupLinear
 from w2v2.recipes import load_recipe, recipe_names
-from w2v2.tasks.finetune import FinetuneTask
+from w2v2.tasks.finetune import FinetuneTask, evaluate_recognizer, finetune, load_recognizer
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
 from w2v2.text import Vocabulary
-from w2v2.train import evaluate, finetune, pretrain
+from w2v2.train import evaluate_pretrained, pretrain
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_100_steps.csv"
 
@@ -103,7 +105,7 @@ def test_the_weights_of_a_run_start_another(run: Path, corpus: Path, tmp_path: P
 
 
 def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> None:
-    figures = evaluate(run, read_corpus(corpus), "valid")
+    figures = evaluate_pretrained(run, read_corpus(corpus), "valid")
     for name, value in figures.items():
         assert column(run, f"valid/{name}")[-1] == pytest.approx(value, rel=1e-5), name
 
@@ -217,7 +219,7 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     config.train.val_every = config.train.log_every = config.train.checkpoint_every = 100
     finetune(config, splits, tmp_path / "ctc", init_from=run)
     assert column(tmp_path / "ctc", "valid/cer")[-1] < 0.2
-    assert column(tmp_path / "ctc", "valid/cer")[-1] == evaluate(tmp_path / "ctc", splits, "test")["cer"]
+    assert column(tmp_path / "ctc", "valid/cer")[-1] == evaluate_recognizer(tmp_path / "ctc", splits, "test")["cer"]
     _, vocabulary = load_recognizer(tmp_path / "ctc")
     assert vocabulary.labels[:3] == ("<blank>", "<unk>", "|")
 
@@ -327,3 +329,16 @@ def test_lengths_that_do_not_fit_the_audio_are_refused() -> None:
     for lengths in ([8000], [8000, 8001], [8000, 8000, 8000]):
         with pytest.raises(ValueError, match="lengths must be 2 numbers of samples, at most 8000 each"):
             model.encode(torch.zeros(2, 8000), lengths)
+
+
+def test_without_fine_tuning_decoding_and_text_pretraining_still_runs(corpus: Path, tmp_path: Path) -> None:
+    package = tmp_path / "src" / "w2v2"
+    shutil.copytree(Path(w2v2.__file__).parent, package)
+    for name in ("tasks/finetune.py", "decode.py", "text.py"):
+        (package / name).unlink()
+    call = [*["w2v2.cli", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"]]
+    call += ["--data", str(corpus), "--out", str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": str(package.parent)}
+    done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()

@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from w2v2.config import FinetuneConfig, PretrainConfig, load_config
+from w2v2.config import PretrainConfig, load_config
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
-from w2v2.text import Vocabulary
+from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForPretraining
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -82,15 +81,6 @@ def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
     expect_file(run, CONFIG)
     config = load_config(run / CONFIG, PretrainConfig)
     return load_weights(config.model.build(), run).eval()
-
-
-def load_recognizer(run: Path) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
-    """The model of a fine-tuning run, in evaluation mode, and its vocabulary."""
-    expect_file(run, CONFIG)
-    expect_file(run, VOCABULARY)
-    config = load_config(run / CONFIG, FinetuneConfig)
-    vocabulary = Vocabulary.load(run / VOCABULARY)
-    return load_weights(Wav2Vec2ForCTC(config.model, len(vocabulary.labels)), run).eval(), vocabulary
 
 
 def pretrained_config(run: Path) -> Wav2Vec2Config:

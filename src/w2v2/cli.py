@@ -140,7 +140,7 @@ def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.config import FinetuneConfig
     from w2v2.data.corpora import labelled_subset, read_corpus
     from w2v2.report import write_run_report
-    from w2v2.train import finetune
+    from w2v2.tasks.finetune import finetune
 
     config = _configure(args, rest, FinetuneConfig)
     if args.init_from is not None:
@@ -155,12 +155,16 @@ def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.checkpoint import VOCABULARY
     from w2v2.data.corpora import read_corpus
-    from w2v2.train import evaluate
 
     splits = read_corpus(args.data)
     if args.split not in splits:
         raise UsageError(f"--split must be one of {', '.join(splits)}, which {args.data} has; got {args.split!r}")
+    if (args.model / VOCABULARY).exists():
+        from w2v2.tasks.finetune import evaluate_recognizer as evaluate
+    else:
+        from w2v2.train import evaluate_pretrained as evaluate
     figures = evaluate(args.model, splits, args.split)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 

@@ -29,9 +29,9 @@ from w2v2.evaluate import error_rates
 from w2v2.model.masking import keyed_generator
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC, Wav2Vec2ForPretraining
 from w2v2.report import write_demo_report
-from w2v2.tasks.finetune import transcripts
+from w2v2.tasks.finetune import finetune, transcripts
 from w2v2.text import Vocabulary, normalize_text
-from w2v2.train import evaluate, finetune, pretrain
+from w2v2.train import evaluate_pretrained, pretrain
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     with _stage("pretrain", seconds):
         config = _scaled(recipes.tiny(), seed, shrink)
         pretrained = pretrain(config, splits, out / "pretrain")
-        figures = evaluate(out / "pretrain", splits, "valid")
+        figures = evaluate_pretrained(out / "pretrain", splits, "valid")
     labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
     with _stage("finetune", seconds):
         tuned, vocabulary = finetune(

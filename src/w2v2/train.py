@@ -17,27 +17,16 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from w2v2.checkpoint import (
-    CONFIG,
-    VOCABULARY,
-    expect_file,
-    load_encoder,
-    load_pretrained,
-    load_recognizer,
-    load_weights,
-    save_weights,
-)
+from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, load_config, save_config
 from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import SpeechDataModule
 from w2v2.data.prepare import describe
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
 from w2v2.optim import OptimConfig
 from w2v2.tasks.callbacks import CSVMetrics, Progress
-from w2v2.tasks.finetune import FinetuneTask
-from w2v2.tasks.pretrain import PretrainTask, step_seed
-from w2v2.text import Vocabulary
+from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, step_seed
 
 log = logging.getLogger(__name__)
 
@@ -58,70 +47,30 @@ def pretrain(
         UsageError: settings that cannot work, a folder that holds another run, weights that do not fit.
     """
     config.check()
-    _check_device(config.train)
-    _check_folder(out, resume)
+    check_device(config.train)
+    check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
     if init_from is not None:
         load_weights(model, init_from)
-    _start_folder(out, config, splits, resume)
+    start_folder(out, config, splits, resume)
     task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
-    _fit(task, data, config.train, config.optim, out, resume)
+    fit_task(task, data, config.train, config.optim, out, resume)
     return model
 
 
-def finetune(
-    config: FinetuneConfig,
-    splits: Splits,
-    out: Path,
-    *,
-    init_from: Path | None = None,
-    vocabulary: Vocabulary | None = None,
-    resume: bool = False,
-) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
-    """Fine-tune with CTC and leave a run folder.
-
-    Args:
-        config, splits, out, resume: as for ``pretrain``; cuts need transcripts.
-        init_from: pretraining run whose encoder to start from; None: from random weights.
-        vocabulary: None: the characters of the training transcripts.
-    """
-    config.check()
-    _check_device(config.train)
-    _check_folder(out, resume)
-    if vocabulary is None:
-        vocabulary = Vocabulary.from_texts(cut.supervisions[0].text or "" for cut in splits["train"])
-    data = SpeechDataModule(
-        splits,
-        config.data,
-        seed=config.train.seed,
-        normalize=config.model.normalize_audio,
-        encode=vocabulary.encode,
-    )
-    torch.manual_seed(step_seed(config.train.seed))
-    model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels))
-    if init_from is not None:
-        load_encoder(model, init_from)
-    _start_folder(out, config, splits, resume)
-    vocabulary.save(out / VOCABULARY)
-    _fit(FinetuneTask(model, vocabulary, config), data, config.train, config.optim, out, resume)
-    return model, vocabulary
+def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, float]:
+    """Loss, accuracies and perplexities of a finished pretraining run on a split."""
+    model = load_pretrained(run)
+    config = load_config(run / CONFIG, PretrainConfig)
+    task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
+    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio)
+    return validate_task(task, data, split)
 
 
-def evaluate(run: Path, splits: Splits, split: str) -> dict[str, float]:
-    """Figures of a finished run on a split: ``wer`` and ``cer``, or loss, accuracies and perplexities."""
-    expect_file(run, CONFIG)
-    task: PretrainTask | FinetuneTask
-    if (run / VOCABULARY).exists():
-        config = load_config(run / CONFIG, FinetuneConfig)
-        recognizer, vocabulary = load_recognizer(run)
-        task = FinetuneTask(recognizer, vocabulary, config)
-        data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio, encode=vocabulary.encode)
-    else:
-        pretrained = load_config(run / CONFIG, PretrainConfig)
-        task = PretrainTask(load_pretrained(run), pretrained.optim, pretrained.loss_weights, pretrained.train.seed)
-        data = SpeechDataModule(splits, pretrained.data, normalize=pretrained.model.normalize_audio)
+def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> dict[str, float]:
+    """Figures of a task on a split, in one process."""
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, devices=1)
@@ -129,14 +78,15 @@ def evaluate(run: Path, splits: Splits, split: str) -> dict[str, float]:
     return task.valid_figures
 
 
-def _fit(
-    task: PretrainTask | FinetuneTask,
+def fit_task(
+    task: NormalizedTask,
     data: SpeechDataModule,
     train: TrainConfig,
     optim: OptimConfig,
     out: Path,
     resume: bool,
 ) -> None:
+    """Run a task to its last step, with everything a run folder holds; weights are saved at the end."""
     max_steps = train.max_steps or optim.schedule.total_steps
     metrics = CSVMetrics(out / "metrics.csv")
     checkpoints = ModelCheckpoint(
@@ -197,7 +147,8 @@ def _silence_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _check_device(train: TrainConfig) -> None:
+def check_device(train: TrainConfig) -> None:
+    """Refuse a device or precision that is not there."""
     if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UsageError(f"--train.accelerator {train.accelerator} needs a CUDA device, none is visible; use cpu")
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
@@ -217,7 +168,8 @@ def _precision(train: TrainConfig) -> str:
     return "bf16-mixed" if _on_gpu(train) and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def _check_folder(out: Path, resume: bool) -> None:
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse a run folder that would be overwritten, or has nothing to resume."""
     if resume:
         if not _last_checkpoint(out).is_file():
             raise UsageError(f"nothing to resume in {out}: expected {_last_checkpoint(out)}")
@@ -226,7 +178,8 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 @rank_zero_only
-def _start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
+def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
+    """Make the run folder and write what is run on what."""
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG)
     if not resume:

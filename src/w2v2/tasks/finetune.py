@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2v2.config import FinetuneConfig
-from w2v2.data.datamodule import Batch
+from w2v2.checkpoint import CONFIG, VOCABULARY, expect_file, load_encoder, load_weights
+from w2v2.config import FinetuneConfig, load_config
+from w2v2.data.corpora import Splits
+from w2v2.data.datamodule import Batch, SpeechDataModule
 from w2v2.decode import greedy
 from w2v2.evaluate import error_rates
 from w2v2.model.masking import keyed_generator, sample_span_mask
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
-from w2v2.tasks.pretrain import NormalizedTask, Sums
+from w2v2.tasks.pretrain import NormalizedTask, Sums, step_seed
 from w2v2.text import Vocabulary
+from w2v2.train import check_device, check_folder, fit_task, start_folder, validate_task
 
 
 @dataclass
@@ -127,6 +131,61 @@ class FinetuneTask(NormalizedTask):
         self.references, self.hypotheses = [], []
         loss = (sums["total"] / sums["targets"]).item()
         self.log_validation({"loss": loss, "wer": rates.wer, "cer": rates.cer})
+
+
+def finetune(
+    config: FinetuneConfig,
+    splits: Splits,
+    out: Path,
+    *,
+    init_from: Path | None = None,
+    vocabulary: Vocabulary | None = None,
+    resume: bool = False,
+) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
+    """Fine-tune with CTC and leave a run folder.
+
+    Args:
+        config, splits, out, resume: as for ``pretrain``; cuts need transcripts.
+        init_from: pretraining run whose encoder to start from; None: from random weights.
+        vocabulary: None: the characters of the training transcripts.
+    """
+    config.check()
+    check_device(config.train)
+    check_folder(out, resume)
+    if vocabulary is None:
+        vocabulary = Vocabulary.from_texts(cut.supervisions[0].text or "" for cut in splits["train"])
+    data = SpeechDataModule(
+        splits,
+        config.data,
+        seed=config.train.seed,
+        normalize=config.model.normalize_audio,
+        encode=vocabulary.encode,
+    )
+    torch.manual_seed(step_seed(config.train.seed))
+    model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels))
+    if init_from is not None:
+        load_encoder(model, init_from)
+    start_folder(out, config, splits, resume)
+    vocabulary.save(out / VOCABULARY)
+    fit_task(FinetuneTask(model, vocabulary, config), data, config.train, config.optim, out, resume)
+    return model, vocabulary
+
+
+def evaluate_recognizer(run: Path, splits: Splits, split: str) -> dict[str, float]:
+    """Loss, ``wer`` and ``cer`` of a finished fine-tuning run on a split, greedily decoded."""
+    model, vocabulary = load_recognizer(run)
+    config = load_config(run / CONFIG, FinetuneConfig)
+    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio, encode=vocabulary.encode)
+    return validate_task(FinetuneTask(model, vocabulary, config), data, split)
+
+
+def load_recognizer(run: Path) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
+    """The model of a fine-tuning run, in evaluation mode, and its vocabulary."""
+    expect_file(run, CONFIG)
+    expect_file(run, VOCABULARY)
+    config = load_config(run / CONFIG, FinetuneConfig)
+    vocabulary = Vocabulary.load(run / VOCABULARY)
+    return load_weights(Wav2Vec2ForCTC(config.model, len(vocabulary.labels)), run).eval(), vocabulary
 
 
 def transcripts(model: Wav2Vec2ForCTC, batches: Any, vocabulary: Vocabulary) -> dict[str, str]:

@@ -75,6 +75,8 @@ class NormalizedTask(pl.LightningModule):
     ranks give the same gradient.
     """
 
+    model: nn.Module
+
     def __init__(self, optim: OptimConfig, seed: int) -> None:
         super().__init__()
         self.optim_config, self.seed = optim, seed
