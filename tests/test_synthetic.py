@@ -16,8 +16,9 @@ import soxr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2v2.data import lexicon, synthetic
+from w2v2.data import espeak, lexicon, synthetic
 from w2v2.data.synthetic import FAMILIES, SyntheticConfig, plan_speakers, speak, synthesize
+from w2v2.errors import UsageError
 
 SMALL = SyntheticConfig(hours=0.03, valid_hours=0.01, test_hours=0.01, n_speakers=6, seed=3, jobs=1)
 
@@ -174,7 +175,7 @@ def test_a_pause_and_a_merged_pair_get_their_times() -> None:
     # "of the" has one event; the phone at 4000 is the pause after "end", before "Go" at 6000.
     events = [(0, 0, False), (-1, 0, False), (4, 1000, False), (-1, 1000, False), (11, 3000, False), (-1, 3000, False)]
     events += [(-1, 4000, True), (-1, 4500, True), (16, 6000, False), (-1, 6000, False)]
-    words = synthetic._word_times("All of the end. Go!", events, 7000)
+    words = espeak._word_times("All of the end. Go!", events, 7000)
     samples = [(word, round(start * 22_050), round(end * 22_050)) for word, start, end in words]
     assert samples == [
         ("ALL", 0, 1000),
@@ -187,7 +188,7 @@ def test_a_pause_and_a_merged_pair_get_their_times() -> None:
 
 def test_missing_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'w2v2\[synth\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'w2v2\[synth\]'"):
         synthesize(tmp_path / "corpus", SMALL)
     assert not list(tmp_path.iterdir())
 

@@ -8,18 +8,14 @@ The same seed gives the same bytes (with the same versions of espeak-ng, numpy, 
 work is split over processes: every random number is keyed by the seed and the utterance, and every utterance is
 spoken by a freshly loaded library.
 
-espeak-ng is GPL-3: it is an optional extra (`pip install 'w2v2[synth]'`), called through ctypes only.
+espeak-ng is an optional extra: see `espeak.py`.
 """
 
-import _ctypes
-import bisect
-import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -33,6 +29,8 @@ import soxr
 from numpy.typing import NDArray
 
 from w2v2.data import lexicon
+from w2v2.data.espeak import ESPEAK_RATE, Speech, Word, espeak_paths, speak
+from w2v2.errors import UsageError
 
 SAMPLE_RATE = 16_000
 """Rate of the written audio, samples per second."""
@@ -42,8 +40,6 @@ FORMAT_VERSION = 1
 """Raised when the same configuration no longer gives the same corpus."""
 
 Split = Literal["train", "valid", "test"]
-Word = tuple[str, float, float]
-"""A word in upper case, its start and its end in seconds."""
 
 ACCENTS = (
     "en", "en-us", "en-us-nyc", "en-029", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd"
@@ -102,7 +98,6 @@ _FEMALE = {"andrea", "anika", "annie", "grandma", "shelby", "steph"}
 _LARGEST_HELD_OUT_FAMILY = 3
 
 _MIN_SPEAKER_SECONDS = 4.0
-_ESPEAK_RATE = 22_050
 _PACE_TEXT = "The old farmer carried seven baskets to the market, and his brother waited near the bridge until Monday."
 
 
@@ -125,12 +120,12 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         if self.n_speakers < 3:
-            raise ValueError(f"n_speakers: expected at least 3, one per split, got {self.n_speakers}; raise it")
+            raise UsageError(f"n_speakers: expected at least 3, one per split, got {self.n_speakers}; raise it")
         if self.jobs < 1:
-            raise ValueError(f"jobs: expected at least 1, got {self.jobs}; raise it")
+            raise UsageError(f"jobs: expected at least 1, got {self.jobs}; raise it")
         for split, (name, hours, count) in self.shares().items():
             if not hours * 3600 / count >= _MIN_SPEAKER_SECONDS:
-                raise ValueError(
+                raise UsageError(
                     f"{name}: expected at least {_MIN_SPEAKER_SECONDS:g} s for each of the {count} {split} speakers, "
                     f"got {hours} h; raise it to {_MIN_SPEAKER_SECONDS * count / 3600:.3f} or lower n_speakers"
                 )
@@ -168,16 +163,6 @@ class Speaker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speech:
-    """What espeak-ng said: clean, at 22.05 kHz."""
-
-    audio: NDArray[np.float32]
-    """Samples in [-1, 1]."""
-    words: list[Word]
-    """Words with their times in `audio`."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Session:
     """Room and microphone of one chapter."""
 
@@ -188,29 +173,6 @@ class _Session:
     tilt_db: float
     low_cut_hz: float
     level_db: float
-
-
-class _EventId(ctypes.Union):
-    _fields_ = (("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8))
-
-
-class _Event(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("id", _EventId),
-    )
-
-
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-_EVENT_WORD, _EVENT_PHONEME = 1, 7
-_SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 0x0001, 0x8000, 1
-_RATE, _VOLUME, _PITCH = 1, 2, 3
 
 
 def _rng(seed: int, *key: object) -> np.random.Generator:
@@ -261,117 +223,6 @@ def plan_speakers(config: SyntheticConfig) -> list[Speaker]:
     return speakers
 
 
-def _espeak_paths() -> tuple[str, str]:
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise RuntimeError("synthetic speech needs espeak-ng: pip install 'w2v2[synth]'") from None
-    return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-
-
-def _load_espeak(library: str, data: str) -> ctypes.CDLL:
-    espeak = ctypes.CDLL(library)
-    espeak.espeak_SetSynthCallback.argtypes = [_CALLBACK]
-    espeak.espeak_SetSynthCallback.restype = None
-    espeak.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-    espeak.espeak_Synth.argtypes = [
-        ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint,
-        ctypes.c_void_p, ctypes.c_void_p,
-    ]  # fmt: skip
-    rate = espeak.espeak_Initialize(_SYNCHRONOUS, 1000, os.fsencode(data), _DONT_EXIT | _PHONEME_EVENTS)
-    if rate != _ESPEAK_RATE:
-        raise RuntimeError(
-            f"espeak-ng did not start: expected {_ESPEAK_RATE} Hz, got {rate}; its data folder must be readable and "
-            f"its path shorter than 160 characters: {data}"
-        )
-    return espeak
-
-
-def _check(status: int, what: str) -> None:
-    if status != 0:
-        raise RuntimeError(f"espeak-ng: {what}: expected status 0, got {status}; try espeakng-loader 0.2.4")
-
-
-def _unload(handle: int) -> None:
-    if sys.platform == "win32":
-        _ctypes.FreeLibrary(handle)
-    else:
-        _ctypes.dlclose(handle)
-
-
-def speak(text: str, *, voice: str, accent: str = "en-us", pitch: int = 50, rate: int = 175, seed: int = 0) -> Speech:
-    """Say `text` (ordinary spelling) with an espeak-ng `voice` variant and `accent`, without room or noise.
-
-    `pitch` is 0 to 99 (50 is the voice's own), `rate` words per minute, `seed` that of breath noise. Not thread-safe.
-    """
-    blocks: list[bytes] = []
-    events: list[tuple[int, int, bool]] = []
-
-    def receive(audio: Any, length: int, event: Any) -> int:
-        if audio and length > 0:
-            blocks.append(ctypes.string_at(audio, 2 * length))
-        index = 0
-        while (kind := event[index].type) != 0:
-            if kind in (_EVENT_WORD, _EVENT_PHONEME):
-                is_pause = kind == _EVENT_PHONEME and event[index].id.string.startswith(b"_")
-                position = event[index].text_position - 1 if kind == _EVENT_WORD else -1
-                events.append((position, event[index].sample, is_pause))
-            index += 1
-        return 0
-
-    # espeak carries noise, flutter, gain and echo from one utterance into the next, in variables that nothing
-    # resets. Only loading the library anew (0.2 ms) makes an utterance depend on its own arguments alone.
-    callback = _CALLBACK(receive)
-    espeak = _load_espeak(*_espeak_paths())
-    try:
-        espeak.espeak_SetSynthCallback(callback)
-        name = f"{accent}+{voice}"
-        _check(espeak.espeak_SetVoiceByName(name.encode()), f"voice {name}")
-        espeak.espeak_ng_SetRandSeed(seed)
-        # Some voices clip at half the default volume of 100.
-        for parameter, value in ((_RATE, rate), (_VOLUME, 20), (_PITCH, pitch)):
-            _check(espeak.espeak_SetParameter(parameter, value, 0), f"parameter {parameter} = {value}")
-        encoded = text.encode() + b"\0"
-        _check(espeak.espeak_Synth(encoded, len(encoded), 0, 1, 0, _UTF8, None, None), f"text {text!r}")
-    finally:
-        espeak.espeak_Terminate()
-        _unload(espeak._handle)
-    _check(0 if blocks else 1, f"no sound for {text!r}")
-    audio = np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / np.float32(32768)
-    return Speech(audio=audio, words=_word_times(text, events, len(audio)))
-
-
-def _word_times(text: str, events: list[tuple[int, int, bool]], length: int) -> list[Word]:
-    """Words of `text` from espeak's events: (position in the text, or -1 for a phone; sample; is it a pause?)."""
-    matches = list(lexicon.WORD.finditer(text))
-    offsets = [match.start() for match in matches]
-    starts: list[tuple[int, int]] = []
-    ends: list[int] = []
-    speech_end: int | None = None
-    for position, sample, is_pause in events:
-        if position < 0:
-            if not is_pause:
-                speech_end = None
-            elif speech_end is None:
-                speech_end = sample
-            continue
-        word = bisect.bisect_right(offsets, position) - 1
-        if not starts or word > starts[-1][0]:
-            if starts:
-                ends.append(sample if speech_end is None else speech_end)
-            starts.append((word if starts else 0, sample))
-            speech_end = None
-    ends.append(length if speech_end is None else speech_end)
-    words: list[Word] = []
-    for (first, start), end, last in zip(starts, ends, [w for w, _ in starts[1:]] + [len(matches)], strict=True):
-        # espeak says a few word pairs ("of the") as one: their time is shared out by letters.
-        bounds = np.cumsum([0] + [len(match[0]) for match in matches[first:last]])
-        times = (start + (end - start) * bounds / bounds[-1]) / _ESPEAK_RATE
-        texts = [match[0].upper() for match in matches[first:last]]
-        words += zip(texts, times[:-1].tolist(), times[1:].tolist(), strict=True)
-    return words
-
-
 def _draw_session(rng: np.random.Generator) -> _Session:
     """A room of 0.1 to 0.4 s reverberation (RT60), a background noise and a microphone."""
     rt60, direct_to_reverberant_db = rng.uniform(0.1, 0.4), rng.uniform(3, 12)
@@ -397,7 +248,7 @@ def _record(
     speech: Speech, session: _Session, rng: np.random.Generator, lead: float, tail: float
 ) -> tuple[NDArray[np.int16], list[Word]]:
     """Speech as the session's microphone hears it, with `lead` and `tail` seconds of background around it."""
-    clean = soxr.resample(speech.audio.astype(np.float64), _ESPEAK_RATE, SAMPLE_RATE)
+    clean = soxr.resample(speech.audio.astype(np.float64), ESPEAK_RATE, SAMPLE_RATE)
     before, after = round(lead * SAMPLE_RATE), round(tail * SAMPLE_RATE)
     dry = np.pad(clean, (before, after))
     size = -(-(len(dry) + len(session.impulse)) // 2048) * 2048
@@ -448,7 +299,7 @@ def _utterance(
         lead, tail = rng.uniform(0.1, 0.4, 2)
         text = _draw_text(rng, (target - lead - tail) * pace)
         speech = _speak_as(speaker, text, int(rng.integers(2**31)))
-        seconds = lead + tail + len(speech.audio) / _ESPEAK_RATE
+        seconds = lead + tail + len(speech.audio) / ESPEAK_RATE
         inside = MIN_SECONDS + 0.01 < seconds < MAX_SECONDS - 0.01
         if inside and (best is None or abs(seconds - target) < abs(best[0] - target)):
             best = (seconds, text, speech, lead, tail)
@@ -527,7 +378,7 @@ def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
             found = f"format {held['format']} with {held['config']}"
         except (ValueError, TypeError, KeyError):
             found = "an unreadable synthetic.json"
-    raise ValueError(
+    raise UsageError(
         f"{out}: expected a folder that is empty, missing or holds this very corpus, got {found}; "
         "choose another folder or delete this one"
     )
@@ -544,7 +395,7 @@ def synthesize(out: Path, config: SyntheticConfig, progress: Callable[[float], N
     if _is_finished(out, identity):
         report(1.0)
         return
-    _espeak_paths()
+    espeak_paths()
     speakers = plan_speakers(config)
     total = sum(speaker.seconds for speaker in speakers)
     seconds: dict[int, float] = {}
