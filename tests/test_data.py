@@ -42,6 +42,13 @@ def test_without_validation_audio_whole_speakers_are_held_out_and_always_the_sam
     assert ids(read_corpus(tmp_path)) == splits
 
 
+def test_a_folder_of_one_subset_is_trained_on_whatever_its_name_and_evaluated_by_it(tmp_path: Path) -> None:
+    write_corpus(tmp_path, {"dev-clean": 3}, utterances=1)
+    training = ids(read_corpus(tmp_path))
+    assert (len(training["train"]), len(training["valid"])) == (2, 1)
+    assert ids(read_corpus(tmp_path, training=False)) == {"valid": training["train"] | training["valid"]}
+
+
 @pytest.mark.parametrize("layout", ["missing", "empty", "unreadable", "no_samples", "twice", "one_speaker"])
 def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> None:
     root = tmp_path / "root"

@@ -158,7 +158,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.checkpoint import VOCABULARY
     from w2v2.data.corpora import read_corpus
 
-    splits = read_corpus(args.data)
+    splits = read_corpus(args.data, training=False)
     if args.split not in splits:
         raise UsageError(f"--split must be one of {', '.join(splits)}, which {args.data} has; got {args.split!r}")
     if (args.model / VOCABULARY).exists():

@@ -20,14 +20,15 @@ _HELD_OUT_SPEAKERS = 0.05
 Splits = dict[str, CutSet]
 
 
-def read_corpus(root: Path, progress: Callable[[float], None] | None = None) -> Splits:
+def read_corpus(root: Path, progress: Callable[[float], None] | None = None, *, training: bool = True) -> Splits:
     """Cuts of each split of a prepared folder, or of a folder in LibriSpeech layout.
 
     LibriSpeech layout is ``SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac`` with transcripts in
     ``SPEAKER-CHAPTER.trans.txt``, or the same without SUBSET. The split of an utterance is, in this order: its
     ``role`` in ``ROOT/splits.tsv``, a table with the columns ``role`` and ``utt``; that of its subset (``train*``;
     ``dev*``, ``valid*``; ``test*``). Without any validation utterance, every twentieth speaker of train, by a hash of
-    the name, is held out.
+    the name, is held out. A folder without any training subset, such as dev-clean alone, is used whole to train on,
+    unless ``training`` is False.
 
     Raises:
         UsageError: no such folder, no audio in it, an unreadable file, an utterance id that occurs twice.
@@ -53,9 +54,11 @@ def read_corpus(root: Path, progress: Callable[[float], None] | None = None) -> 
             by_split.setdefault(split, []).append(_cut(path, transcripts.get(path.stem)))
         if progress:
             progress((i + 1) / len(files))
-    if "train" not in by_split:
-        raise UsageError(f"no training audio in {root}: expected a subset named train..., got {sorted(by_split)}")
-    if "valid" not in by_split:
+    if "train" not in by_split and roles:
+        raise UsageError(f"{root / 'splits.tsv'} gives no utterance in {root} the role train, got {sorted(by_split)}")
+    if "train" not in by_split and training:
+        by_split = {"train": [cut for cuts in by_split.values() for cut in cuts]}
+    if "train" in by_split and "valid" not in by_split:
         _hold_out(by_split, root)
     return {name: CutSet.from_cuts(by_split[name]) for name in SPLITS if name in by_split}
 
