@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +125,6 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
 def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.config import PretrainConfig
     from w2v2.data.corpora import read_corpus
-    from w2v2.report import write_run_report
     from w2v2.train import pretrain
 
     config = _configure(args, rest, PretrainConfig)
@@ -132,14 +132,13 @@ def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     splits = read_corpus(Path(config.data.path))
     out = _run_folder(args)
     pretrain(config, splits, out, init_from=args.init_from, resume=args.resume)
-    log.info("look at %s", write_run_report(out))
+    _finish(out)
 
 
 def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.checkpoint import pretrained_config
     from w2v2.config import FinetuneConfig
     from w2v2.data.corpora import labelled_subset, read_corpus
-    from w2v2.report import write_run_report
     from w2v2.tasks.finetune import finetune
 
     config = _configure(args, rest, FinetuneConfig)
@@ -151,7 +150,15 @@ def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
         splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)
     out = _run_folder(args)
     finetune(config, splits, out, init_from=args.init_from, resume=args.resume)
-    log.info("look at %s", write_run_report(out))
+    _finish(out)
+
+
+def _finish(out: Path) -> None:
+    """Write the page of a run; of several processes, the first one does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
+        from w2v2.report import write_run_report
+
+        log.info("look at %s", write_run_report(out))
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:

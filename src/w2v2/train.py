@@ -168,6 +168,7 @@ def _precision(train: TrainConfig) -> str:
     return "bf16-mixed" if _on_gpu(train) and torch.cuda.is_bf16_supported() else "32-true"
 
 
+@rank_zero_only
 def check_folder(out: Path, resume: bool) -> None:
     """Refuse a run folder that would be overwritten, or has nothing to resume."""
     if resume:

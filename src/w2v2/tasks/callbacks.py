@@ -117,6 +117,8 @@ class Progress(pl.Callback):
         speed = figures.pop("seconds") / (now - self.mark)
         self.mark = now
         figures |= {"learning_rate": pl_module.optim_config.schedule(step), "audio_seconds_per_second": speed}
+        if not trainer.is_global_zero:
+            return
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, step)
         remaining = (now - self.started) / (step - self.first_step) * (self.total_steps - step)

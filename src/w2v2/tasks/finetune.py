@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from w2v2.checkpoint import CONFIG, VOCABULARY, expect_file, load_encoder, load_weights
@@ -166,7 +167,7 @@ def finetune(
     if init_from is not None:
         load_encoder(model, init_from)
     start_folder(out, config, splits, resume)
-    vocabulary.save(out / VOCABULARY)
+    rank_zero_only(vocabulary.save)(out / VOCABULARY)
     fit_task(FinetuneTask(model, vocabulary, config), data, config.train, config.optim, out, resume)
     return model, vocabulary
 
