@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -233,17 +234,17 @@ class SpeechDataModule(pl.LightningDataModule):
         self, dataset: SpeechDataset, cuts: CutSet, max_seconds: float | None, *, shuffle: bool, skip: int = 0
     ) -> DataLoader[Batch]:
         constraint = _CropConstraint(max_duration=self.config.batch_seconds, max_seconds=max_seconds)
-        sampler = EpochSampler(
-            DynamicBucketingSampler(
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*with an eagerly read CutSet.*")  # small manifests are, on purpose
+            bucketing = DynamicBucketingSampler(
                 cuts,
                 constraint=constraint,
                 num_buckets=max(2, min(self.config.num_buckets, len(cuts))),
                 shuffle=shuffle,
                 seed=self.seed,
                 **_ranks(),
-            ),
-            skip,
-        )
+            )
+        sampler = EpochSampler(bucketing, skip)
         return DataLoader(
             dataset,
             sampler=sampler,
