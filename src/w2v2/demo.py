@@ -61,7 +61,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     seconds: dict[str, float] = {}
     source = f"--data {data}" if data is not None else f"--hours {hours:g}"
     if data is None:
-        data = out / "corpus"
+        data = out / f"corpus-{hours:g}h-seed{seed}"
         with _stage("synthesise", seconds):
             valid_hours, test_hours = max(0.05 * hours, 0.02), max(0.1 * hours, 0.02)
             synthesize(data, SyntheticConfig(hours=hours, valid_hours=valid_hours, test_hours=test_hours, seed=seed))

@@ -183,7 +183,7 @@ def tiny_ctc_scratch() -> FinetuneConfig:
     """``tiny_ctc`` from random weights: the same labels and updates, at the learning rate that is best for it."""
     config = tiny_ctc()
     config.recipe = "tiny_ctc_scratch"
-    config.optim.schedule.peak = 3e-3
+    config.optim.schedule.peak = 2e-3
     return config
 
 
