@@ -115,7 +115,7 @@ class PretrainConfig:
 
 @dataclass(kw_only=True)
 class FinetuneConfig:
-    """A whole CTC fine-tuning run (ALGORITHM 13)."""
+    """A whole CTC fine-tuning run."""
 
     recipe: str = ""
     """Name of the recipe, or FILE.py:FUNCTION."""

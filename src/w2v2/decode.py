@@ -10,7 +10,7 @@ from w2v2.text import Vocabulary
 
 
 def greedy(log_probs: Tensor, lengths: Sequence[int], vocabulary: Vocabulary) -> list[str]:
-    """Most probable label of each frame, repeats merged, blanks removed (ALGORITHM 14).
+    """Most probable label of each frame, repeats merged, blanks removed.
 
     Args:
         log_probs: (B, T, labels).

@@ -1,4 +1,4 @@
-"""Word and character error rates over a corpus (ALGORITHM 15)."""
+"""Word and character error rates over a corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pretraining losses as pure fp32 functions that return sums over the masked frames (paper 3.2; ALGORITHM 8, 9).
+"""The pretraining losses as pure fp32 functions that return sums over the masked frames (paper 3.2).
 
 The caller divides once, by the number of masked frames of the whole optimiser step: see ``tasks/pretrain.py``.
 Legend: B utterances, M masked frames of all of them, N of one, K distractors, P similarity space, G groups.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the optimiser step, and the optimiser (ALGORITHM 10, 13)."""
+"""Learning-rate schedules as pure functions of the optimiser step, and the optimiser."""
 
 from __future__ import annotations
 

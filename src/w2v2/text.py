@@ -1,4 +1,4 @@
-"""Transcripts to labels and back (ALGORITHM 13)."""
+"""Transcripts to labels and back."""
 
 from __future__ import annotations
 

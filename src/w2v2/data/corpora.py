@@ -1,4 +1,4 @@
-"""Sources of audio as lhotse cuts, by split (DESIGN section 6)."""
+"""Sources of audio as lhotse cuts, by split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cuts to batches: bucketed by duration, cropped, decoded, resampled, collated (DESIGN section 6)."""
+"""Cuts to batches: bucketed by duration, cropped, decoded, resampled, collated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The convolutional feature encoder: raw audio to one feature vector every 20 ms (paper section 2; ALGORITHM 2, 3)."""
+"""The convolutional feature encoder: raw audio to one feature vector every 20 ms (paper section 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Product quantisation of the targets by Gumbel-softmax (paper section 2; ALGORITHM 7)."""
+"""Product quantisation of the targets by Gumbel-softmax (paper section 2)."""
 
 from __future__ import annotations
 

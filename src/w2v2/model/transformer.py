@@ -1,4 +1,4 @@
-"""The context network: convolutional positions and transformer blocks (paper section 2; ALGORITHM 6).
+"""The context network: convolutional positions and transformer blocks (paper section 2).
 
 Wherever utterances have unequal lengths their frames are *packed*: (1, sum of T, D) and the list of lengths. Only
 attention and the positional convolution look across frames, so only they use the list; no work is done on padding.

@@ -394,7 +394,7 @@ class CTCHead(nn.Linear):
 
 
 class Wav2Vec2ForCTC(Wav2Vec2):
-    """The encoder with a linear layer over the vocabulary (ALGORITHM 13)."""
+    """The encoder with a linear layer over the vocabulary."""
 
     def __init__(self, config: Wav2Vec2Config, n_labels: int) -> None:
         super().__init__(config)
@@ -441,13 +441,13 @@ def init_weights(model: nn.Module) -> None:
 
     | part | init | source |
     |---|---|---|
-    | convolutions | Kaiming normal, fan in; optionally smoothed | ALGORITHM 2 |
-    | linear layers of the transformer | N(0, 0.02), bias 0 | ALGORITHM 6 ("BERT") |
-    | positional convolution | N(0, sqrt(4 / (kernel D))), bias 0, at its construction | ALGORITHM 6 |
-    | mask vector | U(0, 1) | ALGORITHM 4 |
-    | quantizer | projector N(0, 1), bias 0; codebook U(0, 1) | ALGORITHM 7 |
-    | CTC head | Xavier uniform, bias 0 | ALGORITHM 13 |
-    | feature projection, out_linear, project_q, norms | PyTorch's default | ALGORITHM 4, 6 |
+    | convolutions | Kaiming normal, fan in; optionally smoothed | fairseq |
+    | linear layers of the transformer | N(0, 0.02), bias 0 | fairseq `init_bert_params` |
+    | positional convolution | N(0, sqrt(4 / (kernel D))), bias 0, at its construction | fairseq |
+    | mask vector | U(0, 1) | fairseq |
+    | quantizer | projector N(0, 1), bias 0; codebook U(0, 1) | fairseq |
+    | CTC head | Xavier uniform, bias 0 | fairseq |
+    | feature projection, out_linear, project_q, norms | PyTorch's default | fairseq |
     """
     for module in model.modules():
         if isinstance(module, Wav2Vec2):

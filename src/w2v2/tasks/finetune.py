@@ -1,4 +1,4 @@
-"""CTC fine-tuning of the encoder (ALGORITHM 13)."""
+"""CTC fine-tuning of the encoder."""
 
 from __future__ import annotations
 

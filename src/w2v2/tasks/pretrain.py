@@ -1,4 +1,4 @@
-"""Self-supervised training of any model that returns :class:`SSLOutput` (DESIGN section 5)."""
+"""Self-supervised training of any model that returns :class:`SSLOutput`."""
 
 from __future__ import annotations
 
