@@ -79,6 +79,13 @@ def sample_distractors(count: int, num_distractors: int, rng: torch.Generator) -
     return drawn + (drawn >= torch.arange(count)[:, None])
 
 
+def sample_layers(n_layer: int, layer_drop: float, rng: torch.Generator) -> tuple[bool, ...] | None:
+    """Which blocks of a step run (LayerDrop); None for all, when nothing is ever dropped."""
+    if layer_drop == 0:
+        return None
+    return tuple((torch.rand(n_layer, generator=rng) >= layer_drop).tolist())
+
+
 @dataclass
 class Draws:
     """The random part of one step's input, as indices. M is the number of masked frames of the whole batch."""

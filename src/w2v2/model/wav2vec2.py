@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, output_lengths
-from w2v2.model.masking import Draws, draw, equalize_masks, keyed_generator, sample_span_mask
+from w2v2.model.masking import Draws, draw, equalize_masks, keyed_generator, sample_layers, sample_span_mask
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
 from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, repeat_rows, touch, unpack
 
@@ -307,9 +307,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         keep_layers = None
         if step_key is not None:
             masks = equalize_masks(masks, rngs)
-            if config.layer_drop > 0:
-                kept = torch.rand(config.n_layer, generator=keyed_generator(*step_key, "layers")) >= config.layer_drop
-                keep_layers = tuple(kept.tolist())
+            keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
         return draw(masks, rngs, config.num_distractors, keep_layers)
 
     def forward(  # type: ignore[override]

@@ -17,8 +17,8 @@ from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import Batch, SpeechDataModule
 from w2v2.decode import greedy
 from w2v2.evaluate import error_rates
-from w2v2.model.masking import keyed_generator, sample_span_mask
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
+from w2v2.model.masking import keyed_generator, sample_layers, sample_span_mask
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2ForCTC
 from w2v2.tasks.pretrain import NormalizedTask, Sums, step_seed
 from w2v2.text import Vocabulary
 from w2v2.train import check_device, check_folder, fit_task, start_folder, validate_task
@@ -73,9 +73,8 @@ class FinetuneTask(NormalizedTask):
             span = min(config.channel_mask_length, model.n_embd // 4)
             rows = [sample_span_mask(model.n_embd, config.channel_mask_prob, span, rng, min_spans=0) for rng in rngs]
             on_device.channels = torch.stack(rows).to(device, non_blocking=True)
-        if model.layer_drop > 0:
-            kept = torch.rand(model.n_layer, generator=keyed_generator(self.seed, self.global_step, "layers"))
-            on_device.keep_layers = tuple((kept >= model.layer_drop).tolist())
+        step_rng = keyed_generator(self.seed, self.global_step, "layers")
+        on_device.keep_layers = sample_layers(model.n_layer, model.layer_drop, step_rng)
 
     def _loss(self, log_probs: Tensor, frames: list[int], batch: CTCBatch) -> Tensor:
         """CTC summed over utterances, in fp32; utterances whose labels do not fit in their frames cost nothing."""
@@ -101,24 +100,19 @@ class FinetuneTask(NormalizedTask):
             freeze_encoder=self.global_step < self.config.freeze_encoder_steps,
         )
         loss = self._loss(log_probs, frames, batch)
-        self.sums.add(self._loggable(loss, batch))
+        self.sums.add(self.counted(loss, len(frames), batch.audio, batch.lengths))
         return self.sum_loss(loss, len(frames))
-
-    @staticmethod
-    def _loggable(loss: Tensor, batch: CTCBatch) -> dict[str, Tensor]:
-        samples = batch.audio.numel() if batch.lengths is None else sum(batch.lengths)
-        ones = torch.ones((), device=loss.device, dtype=torch.float64)
-        return {"total": loss.double(), "targets": len(batch.target_lengths) * ones, "samples": samples * ones}
 
     def train_figures(self) -> dict[str, float]:
         """Loss per utterance since the last call, and ``seconds`` of audio."""
         sums = self.sums.take()
-        return {"loss": (sums["total"] / sums["targets"]).item(), "seconds": sums["samples"].item() / 16_000}
+        return {"loss": (sums["total"] / sums["targets"]).item(), "seconds": sums["samples"].item() / SAMPLE_RATE}
 
     def validation_step(self, batch: CTCBatch, batch_idx: int) -> None:
         """Loss and greedy hypotheses."""
         log_probs, frames = self.model(batch.audio, batch.lengths)
-        self.valid_sums.add(self._loggable(self._loss(log_probs, frames, batch), batch))
+        loss = self._loss(log_probs, frames, batch)
+        self.valid_sums.add(self.counted(loss, len(frames), batch.audio, batch.lengths))
         self.hypotheses += greedy(log_probs, frames, self.vocabulary)
         self.references += [
             self.vocabulary.decode(row[:n].tolist())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from w2v2.data.datamodule import Batch
 from w2v2.errors import UsageError
 from w2v2.model.masking import Draws
-from w2v2.model.wav2vec2 import SSLOutput
+from w2v2.model.wav2vec2 import SAMPLE_RATE, SSLOutput
 from w2v2.optim import OptimConfig
 
 
@@ -101,6 +101,13 @@ class NormalizedTask(pl.LightningModule):
         self.step_targets += num_targets
         return total * self.trainer.accumulate_grad_batches
 
+    @staticmethod
+    def counted(total: Tensor, num_targets: int, audio: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
+        """What every task sums up for its figures: the loss, its targets, and the samples heard, padding left out."""
+        samples = audio.numel() if lengths is None else sum(lengths)
+        ones = torch.ones((), device=total.device, dtype=torch.float64)
+        return {"total": total.double(), "targets": num_targets * ones, "samples": samples * ones}
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient and set the learning rate."""
         targets = torch.tensor(float(self.step_targets), device=self.device)
@@ -179,14 +186,10 @@ class PretrainTask(NormalizedTask):
 
     @staticmethod
     def _loggable(out: SSLOutput, total: Tensor, audio: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
-        samples = audio.numel() if lengths is None else sum(lengths)
-        ones = torch.ones((), device=audio.device, dtype=torch.float64)
         return {
             **{f"loss/{name}": value.double() for name, value in out.losses.items()},
             **{f"metric/{name}": value for name, value in out.metrics.items()},
-            "total": total.double(),
-            "targets": out.num_targets * ones,
-            "samples": samples * ones,
+            **NormalizedTask.counted(total, out.num_targets, audio, lengths),
         }
 
     def figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -200,7 +203,7 @@ class PretrainTask(NormalizedTask):
     def train_figures(self) -> dict[str, float]:
         """Figures of all micro-batches since the last call, over all ranks, and ``seconds`` of audio among them."""
         sums = self.sums.take()
-        return {**self.figures(sums), "seconds": sums["samples"].item() / 16_000}
+        return {**self.figures(sums), "seconds": sums["samples"].item() / SAMPLE_RATE}
 
     def on_validation_epoch_end(self) -> None:
         """Log figures of the whole validation set."""
