@@ -132,10 +132,28 @@ def test_a_file_that_turns_bad_during_training_is_named_in_one_line(
     bad.write_bytes(whole[: len(whole) // 8])  # the header is whole, the audio is not
     argv = ["pretrain", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *NANO]
     argv += ["--train.max-steps", "20", "--data.num-workers", workers]
-    assert main(argv) == 2
+    assert main(argv) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("w2v2: error: ")
+    assert last.startswith("w2v2: failed: 1 utterances cannot be read, more than --data.max-bad 0.1% of 6 allows: ")
     assert "101-1-0001.flac" in last
+
+
+def test_within_the_budget_a_bad_file_is_left_out_and_named_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_corpus(tmp_path / "data", {"train": 2, "dev": 1}, utterances=3)
+    for name in ("101-1-0001", "102-1-0002"):
+        bad = data / "train" / name[:3] / "1" / f"{name}.flac"
+        bad.write_bytes(bad.read_bytes()[:2000])
+    argv = ["pretrain", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), *NANO, "--train.max-steps", "6"]
+    # one utterance to a batch, so that whole batches are lost
+    argv += ["--data.max-bad", "50%", "--data.batch-seconds", "4", "--data.max-seconds", "4"]
+    assert main(argv) == 0
+    said = [record.getMessage() for record in caplog.records if "left out, " in record.getMessage()]
+    assert len(said) == 2  # once each, however many passes
+    assert any("101-1-0001.flac" in line for line in said) and any("102-1-0002.flac" in line for line in said)
+    steps = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(steps) == 7
 
 
 def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +163,7 @@ def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys
     assert "--split must be one of" in refuse(capsys, "evaluate", str(empty), "--data", str(corpus), "--split", "dev")
     assert "no folder" in refuse(capsys, "prepare", str(tmp_path / "none"), str(tmp_path / "out"))
     assert "not of an earlier demo" in refuse(capsys, "demo", "--out", str(corpus))
-    assert "unknown arguments --fast" in refuse(capsys, "prepare", str(corpus), str(tmp_path / "out"), "--fast")
+    assert "Unrecognized options: --fast" in refuse(capsys, "prepare", str(corpus), str(tmp_path / "out"), "--fast")
     assert "metrics.csv" in refuse(capsys, "report", str(empty))
     assert not (tmp_path / "out").exists()
 

@@ -6,11 +6,11 @@ import pytest
 import soundfile
 import torch
 from conftest import RATE, sound, write_corpus
-from lhotse.dataset import DynamicBucketingSampler
 
 from w2v2.config import DataConfig
+from w2v2.data.audio import AudioError, load_audio
 from w2v2.data.corpora import labelled_subset, read_corpus
-from w2v2.data.datamodule import Batch, EpochSampler, SpeechDataModule, SpeechDataset, _CropConstraint, load_audio
+from w2v2.data.datamodule import Batch, EpochSampler, SpeechDataModule, SpeechDataset, _CropConstraint, _Passes
 from w2v2.data.prepare import prepare
 from w2v2.errors import UsageError
 
@@ -86,20 +86,6 @@ def test_prepare_writes_a_manifest_that_reads_back_as_the_folder(corpus: Path, t
     assert summary["splits"]["train"]["hours"] == pytest.approx(hours)
 
 
-@pytest.mark.parametrize("fault", ["truncated", "not_finite"])
-def test_prepare_decodes_every_file_and_leaves_nothing_behind_when_one_is_bad(tmp_path: Path, fault: str) -> None:
-    root = write_corpus(tmp_path / "in", {"train": 2, "dev": 1}, utterances=2)
-    folder = root / "train" / "101" / "1"
-    if fault == "truncated":
-        whole = (folder / "101-1-0000.flac").read_bytes()
-        (folder / "101-1-0000.flac").write_bytes(whole[: len(whole) // 2])
-    else:
-        soundfile.write(folder / "101-1-0009.wav", np.array([0.1, np.nan] * 20_000, np.float32), RATE, subtype="FLOAT")
-    with pytest.raises(UsageError, match="101-1-000"):
-        prepare(root, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
 def test_part_of_a_file_is_the_same_as_that_part_of_the_whole(corpus: Path) -> None:
     cut = next(c for c in read_corpus(corpus)["train"])
     whole, _ = soundfile.read(cut.recording.sources[0].source, dtype="float32")
@@ -156,7 +142,7 @@ def test_order_and_crops_depend_on_seed_and_epoch_alone(corpus: Path) -> None:
     assert all(torch.equal(a.audio, b.audio) for a, b in zip(first, again, strict=True))
     later = batches(module(corpus), epoch=1)
     assert [batch.ids for batch in first] != [batch.ids for batch in later]
-    assert {batch.epoch for batch in later} == {1}
+    assert {number for batch in later for number in batch.passes} == {1}
 
 
 def test_a_resumed_pass_continues_with_the_next_batch(corpus: Path) -> None:
@@ -174,10 +160,9 @@ def test_ranks_share_a_pass_without_overlap_and_take_as_many_batches(corpus: Pat
 
     def part(rank: int) -> list[list[str]]:
         constraint = _CropConstraint(max_duration=6.0, max_seconds=2.5)
-        sampler = DynamicBucketingSampler(
-            cuts, constraint=constraint, num_buckets=2, shuffle=True, seed=0, rank=rank, world_size=2
-        )
-        return [[cut.id for cut in chosen] for _, chosen in EpochSampler(sampler)]
+        passes = _Passes("train", cuts, DataConfig(), labelled=False, shuffle=True)
+        sampler = EpochSampler(passes, constraint, num_buckets=2, shuffle=True, rank=rank, world_size=2)
+        return [[cut.id for cut in chosen] for _, chosen in sampler]
 
     one, two = part(0), part(1)
     assert len(one) == len(two)
@@ -211,10 +196,10 @@ def test_fine_tuning_batches_hold_whole_utterances_with_their_labels(corpus: Pat
 
 
 def test_normalising_uses_the_whole_utterance_and_comes_before_the_crop(corpus: Path) -> None:
-    cuts = read_corpus(corpus)["train"].subset(first=1)
+    cuts = list(read_corpus(corpus)["train"])[:1]
     plain = SpeechDataset(max_seconds=1.0)[(0, cuts)].audio[0]
     normal = SpeechDataset(max_seconds=1.0, normalize=True)[(0, cuts)].audio[0]
-    whole = load_audio(next(iter(cuts)))
+    whole = load_audio(cuts[0])
     expected = (plain - whole.mean()) / np.sqrt(whole.var() + 1e-5)
     torch.testing.assert_close(normal, expected, atol=1e-5, rtol=1e-5)
 
@@ -232,5 +217,5 @@ def test_a_file_that_changes_its_rate_is_noticed(tmp_path: Path) -> None:
     root = write_corpus(tmp_path, {"train": 2}, utterances=1, suffix="wav")
     cut = next(c for c in read_corpus(root)["train"])
     soundfile.write(cut.recording.sources[0].source, sound(2, 0, 8000), 8000)
-    with pytest.raises(UsageError, match="8000 Hz, the manifest says 16000"):
+    with pytest.raises(AudioError, match="8000 Hz, the manifest says 16000"):
         load_audio(cut)

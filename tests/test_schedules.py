@@ -201,7 +201,8 @@ def batch_of(lengths, first=0):
     audio = torch.zeros(len(lengths), max(lengths))
     for i, n in enumerate(lengths):
         audio[i, :n] = torch.randn(n, generator=torch.Generator().manual_seed(first + i))
-    return Batch(audio=audio, lengths=torch.tensor(lengths), ids=[f"utt-{first + i}" for i in range(len(lengths))])
+    ids = [f"utt-{first + i}" for i in range(len(lengths))]
+    return Batch(audio=audio, lengths=torch.tensor(lengths), ids=ids, passes=[0] * len(ids))
 
 
 def assert_same_gradients(got, expected, rel=1e-4):

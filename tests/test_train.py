@@ -14,7 +14,7 @@ import w2v2
 from w2v2 import recipes
 from w2v2.checkpoint import load_pretrained
 from w2v2.config import FinetuneConfig, PretrainConfig, from_dict, load_config, to_dict
-from w2v2.data.corpora import read_corpus
+from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.datamodule import SpeechDataModule
 from w2v2.errors import UsageError
 from w2v2.model.masking import keyed_generator
@@ -159,7 +159,7 @@ def first_gradient(corpus: Path, batch_seconds: float, accumulate: int) -> tuple
     config = nano()
     config.data.batch_seconds, config.data.num_buckets = batch_seconds, 1
     splits = read_corpus(corpus)
-    data = SpeechDataModule({"train": splits["train"].subset(first=4)}, config.data, seed=0)
+    data = SpeechDataModule({"train": Split.of(list(splits["train"])[:4])}, config.data, seed=0)
     task = Task(Quadratic(), OptimConfig(schedule=WarmupLinear(peak=1e-3)), {"square": 1.0}, 0)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=1, accumulate_grad_batches=accumulate, logger=False, limit_val_batches=0,
@@ -211,7 +211,7 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     run: Path, corpus: Path, tmp_path: Path
 ) -> None:
     splits = read_corpus(corpus)
-    few = splits["train"].subset(first=2)
+    few = Split.of(list(splits["train"])[:2])
     splits = {"train": few, "valid": few, "test": few}
     config = recipes.tiny_ctc()
     config.take_shape(load_config(run / "config.json", PretrainConfig).model)

@@ -16,9 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
+
+if TYPE_CHECKING:
+    from w2v2.config import DataConfig
+    from w2v2.data.corpora import Splits
 
 T = TypeVar("T")
 log = logging.getLogger("w2v2")
@@ -30,21 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
-        if rest and args.verb not in ("pretrain", "finetune"):
+        if rest and args.verb not in ("prepare", "pretrain", "finetune"):
             raise UsageError(f"unknown arguments {' '.join(rest)}; see 'w2v2 {args.verb} --help'")
         args.run(args, rest)
     except UsageError as error:
-        # One that comes from a data worker carries that worker's traceback: its last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("w2v2.errors.UsageError: ")
-        sys.stderr.write(f"w2v2: error: {message}\n")
+        sys.stderr.write(f"w2v2: error: {_last_line(error, 'UsageError')}\n")
         return 2
-    except OSError as error:
-        sys.stderr.write(f"w2v2: failed: {error}\n")
+    except (JobError, OSError) as error:
+        sys.stderr.write(f"w2v2: failed: {_last_line(error, 'JobError')}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("w2v2: interrupted\n")
         return 130
     return 0
+
+
+def _last_line(error: Exception, kind: str) -> str:
+    """The message; of one that comes from a data worker, with that worker's traceback, the last line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(f"w2v2.errors.{kind}: ")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shrink", type=float, default=1.0, help="divide the number of updates by this, for a quick look (default: 1)"
     )
 
-    prepare = verb("prepare", _prepare, "check a folder in LibriSpeech layout and write its manifest")
-    prepare.add_argument("source", type=Path, help="folder SUBSET/SPEAKER/CHAPTER/*.flac with *.trans.txt")
-    prepare.add_argument("out", type=Path, help="new folder for corpus.json and one manifest per split")
+    _add_prepare(verb)
 
     pretrain = verb(
         "pretrain",
@@ -86,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for sub, what in ((pretrain, "run to start from"), (finetune, "pretraining run whose encoder to start from")):
         sub.add_argument("recipe", nargs="?", help="name of a recipe, or FILE.py:FUNCTION")
-        sub.add_argument("--data", type=Path, help="prepared folder, or folder in LibriSpeech layout")
+        sub.add_argument(
+            "--data",
+            action="append",
+            help="prepared corpus (folder, https:// or s3://), or folder of audio as it is; again for several",
+        )
         sub.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-DATE)")
         sub.add_argument("--init-from", type=Path, help=what)
         sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -96,8 +105,17 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verb("evaluate", _evaluate, "loss and accuracy of a pretraining run, or WER and CER of a fine-tuned one")
     evaluate.add_argument("model", type=Path, help="run folder")
-    evaluate.add_argument("--data", type=Path, required=True, help="prepared folder, or folder in LibriSpeech layout")
+    evaluate.add_argument("--data", required=True, help="prepared corpus, or folder of audio")
     evaluate.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
+
+    bench = verb("bench", _bench, "speed of data loading: audio-hours per second by source, and the wait of a step")
+    bench.add_argument("what", choices=["data"], help="what to measure")
+    bench.add_argument("data", nargs="+", help="prepared corpora (folders, https:// or s3://), or folders of audio")
+    bench.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
+    bench.add_argument("--batch-seconds", type=float, default=87.5, help="audio in a batch, s (default: %(default)s)")
+    bench.add_argument("--step-seconds", type=float, default=0.25, help="of a training step (default: %(default)s)")
+    bench.add_argument("--seconds", type=float, default=10.0, help="for each measurement (default: %(default)s)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     report = verb("report", _report, "one self-contained HTML page of a run")
     report.add_argument("folder", type=Path, help="run folder")
@@ -111,25 +129,110 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> None:
     log.info("look at %s", page)
 
 
-def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.data.prepare import prepare
+def _add_prepare(verb: Any) -> None:
+    sub = verb(
+        "prepare",
+        _prepare,
+        "check every recording of a source of audio, and write its manifests, or shards to stream from",
+        epilog="Thresholds of the audit can follow, such as --max-dc 0.05; --thresholds lists them. "
+        "Examples: w2v2 prepare LibriSpeech corpus; w2v2 prepare calls.csv corpus --columns path=file text=sentence; "
+        "w2v2 prepare hf:my/dataset corpus --shards.",
+    )
+    sub.add_argument(
+        "source", help="folder of audio of any kind, table (.csv, .tsv, .jsonl), hf:DATASET, or the word synthetic"
+    )
+    sub.add_argument(
+        "out", type=Path, help="folder for corpus.json, audit.jsonl and the manifests; resumed if it is there"
+    )
+    sub.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    sub.add_argument("--strict", action="store_true", help="fail if the audit finds anything")
+    sub.add_argument(
+        "--shards", nargs="?", const="flac", default="", help="write 16 kHz mono audio into tars: flac, opus, wav"
+    )
+    sub.add_argument("--shard-mb", type=float, default=250.0, help="size of a shard, MB (default: %(default)s)")
+    sub.add_argument(
+        "--splits", default="", help="table with the columns utt and role (default: SOURCE/splits.tsv, if any)"
+    )
+    sub.add_argument(
+        "--valid-share", type=float, default=0.05, help="speakers held out to validate on (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--test-share", type=float, default=0.0, help="speakers held out to test on (default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of what is held out, and of subsets (default: %(default)s)")
+    sub.add_argument(
+        "--labelled", nargs="+", default=(), help="labelled subsets of train: 10m 1h 10h, or NAME=FILE of ids"
+    )
+    sub.add_argument("--columns", nargs="+", default=(), help="names of a table's columns, such as text=sentence")
+    sub.add_argument("--speaker", default="", help="regular expression on the path; its first group is the speaker")
+    sub.add_argument("--hf-config", default="", help="configuration of a Hugging Face dataset")
+    sub.add_argument(
+        "--download", help="LibriSpeech parts to download into SOURCE first, such as train-clean-100,dev-clean"
+    )
+    sub.add_argument("--base-url", help="mirror to download from (default: the official address)")
+    sub.add_argument("--checksums", type=Path, help="md5 sums of the archives, where they are not the published ones")
+    sub.add_argument("--thresholds", action="store_true", help="list the options that set the audit's thresholds")
+    sub.add_argument("--hours", type=float, default=2.0, help="of synthetic training audio (default: %(default)s)")
 
+
+def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.data.audit import AuditConfig
+    from w2v2.data.prepare import PrepareConfig, prepare, summary_table
+
+    audit = override(AuditConfig(), ["--help"] if args.thresholds else rest, "w2v2 prepare SOURCE OUT")
+    names = ("splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb")
+    config = PrepareConfig(
+        audit=audit,
+        labelled=tuple(args.labelled),
+        columns=tuple(args.columns),
+        **{name: getattr(args, name) for name in names},
+    )
+    if args.jobs < 1:
+        raise UsageError(f"--jobs must be 1 or more, got {args.jobs}")
+    source = args.source
+    if args.download:
+        source = _download(args)
+    elif source == "synthetic" and not Path(source).exists():
+        source = _synthesize(args)
     with progress("prepare") as show:
-        summary = prepare(args.source, args.out, show)
-    for name, split in summary["splits"].items():
-        log.info(
-            "%-6s %7.2f h  %7d utterances  %5d speakers", name, split["hours"], split["utterances"], split["speakers"]
+        summary = prepare(source, args.out, config, jobs=args.jobs, strict=args.strict, progress=show)
+    for line in summary_table(summary):
+        log.info("%s", line)
+
+
+def _download(args: argparse.Namespace) -> Path:
+    from w2v2.data.download import OFFICIAL, download_librispeech
+
+    parts = [part for part in args.download.split(",") if part]
+    with progress("download") as show:
+        return download_librispeech(
+            parts,
+            Path(args.source),
+            base_url=args.base_url or OFFICIAL,
+            checksums=args.checksums,
+            progress=lambda share: show("download", share),
         )
+
+
+def _synthesize(args: argparse.Namespace) -> Path:
+    from w2v2.data.synthetic import SyntheticConfig, synthesize
+
+    audio: Path = args.out.with_name(args.out.name + "-audio")
+    sizes = {"valid_hours": max(0.05 * args.hours, 0.02), "test_hours": max(0.1 * args.hours, 0.02)}
+    with progress("synthesise") as show:
+        synthesize(
+            audio, SyntheticConfig(hours=args.hours, seed=args.seed, **sizes), lambda share: show("synthesise", share)
+        )
+    return audio
 
 
 def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.config import PretrainConfig
-    from w2v2.data.corpora import read_corpus
     from w2v2.train import pretrain
 
     config = _configure(args, rest, PretrainConfig)
     config.check()
-    splits = read_corpus(Path(config.data.path))
+    splits = _read(config.data)
     out = _run_folder(args)
     pretrain(config, splits, out, init_from=args.init_from, resume=args.resume)
     _finish(out)
@@ -138,19 +241,32 @@ def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.checkpoint import pretrained_config
     from w2v2.config import FinetuneConfig
-    from w2v2.data.corpora import labelled_subset, read_corpus
+    from w2v2.data.corpora import labelled_subset
     from w2v2.tasks.finetune import finetune
 
     config = _configure(args, rest, FinetuneConfig)
     if args.init_from is not None:
         config.take_shape(pretrained_config(args.init_from))
     config.check()
-    splits = read_corpus(Path(config.data.path))
+    splits = _read(config.data)
     if args.minutes is not None:
         splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)
     out = _run_folder(args)
     finetune(config, splits, out, init_from=args.init_from, resume=args.resume)
     _finish(out)
+
+
+def _read(data: DataConfig) -> Splits:
+    """The corpora of a run, the split to train on as ``train``."""
+    from w2v2.data.corpora import read_corpora
+
+    splits = read_corpora(data.sources, data.weights)
+    for name, need in ((data.train_split, "--data.train-split"), ("valid", "validation")):
+        if name not in splits:
+            raise UsageError(
+                f"no split {name!r} in {' '.join(data.sources)}, needed for {need}: got {', '.join(splits)}"
+            )
+    return {**splits, "train": splits[data.train_split]}
 
 
 def _finish(out: Path) -> None:
@@ -174,6 +290,23 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         from w2v2.train import evaluate_pretrained as evaluate
     figures = evaluate(args.model, splits, args.split)
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def _bench(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.bench import data_speed, speed_table
+    from w2v2.config import DataConfig, TrainConfig, check_run
+
+    config = DataConfig(num_workers=args.workers, batch_seconds=args.batch_seconds)
+    check_run(config, TrainConfig())
+    with progress("bench") as show:
+        rows = []
+        for i, source in enumerate(args.data):
+            rows.append(data_speed(source, config, step_seconds=args.step_seconds, seconds=args.seconds))
+            show("bench", (i + 1) / len(args.data))
+    if args.json:
+        sys.stdout.write(json.dumps([row.to_dict() for row in rows], indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(speed_table(rows, args.step_seconds, args.workers)) + "\n")
 
 
 def _report(args: argparse.Namespace, rest: list[str]) -> None:
@@ -200,9 +333,9 @@ def _configure(args: argparse.Namespace, rest: list[str], kind: type[T]) -> T:
         rest = ["--help"]
     config = override(config, rest, f"w2v2 {args.verb} {args.recipe}")
     if args.data is not None:
-        config.data.path = str(args.data)
-    if not config.data.path:
-        raise UsageError("name the audio with --data DIR: a prepared folder, or one in LibriSpeech layout")
+        config.data.sources = tuple(args.data)
+    if not config.data.sources:
+        raise UsageError("name the audio with --data DIR: a prepared corpus, or a folder of audio")
     done: T = config
     return done
 
@@ -244,14 +377,39 @@ def _run_folder(args: argparse.Namespace) -> Path:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[float], None]]:
-    """A bar with the time to go, on a terminal; a function that takes the share done."""
+def progress(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A function that takes a stage and the share of it done, and shows both with the time to go.
+
+    On a terminal a bar; elsewhere a line in the log every ten seconds.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    started: dict[str, float] = {}
+    told = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.update(task, completed=share)
+
+        def show(stage: str, share: float) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if stage not in started:
+                started[stage] = now
+                bar.reset(task, description=stage)
+            bar.update(task, completed=share)
+            if not console.is_terminal and now - told > 10:
+                told = now
+                left = (now - started[stage]) * (1 - share) / share if share else float("nan")
+                log.info("%s: %3.0f %%, %s to go", stage, 100 * share, _clock(left))
+
+        yield show
+
+
+def _clock(seconds: float) -> str:
+    if seconds != seconds:
+        return "?"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ T = TypeVar("T")
 class DataConfig:
     """Where the audio is and how it is batched."""
 
-    path: str = ""
-    """A prepared folder, or any folder in LibriSpeech layout (``--data``)."""
+    sources: tuple[str, ...] = ()
+    """Prepared corpora (folders, ``https://`` or ``s3://`` addresses), or folders of audio as they are (``--data``)."""
+    weights: tuple[float, ...] = ()
+    """How many times a pass each utterance of each corpus comes; none: once."""
+    train_split: str = "train"
+    """Split to train on, such as a labelled subset that ``prepare`` made: ``train-10m``."""
     batch_seconds: float = 87.5
     """Audio in one micro-batch at most, seconds (fairseq ``max_tokens`` 1.4M samples)."""
     max_seconds: float = 15.625
@@ -33,8 +37,12 @@ class DataConfig:
     """Shorter utterances are left out, and counted (``min_sample_size`` 32,000 samples)."""
     num_buckets: int = 10
     """Groups of similar duration that batches are drawn from."""
+    shuffle_buffer: int = 10_000
+    """Utterances (not audio) held to draw batches from: what shuffling can reach beyond the order of the pieces."""
     num_workers: int = 2
     """Processes that decode audio, per rank; 0: in the training process."""
+    max_bad: str = "0.1%"
+    """Share of the utterances of a split that may turn out unreadable before the run stops; 0.1% or 0.001."""
 
 
 @dataclass(kw_only=True)
@@ -195,16 +203,31 @@ def check_run(data: DataConfig, train: TrainConfig) -> None:
         "--data.batch-seconds": data.batch_seconds,
         "--data.max-seconds": data.max_seconds,
         "--data.num-buckets": data.num_buckets,
+        "--data.shuffle-buffer": data.shuffle_buffer,
     }
     for name, value in positive.items():
         if value <= 0:
             raise UsageError(f"{name} must be more than 0, got {value:g}")
     if data.num_workers < 0:
         raise UsageError(f"--data.num-workers must be 0 or more, got {data.num_workers}")
+    bad_share(data.max_bad)
+    if any(weight <= 0 for weight in data.weights):
+        raise UsageError(f"--data.weights must be more than 0, got {' '.join(map(str, data.weights))}")
     if data.min_seconds > data.max_seconds:
         raise UsageError(
             f"--data.min-seconds must not exceed max-seconds ({data.max_seconds:g}), got {data.min_seconds:g}"
         )
+
+
+def bad_share(text: str) -> float:
+    """``0.1%`` or ``0.001`` as a share."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f"--data.max-bad must be a share such as 0.1% or 0.001, got {text!r}")
+    return share
 
 
 def to_dict(config: Any) -> Any:

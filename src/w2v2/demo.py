@@ -20,9 +20,10 @@ import torch
 
 from w2v2 import recipes
 from w2v2.config import PretrainConfig
-from w2v2.data.corpora import Splits, labelled_subset, read_corpus
-from w2v2.data.datamodule import SpeechDataModule, load_audio
-from w2v2.data.prepare import describe, prepare
+from w2v2.data.audio import load_audio
+from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
+from w2v2.data.datamodule import SpeechDataModule
+from w2v2.data.prepare import prepare
 from w2v2.data.synthetic import SyntheticConfig, synthesize
 from w2v2.errors import UsageError
 from w2v2.evaluate import error_rates

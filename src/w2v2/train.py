@@ -19,9 +19,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, load_config, save_config
-from w2v2.data.corpora import Splits
+from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule
-from w2v2.data.prepare import describe
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
 from w2v2.optim import OptimConfig
@@ -142,6 +141,7 @@ def _silence_lightning() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",
+        ".*train_dataloader yielded None.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*overridden `transfer_batch_to_device` in `LightningModule`.*",
     ):

@@ -1,118 +1,240 @@
-"""Sources of audio as lhotse cuts, by split."""
+"""Corpora as splits of lhotse cuts, read piece by piece: prepared ones, here or remote, and folders as they are."""
 
 from __future__ import annotations
 
-import csv
+import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import soundfile
-from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment, fastcopy
+from lhotse.serialization import deserialize_item
 
+from w2v2.data.audio import AudioError, AudioFile
+from w2v2.data.sources import SPLITS, folder_rows, listed_splits, utterance_id
+from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.errors import UsageError
 
-SPLITS = ("train", "valid", "test")
-AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 _HELD_OUT_SPEAKERS = 0.05
+_OPEN_PIECES = 8
 
-Splits = dict[str, CutSet]
+
+@dataclass(frozen=True)
+class Piece:
+    """Cuts that are read together: a manifest, with a tar of their audio or without, or a list in memory."""
+
+    manifest: str = ""
+    """Path or URL."""
+    audio: str = ""
+    """Path or URL of a tar; empty: cuts know their files."""
+    held: tuple[MonoCut, ...] = ()
+    """Cuts in memory, without a manifest."""
+    utterances: int = 0
+    seconds: float = 0.0
+    weight: float = 1.0
+    """How many times a pass each utterance comes."""
+
+    def read(self, rng: random.Random | None = None) -> Iterator[MonoCut]:
+        """The cuts, shuffled if there is a generator."""
+        if not self.manifest:
+            yield from rng.sample(self.held, len(self.held)) if rng else self.held
+            return
+        lines = gzip.decompress(read_bytes(self.manifest)).splitlines()
+        if rng:
+            rng.shuffle(lines)
+        for line in lines:
+            cut: MonoCut = deserialize_item(json.loads(line))
+            if self.audio:
+                cut.recording.sources[0].source = self.audio
+            yield cut
 
 
-def read_corpus(root: Path, progress: Callable[[float], None] | None = None, *, training: bool = True) -> Splits:
-    """Cuts of each split of a prepared folder, or of a folder in LibriSpeech layout.
+@dataclass(frozen=True)
+class Split:
+    """Cuts of one role. Iterates over all of them in a fixed order; memory does not grow with their number."""
 
-    LibriSpeech layout is ``SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac`` with transcripts in
-    ``SPEAKER-CHAPTER.trans.txt``, or the same without SUBSET. The split of an utterance is, in this order: its
-    ``role`` in ``ROOT/splits.tsv``, a table with the columns ``role`` and ``utt``; that of its subset (``train*``;
-    ``dev*``, ``valid*``; ``test*``). Without any validation utterance, every twentieth speaker of train, by a hash of
-    the name, is held out. A folder without any training subset, such as dev-clean alone, is used whole to train on,
-    unless ``training`` is False.
+    pieces: tuple[Piece, ...]
+    speakers: int
+    transcribed: int
+    """Utterances with a transcript."""
+
+    @classmethod
+    def of(cls, cuts: Iterable[MonoCut]) -> Split:
+        """A split of cuts in memory."""
+        held = tuple(cuts)
+        said = [cut.supervisions[0] for cut in held]
+        piece = Piece(held=held, utterances=len(held), seconds=sum(cut.duration for cut in held))
+        return cls((piece,), len({s.speaker for s in said}), sum(bool(s.text) for s in said))
+
+    @property
+    def seconds(self) -> float:
+        """Of audio."""
+        return sum(piece.seconds for piece in self.pieces)
+
+    def __len__(self) -> int:
+        return sum(piece.utterances for piece in self.pieces)
+
+    def __iter__(self) -> Iterator[MonoCut]:
+        for piece in self.pieces:
+            yield from piece.read()
+
+    def shuffled(self, seed: int, epoch: int) -> Iterator[MonoCut]:
+        """One pass: pieces in an order that (seed, epoch) decide, some open at a time, each shuffled in itself.
+
+        A piece of weight w gives each of its utterances w times a pass. For a w that is not whole, utterances take
+        turns, so that after n passes each has come n·w times, rounded up or down. Where w is not 1, a cut's
+        ``custom["pass"]`` counts its own passes.
+        """
+        rng = random.Random(f"{seed}/{epoch}")
+        waiting = [(piece, turn) for piece in self.pieces for turn in range(math.ceil(piece.weight))]
+        rng.shuffle(waiting)
+        reading: list[Iterator[MonoCut]] = []
+        while waiting or reading:
+            while waiting and len(reading) < _OPEN_PIECES:
+                piece, turn = waiting.pop()
+                reading.append(_turn(piece, turn, seed, epoch, random.Random(rng.random())))
+            for cuts in list(reading):
+                cut = next(cuts, None)
+                if cut is None:
+                    reading.remove(cuts)
+                else:
+                    yield cut
+
+
+Splits = dict[str, Split]
+
+
+def _turn(piece: Piece, turn: int, seed: int, epoch: int, rng: random.Random) -> Iterator[MonoCut]:
+    """The cuts of a piece that come for the ``turn``-th time in a pass."""
+    if piece.weight == 1.0:
+        yield from piece.read(rng)
+        return
+    for cut in piece.read(rng):
+        phase = random.Random(f"{seed}/{cut.id}").random()
+        before, after = (int(passes * piece.weight + phase) for passes in (epoch, epoch + 1))
+        if before + turn < after:
+            yield fastcopy(cut, custom={**(cut.custom or {}), "pass": before + turn})
+
+
+def read_corpora(sources: Sequence[str], weights: Sequence[float] = (), *, training: bool = True) -> Splits:
+    """Splits of several corpora together; weights are of their train splits, 1 each without any.
+
+    Raises:
+        UsageError: as ``read_corpus``; a number of weights that is not that of the corpora.
+    """
+    if weights and len(weights) != len(sources):
+        raise UsageError(f"--data.weights needs one number for each of the {len(sources)} corpora, got {len(weights)}")
+    together: dict[str, list[Split]] = {}
+    for i, source in enumerate(sources):
+        for name, split in read_corpus(source, training=training).items():
+            weight = weights[i] if weights and name.startswith("train") else 1.0
+            pieces = tuple(replace(piece, weight=weight) for piece in split.pieces)
+            together.setdefault(name, []).append(replace(split, pieces=pieces))
+    return {
+        name: Split(
+            tuple(piece for split in splits for piece in split.pieces),
+            sum(split.speakers for split in splits),
+            sum(split.transcribed for split in splits),
+        )
+        for name, splits in together.items()
+    }
+
+
+def read_corpus(root: str | Path, progress: Callable[[float], None] | None = None, *, training: bool = True) -> Splits:
+    """Splits of a prepared corpus, on disk, at an HTTP address or in S3, or of a folder of audio as it is.
+
+    Of a folder that is not prepared only the headers are read, and the rules are those of ``folder_rows``:
+    ``ROOT/splits.tsv`` decides the splits if it exists, otherwise the names of the subsets. Without any validation
+    utterance, every twentieth speaker of train, by a hash of the name, is held out. A folder without any training
+    subset, such as dev-clean alone, is used whole to train on, unless ``training`` is False.
 
     Raises:
         UsageError: no such folder, no audio in it, an unreadable file, an utterance id that occurs twice.
     """
+    location = str(root)
+    description = join(location, "corpus.json")
+    if is_remote(location) or Path(description).exists():
+        return _prepared(location, description)
+    root = Path(root)
     if not root.is_dir():
         raise UsageError(f"no folder {root}: expected audio in LibriSpeech layout, or what 'w2v2 prepare' wrote")
-    if (root / "corpus.json").exists():
-        names = json.loads((root / "corpus.json").read_text())["splits"]
-        return {name: CutSet.from_file(root / f"{name}.jsonl.gz").to_eager() for name in names}
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    if not files:
-        raise UsageError(f"no audio in {root}: expected files ending in {', '.join(AUDIO_SUFFIXES)}; check the path")
-    roles = _listed_roles(root / "splits.tsv")
-    transcripts = _transcripts(root)
+    if (root / ".prepare").exists():
+        raise UsageError(f"{root} is not prepared to the end; run the same 'w2v2 prepare' again, it does the rest")
+    return _unprepared(root, progress, training)
+
+
+def _prepared(location: str, description: str) -> Splits:
+    try:
+        found = json.loads(read_bytes(description))
+    except FileNotFoundError as error:
+        raise UsageError(f"no {description}: expected a corpus that 'w2v2 prepare' wrote") from error
+    if found.get("schema") != 2:
+        raise UsageError(f"{description} has schema {found.get('schema')}, expected 2; prepare the corpus again")
+    splits = {}
+    for name, split in found["splits"].items():
+        pieces = tuple(
+            Piece(
+                manifest=join(location, piece["cuts"]),
+                audio=join(location, piece["audio"]) if piece["audio"] else "",
+                utterances=piece["utterances"],
+                seconds=piece["seconds"],
+            )
+            for piece in split["pieces"]
+        )
+        splits[name] = Split(pieces, split["speakers"], split["transcribed"])
+    return splits
+
+
+def _unprepared(root: Path, progress: Callable[[float], None] | None, training: bool) -> Splits:
+    rows = list(folder_rows(root))
+    if not rows:
+        raise UsageError(f"no audio in {root}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path")
+    listed = dict(listed_splits(root / "splits.tsv")) if (root / "splits.tsv").exists() else {}
     by_split: dict[str, list[MonoCut]] = {}
-    seen: dict[str, Path] = {}
-    for i, path in enumerate(files):
-        if path.stem in seen:
-            raise UsageError(f"two files with the utterance id {path.stem}: {seen[path.stem]} and {path}; rename one")
-        seen[path.stem] = path
-        split = roles.get(path.stem) if roles else _split_of_subset(path.relative_to(root).parts[0])
+    seen: dict[str, str] = {}
+    for i, row in enumerate(rows):
+        name = utterance_id(row.path)
+        if name in seen:
+            raise UsageError(f"two files with the utterance id {name}: {seen[name]} and {row.path}; rename one")
+        seen[name] = row.path
+        split = listed.get(name) if listed else row.split or "train"
         if split is not None:
-            by_split.setdefault(split, []).append(_cut(path, transcripts.get(path.stem)))
+            by_split.setdefault(split, []).append(_cut(root / row.path, name, row.text, row.speaker))
         if progress:
-            progress((i + 1) / len(files))
-    if "train" not in by_split and roles:
+            progress((i + 1) / len(rows))
+    if "train" not in by_split and listed:
         raise UsageError(f"{root / 'splits.tsv'} gives no utterance in {root} the role train, got {sorted(by_split)}")
     if "train" not in by_split and training:
         by_split = {"train": [cut for cuts in by_split.values() for cut in cuts]}
     if "train" in by_split and "valid" not in by_split:
         _hold_out(by_split, root)
-    return {name: CutSet.from_cuts(by_split[name]) for name in SPLITS if name in by_split}
+    return {name: Split.of(by_split[name]) for name in SPLITS if name in by_split}
 
 
-def _split_of_subset(subset: str) -> str:
-    for prefix, split in (("dev", "valid"), ("valid", "valid"), ("test", "test")):
-        if subset.lower().startswith(prefix):
-            return split
-    return "train"
-
-
-def _listed_roles(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t")
-        if not rows.fieldnames or not {"role", "utt"} <= set(rows.fieldnames):
-            raise UsageError(f"{path} needs the columns role and utt, got {rows.fieldnames}")
-        return {row["utt"]: _split_of_subset(row["role"]) for row in rows}
-
-
-def _transcripts(root: Path) -> dict[str, str]:
-    texts = {}
-    for path in root.rglob("*.trans.txt"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, text = line.partition(" ")
-            texts[name] = text.strip()
-    return texts
-
-
-def _cut(path: Path, text: str | None) -> MonoCut:
+def _cut(path: Path, name: str, text: str | None, speaker: str | None) -> MonoCut:
     """One file as a cut; only its header is read."""
     try:
-        info = soundfile.info(path)
-    except (soundfile.LibsndfileError, OSError) as error:
+        with AudioFile(str(path)) as file:
+            rate, samples, channels = file.rate, file.frames, list(range(file.channels))
+    except (AudioError, OSError) as error:
         raise UsageError(f"cannot read {path}: {error}; repair or remove it") from error
-    if info.frames == 0:
+    if samples == 0:
         raise UsageError(f"no samples in {path}: expected audio; repair or remove it")
-    duration = info.frames / info.samplerate
+    duration = samples / rate
     recording = Recording(
-        id=path.stem,
-        sources=[AudioSource(type="file", channels=list(range(info.channels)), source=str(path.resolve()))],
-        sampling_rate=info.samplerate,
-        num_samples=info.frames,
+        id=name,
+        sources=[AudioSource(type="file", channels=channels, source=str(path.resolve()))],
+        sampling_rate=rate,
+        num_samples=samples,
         duration=duration,
-        channel_ids=list(range(info.channels)),
+        channel_ids=channels,
     )
-    speaker = path.stem.split("-")[0]
-    supervision = SupervisionSegment(
-        id=path.stem, recording_id=path.stem, start=0.0, duration=duration, text=text, speaker=speaker
-    )
-    return MonoCut(
-        id=path.stem, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[supervision]
-    )
+    said = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=duration, text=text, speaker=speaker)
+    return MonoCut(id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said])
 
 
 def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:
@@ -130,29 +252,48 @@ def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:
     by_split["train"] = [cut for cut in cuts if cut.supervisions[0].speaker not in held]
 
 
-def labelled_subset(cuts: CutSet, minutes: float, seed: int) -> CutSet:
-    """About so many minutes of transcribed cuts, taken in turn from the speakers, in an order that the seed decides."""
+def describe(splits: Splits) -> dict[str, dict[str, float]]:
+    """Size of each split: hours, utterances, speakers, utterances with a transcript."""
+    return {
+        name: {
+            "hours": split.seconds / 3600,
+            "utterances": len(split),
+            "speakers": split.speakers,
+            "transcribed": split.transcribed,
+        }
+        for name, split in splits.items()
+    }
 
-    def rank(cut: MonoCut) -> str:
-        return hashlib.sha256(f"{seed}/{cut.id}".encode()).hexdigest()
 
-    def in_turn() -> Iterator[MonoCut]:
-        by_speaker: dict[str, list[MonoCut]] = {}
-        for cut in sorted(cuts, key=rank):
-            if cut.supervisions[0].text:
-                by_speaker.setdefault(cut.supervisions[0].speaker or "", []).append(cut)
-        queues = [by_speaker[speaker] for speaker in sorted(by_speaker, key=lambda s: rank(by_speaker[s][0]))]
-        while queues:
-            for queue in queues:
-                yield queue.pop()
-            queues = [queue for queue in queues if queue]
+def labelled_subset(split: Split, minutes: float, seed: int) -> Split:
+    """About so many minutes of transcribed cuts, over all speakers; see ``choose_labelled``."""
+    rows = ((cut.id, cut.supervisions[0].speaker, cut.duration) for cut in split if cut.supervisions[0].text)
+    chosen = choose_labelled(rows, minutes, seed)
+    return Split.of(cut for cut in split if cut.id in chosen)
 
-    chosen, seconds = [], 0.0
-    for cut in in_turn():
-        if seconds + cut.duration > minutes * 60 + 8:
-            continue
-        chosen.append(cut)
-        seconds += cut.duration
-        if seconds >= minutes * 60:
-            break
-    return CutSet.from_cuts(chosen)
+
+def choose_labelled(rows: Iterable[tuple[str, str | None, float]], minutes: float, seed: int) -> set[str]:
+    """Utterances of about so many minutes, taken in turn from the speakers, in an order that the seed decides.
+
+    Args:
+        rows: (utterance id, speaker, seconds).
+    """
+
+    def rank(name: str) -> str:
+        return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
+
+    by_speaker: dict[str, list[tuple[str, float]]] = {}
+    for name, speaker, seconds in sorted(rows, key=lambda row: rank(row[0])):
+        by_speaker.setdefault(speaker or "", []).append((name, seconds))
+    queues = [by_speaker[speaker] for speaker in sorted(by_speaker, key=lambda s: rank(by_speaker[s][0][0]))]
+    chosen, total = set(), 0.0
+    while queues:
+        for queue in queues:
+            name, seconds = queue.pop()
+            if total + seconds <= minutes * 60 + 8:
+                chosen.add(name)
+                total += seconds
+            if total >= minutes * 60:
+                return chosen
+        queues = [queue for queue in queues if queue]
+    return chosen

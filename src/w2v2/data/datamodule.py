@@ -1,37 +1,35 @@
-"""Cuts to batches: bucketed by duration, cropped, decoded, resampled, collated."""
+"""Cuts to batches: bucketed by duration, shared out over ranks, cropped, decoded, resampled, collated."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import random
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytorch_lightning as pl
-import soundfile
-import soxr
 import torch
-from lhotse import CutSet, MonoCut
+from lhotse import MonoCut
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler
 from lhotse.dataset.sampling.base import TimeConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from w2v2.config import DataConfig
-from w2v2.data.corpora import Splits
-from w2v2.errors import UsageError
+from w2v2.config import DataConfig, bad_share
+from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
+from w2v2.data.corpora import Split, Splits
+from w2v2.data.storage import read_ranges
+from w2v2.errors import JobError, UsageError
 
-SAMPLE_RATE = 16_000
 log = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float32]
 Encode = Callable[[str], list[int]]
+_BINS_FROM = 10_000
 
 
 @dataclass
@@ -44,37 +42,14 @@ class Batch:
     """(B,) int64 samples; stays on the host."""
     ids: list[str]
     """Utterance ids."""
-    epoch: int = 0
-    """Passes over the data before this one."""
+    passes: list[int]
+    """How many times each utterance has come before: what crops and masks are drawn by."""
     targets: Tensor | None = None
     """(B, U) int64 labels, padded with zeros."""
     target_lengths: Tensor | None = None
     """(B,) int64 labels of each utterance."""
-
-
-def load_audio(cut: MonoCut, offset: float = 0.0, duration: float | None = None) -> FloatArray:
-    """Decode part of a cut: channels averaged, 16 kHz, float32. Only that part is read where the format can seek.
-
-    Args:
-        cut: of one recording in one file.
-        offset: seconds after the cut's start.
-        duration: seconds; None: to the cut's end.
-
-    Raises:
-        UsageError: the file cannot be decoded.
-    """
-    rate = cut.recording.sampling_rate
-    start = round((cut.start + offset) * rate)
-    count = round((cut.duration - offset if duration is None else duration) * rate)
-    path = cut.recording.sources[0].source
-    try:
-        samples, got = soundfile.read(path, start=start, frames=count, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UsageError(f"cannot decode {path}: {error}; repair it, remove it, or prepare the corpus again") from error
-    if got != rate:
-        raise UsageError(f"{path} has {got} Hz, the manifest says {rate}; prepare the corpus again")
-    mono: FloatArray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(1)
-    return mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE)
+    bad: dict[str, str] = field(default_factory=dict)
+    """Utterances that could not be read and are left out: what was wrong, by id. B may be 0."""
 
 
 class SpeechDataset(Dataset[Batch]):
@@ -100,38 +75,70 @@ class SpeechDataset(Dataset[Batch]):
         self.seed, self.max_seconds, self.same_length = seed, max_seconds, same_length
         self.normalize, self.encode = normalize, encode
 
-    def __getitem__(self, item: tuple[int, CutSet]) -> Batch:
+    def __getitem__(self, item: tuple[int, list[MonoCut]]) -> Batch:
         epoch, cuts = item
         limit = self.max_seconds or float("inf")
         if self.same_length:
             limit = min(limit, min(cut.duration for cut in cuts))
-        rows = [self._load(cut, epoch, limit) for cut in cuts]
-        if self.same_length:  # rounding at other rates may leave one sample more in some
+        passes = [(cut.custom or {}).get("pass", epoch) for cut in cuts]
+        rows: list[FloatArray] = []
+        good: list[int] = []
+        bad = {}
+        encoded = _shard_bytes(cuts)
+        for i, cut in enumerate(cuts):
+            try:
+                data = encoded.get(i)
+                if isinstance(data, OSError):
+                    raise AudioError(f"{cut.recording.sources[0].source} ({cut.id}): {data}")
+                rows.append(self._load(cut, passes[i], limit, data))
+                good.append(i)
+            except AudioError as error:
+                bad[cut.id] = str(error)
+        if self.same_length and rows:  # rounding at other rates may leave one sample more in some
             shortest = min(len(row) for row in rows)
             rows = [row[:shortest] for row in rows]
-        lengths = torch.tensor([len(row) for row in rows])
-        audio = torch.zeros(len(rows), int(lengths.max()))
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        audio = torch.zeros(len(rows), max((len(row) for row in rows), default=0))
         for i, row in enumerate(rows):
             audio[i, : len(row)] = torch.from_numpy(row)
-        batch = Batch(audio=audio, lengths=lengths, ids=[cut.id for cut in cuts], epoch=epoch)
+        ids = [cuts[i].id for i in good]
+        batch = Batch(audio=audio, lengths=lengths, ids=ids, passes=[passes[i] for i in good], bad=bad)
         if self.encode is not None:
-            labels = [torch.tensor(self.encode(cut.supervisions[0].text or ""), dtype=torch.long) for cut in cuts]
-            batch.targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True)
-            batch.target_lengths = torch.tensor([len(row) for row in labels])
+            texts = [cuts[i].supervisions[0].text or "" for i in good]
+            labels = [torch.tensor(self.encode(text), dtype=torch.long) for text in texts]
+            batch.targets = torch.nn.utils.rnn.pad_sequence(labels or [lengths], batch_first=True)[: len(labels)]
+            batch.target_lengths = torch.tensor([len(row) for row in labels], dtype=torch.long)
         return batch
 
-    def _load(self, cut: MonoCut, epoch: int, limit: float) -> FloatArray:
+    def _load(self, cut: MonoCut, number: int, limit: float, data: bytes | None) -> FloatArray:
         duration = min(cut.duration, limit)
-        # Same-length batches are for training, so crops move with the epoch; elsewhere they depend on the id alone.
-        key = f"{self.seed}/{epoch}/{cut.id}" if self.same_length else cut.id
+        # Same-length batches are for training, so crops move with the pass; elsewhere they depend on the id alone.
+        key = f"{self.seed}/{number}/{cut.id}" if self.same_length else cut.id
         offset = random.Random(key).uniform(0, cut.duration - duration)
         if not self.normalize:
-            return load_audio(cut, offset, duration)
-        samples = load_audio(cut)
+            return load_audio(cut, offset, duration, data)
+        samples = load_audio(cut, data=data)
         samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-5)
         start = round(offset * SAMPLE_RATE)
         part: FloatArray = samples[start : start + round(duration * SAMPLE_RATE)]
         return part
+
+
+def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:
+    """Encoded audio of the cuts that lie in shards, by place in the list; fetched together where they are remote."""
+    places = {
+        i: (cut.recording.sources[0].source, cut.custom["shard_offset"], cut.custom["shard_bytes"])
+        for i, cut in enumerate(cuts)
+        if cut.custom and "shard_offset" in cut.custom
+    }
+    if not places:
+        return {}
+    try:
+        return dict(zip(places, read_ranges(list(places.values())), strict=True))
+    except OSError as error:
+        if len(places) == 1:
+            return dict.fromkeys(places, error)
+        return {i: data for i in places for data in _shard_bytes([cuts[i]]).values()}
 
 
 @dataclass
@@ -149,23 +156,174 @@ class _CropConstraint(TimeConstraint):
         self.num_cuts += 1
 
 
-class EpochSampler:
-    """Yields (epoch, cuts): lhotse's bucketing sampler, with the epoch travelling beside the cuts to any worker."""
+class _Passes:
+    """The usable cuts of a split, in the order of a pass; says once how many are not usable."""
 
-    def __init__(self, sampler: DynamicBucketingSampler, skip: int = 0) -> None:
-        self.sampler = sampler
-        self.skip = skip  # batches of the first pass that a run had before it was resumed; nothing is decoded for them
+    def __init__(
+        self, name: str, split: Split, config: DataConfig, *, labelled: bool, shuffle: bool, seed: int = 0
+    ) -> None:
+        self.name, self.split, self.config = name, split, config
+        self.labelled, self.shuffle, self.seed = labelled, shuffle, seed
         self.epoch = 0
+        self.told = False
+        if next(iter(self.usable(split, {})), None) is None:
+            kind = "with a transcript " if labelled else ""
+            raise UsageError(
+                f"no utterance {kind}of the {name} split is as long as --data.min-seconds {config.min_seconds:g}; "
+                "lower it, or add audio"
+            )
+
+    def usable(self, cuts: Iterable[MonoCut], left_out: dict[str, int]) -> Iterator[MonoCut]:
+        """Cuts that are long enough and, for fine-tuning, have a transcript that fits."""
+        for cut in cuts:
+            if cut.duration < self.config.min_seconds:
+                why = f"shorter than {self.config.min_seconds:g} s"
+            elif self.labelled and not (cut.supervisions[0].text or "").strip():
+                why = "without a transcript"
+            elif self.labelled and (cut.custom or {}).get("ctc_infeasible"):
+                why = "with more labels than CTC can emit in their frames"
+            else:
+                yield cut
+                continue
+            left_out[why] = left_out.get(why, 0) + 1
+
+    def __iter__(self) -> Iterator[MonoCut]:
+        left_out: dict[str, int] = {}
+        yield from self.usable(self.split.shuffled(self.seed, self.epoch) if self.shuffle else self.split, left_out)
+        if not self.told:
+            for why, count in left_out.items():
+                log.info("%s: %d utterances %s left out", self.name, count, why)
+        self.told = True
+
+
+class _Steps(DynamicBucketingSampler):
+    """Yields the batches of one step of all ranks together, not yet shared out; fewer than ranks at the end."""
+
+    def __next__(self) -> list[list[MonoCut]]:
+        batches: list[list[MonoCut]] = []
+        for _ in range(self.world_size):
+            try:
+                batches.append(list(self._next_batch()))
+            except StopIteration:
+                break
+        if not batches:
+            raise StopIteration
+        return batches
+
+
+class EpochSampler:
+    """Yields (epoch, cuts) of one rank's batches; the epoch travels beside the cuts to any worker.
+
+    What is in a batch, and when it comes, depends on the split, the seed, the epoch and the number of ranks, not on the
+    number of workers. Every cut of a pass goes to exactly one rank, and all ranks get the same number of batches.
+
+    Args:
+        cuts: of a pass; their ``epoch`` is set before each.
+        constraint: when a batch is full.
+        num_buckets: groups of similar duration.
+        buffer: cuts held in the buckets: what shuffling can reach, and what bounds memory.
+        shuffle, seed: of the order.
+        rank, world_size: this process and how many there are.
+        skip: batches of the first pass that a run had before it was resumed; nothing is decoded for them.
+    """
+
+    def __init__(
+        self,
+        cuts: _Passes,
+        constraint: TimeConstraint,
+        *,
+        num_buckets: int = 10,
+        buffer: int = 10_000,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+    ) -> None:
+        self.cuts, self.rank, self.world_size, self.skip = cuts, rank, world_size, skip
+        self.epoch = 0
+        sample = list(itertools.islice(cuts, _BINS_FROM))
+        if len(sample) < world_size:
+            raise UsageError(
+                f"the {cuts.name} split has {len(sample)} utterances for {world_size} processes; use fewer processes"
+            )
+        buckets = min(num_buckets, len(sample))
+        self.sampler = _Steps(
+            cuts,
+            constraint=constraint,
+            duration_bins=estimate_duration_buckets(sample, buckets, constraint) if buckets > 1 else [],
+            buffer_size=buffer,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each pass."""
         self.epoch = epoch
-        self.sampler.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[int, CutSet]]:
+    def __iter__(self) -> Iterator[tuple[int, list[MonoCut]]]:
         skip, self.skip = self.skip, 0
-        for cuts in itertools.islice(self.sampler, skip, None):
-            yield self.epoch, cuts
+        self.cuts.epoch = self.epoch
+        self.sampler.set_epoch(self.epoch)
+        for step in itertools.islice(whole_steps(self.sampler, self.world_size), skip, None):
+            yield self.epoch, step[self.rank]
+
+
+def whole_steps(steps: Iterable[list[list[MonoCut]]], world_size: int) -> Iterator[list[list[MonoCut]]]:
+    """Steps with a batch for each rank, where the last one may have come with fewer.
+
+    The missing batches are split off the last ones, a cut each, so that no batch grows. Only where the last full step
+    has no cut to spare are the left-over cuts added to its batches.
+
+    lhotse's own samplers repeat cuts there.
+    """
+    last: list[list[MonoCut]] = []
+    for step in steps:
+        if len(step) == world_size:
+            if last:
+                yield last
+            last = step
+            continue
+        while len(step) < world_size and (donor := max([*step, *last], key=len)) and len(donor) > 1:
+            step.append([donor.pop()])
+        if len(step) < world_size:
+            for rest, batch in zip(itertools.chain.from_iterable(step), last, strict=False):
+                batch.append(rest)
+        else:
+            if last:
+                yield last
+            last = step
+    if last:
+        yield last
+
+
+class SpeechLoader(DataLoader[Batch]):
+    """Batches, with an account of the utterances that could not be read.
+
+    Raises:
+        JobError: while iterating, when there are more of them than ``allowed``.
+    """
+
+    def __init__(self, *args: Any, allowed: int, said: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allowed, self.said = allowed, said
+        self.bad: dict[str, str] = {}
+
+    def __iter__(self) -> Any:
+        bad = self.bad
+        for batch in super().__iter__():
+            for name, why in batch.bad.items():
+                if name not in bad:
+                    bad[name] = why
+                    log.warning("left out, %d so far, at most %d are allowed: %s", len(bad), self.allowed, why)
+            if len(bad) > self.allowed:
+                raise JobError(
+                    f"{len(bad)} utterances cannot be read, {self.said}: {'; '.join(bad.values())}; repair or remove "
+                    "them, or prepare the corpus again"
+                )
+            yield batch
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -193,19 +351,14 @@ class SpeechDataModule(pl.LightningDataModule):
         super().__init__()
         self.config, self.seed, self.normalize, self.encode = config, seed, normalize, encode
         self.skip = skip
-        self.splits = {name: self._long_enough(name, cuts) for name, cuts in splits.items()}
+        self.splits = splits
+        for name in ("train", "valid"):
+            if name in splits:
+                self._passes(name)
 
-    def _long_enough(self, name: str, cuts: CutSet) -> CutSet:
-        kept = [cut for cut in cuts if cut.duration >= self.config.min_seconds]
-        if len(kept) < len(cuts):
-            dropped = len(cuts) - len(kept)
-            log.info("%s: %d utterances shorter than %g s left out", name, dropped, self.config.min_seconds)
-        if not kept:
-            raise UsageError(
-                f"no utterance of the {name} split is as long as --data.min-seconds {self.config.min_seconds:g}; "
-                "lower it, or add audio"
-            )
-        return CutSet.from_cuts(kept)
+    def _passes(self, name: str, *, shuffle: bool = False) -> _Passes:
+        labelled = self.encode is not None
+        return _Passes(name, self.splits[name], self.config, labelled=labelled, shuffle=shuffle, seed=self.seed)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, bucketed, without the last partial batches of an epoch's end being lost."""
@@ -218,7 +371,7 @@ class SpeechDataModule(pl.LightningDataModule):
             normalize=self.normalize,
             encode=self.encode,
         )
-        return self._loader(dataset, self.splits["train"], max_seconds, shuffle=True, skip=self.skip)
+        return self._loader(dataset, "train", max_seconds, shuffle=True, skip=self.skip)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The valid split in a fixed order."""
@@ -228,33 +381,36 @@ class SpeechDataModule(pl.LightningDataModule):
         """Any split in a fixed order; for pretraining, crops that depend on the utterance id alone."""
         max_seconds = self.config.max_seconds if self.encode is None else None
         dataset = SpeechDataset(max_seconds=max_seconds, normalize=self.normalize, encode=self.encode)
-        return self._loader(dataset, self.splits[split], max_seconds, shuffle=False)
+        return self._loader(dataset, split, max_seconds, shuffle=False)
 
     def _loader(
-        self, dataset: SpeechDataset, cuts: CutSet, max_seconds: float | None, *, shuffle: bool, skip: int = 0
+        self, dataset: SpeechDataset, split: str, max_seconds: float | None, *, shuffle: bool, skip: int = 0
     ) -> DataLoader[Batch]:
-        constraint = _CropConstraint(max_duration=self.config.batch_seconds, max_seconds=max_seconds)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*with an eagerly read CutSet.*")  # small manifests are, on purpose
-            bucketing = DynamicBucketingSampler(
-                cuts,
-                constraint=constraint,
-                num_buckets=max(2, min(self.config.num_buckets, len(cuts))),
-                shuffle=shuffle,
-                seed=self.seed,
-                **_ranks(),
-            )
-        sampler = EpochSampler(bucketing, skip)
-        return DataLoader(
+        rank, world_size = _ranks()
+        sampler = EpochSampler(
+            self._passes(split, shuffle=shuffle),
+            _CropConstraint(max_duration=self.config.batch_seconds, max_seconds=max_seconds),
+            num_buckets=self.config.num_buckets,
+            buffer=self.config.shuffle_buffer,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            skip=skip,
+        )
+        count = len(self.splits[split])
+        return SpeechLoader(
             dataset,
             sampler=sampler,
             batch_size=None,
             num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
+            allowed=int(bad_share(self.config.max_bad) * count / world_size),
+            said=f"more than --data.max-bad {self.config.max_bad} of {count} allows",
         )
 
 
-def _ranks() -> dict[str, Any]:
+def _ranks() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return {"rank": torch.distributed.get_rank(), "world_size": torch.distributed.get_world_size()}
-    return {"rank": 0, "world_size": 1}
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

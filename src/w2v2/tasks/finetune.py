@@ -48,8 +48,10 @@ class FinetuneTask(NormalizedTask):
         self.references: list[str] = []
         self.hypotheses: list[str] = []
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> CTCBatch:
-        """Draw masks on the host in training, then send everything along."""
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> CTCBatch | None:
+        """Draw masks on the host in training, then send everything along; None for a batch without utterances."""
+        if self.is_empty(batch):
+            return None
         assert batch.targets is not None and batch.target_lengths is not None
         samples = batch.lengths.tolist()
         on_device = CTCBatch(
@@ -64,7 +66,7 @@ class FinetuneTask(NormalizedTask):
 
     def _draw(self, on_device: CTCBatch, batch: Batch, samples: list[int], device: torch.device) -> None:
         config, model = self.config, self.config.model
-        rngs = [keyed_generator(self.seed, batch.epoch, name) for name in batch.ids]
+        rngs = [keyed_generator(self.seed, number, name) for number, name in zip(batch.passes, batch.ids, strict=True)]
         frames = model.frames(samples)
         if model.mask_prob > 0:
             masks = [model.sample_mask(n, rng) for n, rng in zip(frames, rngs, strict=True)]
@@ -108,8 +110,10 @@ class FinetuneTask(NormalizedTask):
         sums = self.sums.take()
         return {"loss": (sums["total"] / sums["targets"]).item(), "seconds": sums["samples"].item() / SAMPLE_RATE}
 
-    def validation_step(self, batch: CTCBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: CTCBatch | None, batch_idx: int) -> None:
         """Loss and greedy hypotheses."""
+        if batch is None:
+            return
         log_probs, frames = self.model(batch.audio, batch.lengths)
         loss = self._loss(log_probs, frames, batch)
         self.valid_sums.add(self.counted(loss, len(frames), batch.audio, batch.lengths))

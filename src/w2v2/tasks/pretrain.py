@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from w2v2.data.datamodule import Batch
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 from w2v2.model.masking import Draws
 from w2v2.model.wav2vec2 import SAMPLE_RATE, SSLOutput
 from w2v2.optim import OptimConfig
@@ -108,6 +108,18 @@ class NormalizedTask(pl.LightningModule):
         ones = torch.ones((), device=total.device, dtype=torch.float64)
         return {"total": total.double(), "targets": num_targets * ones, "samples": samples * ones}
 
+    def is_empty(self, batch: Batch) -> bool:
+        """Whether none of a batch could be read: there is nothing to learn from it, and alone one may go on.
+
+        Raises:
+            JobError: other processes wait for this one's gradient.
+        """
+        if batch.ids:
+            return False
+        if self.trainer.world_size > 1:
+            raise JobError(f"no utterance of a whole batch can be read: {'; '.join(batch.bad.values())}; repair them")
+        return True
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient and set the learning rate."""
         targets = torch.tensor(float(self.step_targets), device=self.device)
@@ -153,12 +165,17 @@ class PretrainTask(NormalizedTask):
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> tuple[Tensor, list[int] | None, Draws]:
-        """Draw on the host, then send audio and draws along; lengths are only needed on the host."""
+    ) -> tuple[Tensor, list[int] | None, Draws] | None:
+        """Draw on the host, then send audio and draws along; lengths are only needed on the host.
+
+        None, which the trainer skips, stands for a batch without utterances.
+        """
+        if self.is_empty(batch):
+            return None
         samples = batch.lengths.tolist()
         model: Any = self.model
         if self.trainer.training:
-            keys = [(self.seed, batch.epoch, name) for name in batch.ids]
+            keys = [(self.seed, number, name) for number, name in zip(batch.passes, batch.ids, strict=True)]
             draws = model.draw(samples, keys, step_key=(self.seed, self.global_step))
         else:
             draws = model.draw(samples, [("valid", name) for name in batch.ids])
@@ -174,8 +191,10 @@ class PretrainTask(NormalizedTask):
         self.sums.add(self._loggable(out, total, audio, lengths))
         return self.sum_loss(total, out.num_targets)
 
-    def validation_step(self, batch: tuple[Tensor, list[int] | None, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, list[int] | None, Any] | None, batch_idx: int) -> None:
         """The same losses without noise, and once more with every frame masked: what can be told without context."""
+        if batch is None:
+            return
         audio, lengths, draws = batch
         out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
         total = weighted_sum(out.losses, self.loss_weights)
