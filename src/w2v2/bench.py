@@ -12,6 +12,7 @@ from w2v2.data.audio import SAMPLE_RATE
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.datamodule import Batch, SpeechDataModule
 from w2v2.data.storage import is_remote
+from w2v2.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,12 @@ def data_speed(source: str, config: DataConfig, *, step_seconds: float, seconds:
         seconds: about how long each of the two measurements may take.
 
     Raises:
-        UsageError: as ``read_corpus``.
+        UsageError: as ``read_corpus``; a corpus without a train split.
     """
-    splits = {"train": read_corpus(source)["train"]}
+    found = read_corpus(source)
+    if "train" not in found:
+        raise UsageError(f"no split 'train' in {source}, which is measured: got {', '.join(found)}")
+    splits = {"train": found["train"]}
     loader = SpeechDataModule(splits, config).train_dataloader()
     heard, began = 0.0, time.perf_counter()
     for item in _again(loader.sampler):
@@ -57,15 +61,14 @@ def data_speed(source: str, config: DataConfig, *, step_seconds: float, seconds:
         if time.perf_counter() - began > seconds:
             break
     speed = heard / (time.perf_counter() - began)
-    waits, steps = [], 0
+    waits: list[float] = []
     batches = _again(loader)
     next(batches)  # starting the workers is no wait of a step
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    while not waits or time.perf_counter() - began < seconds:
         asked = time.perf_counter()
         next(batches)
         waits.append(time.perf_counter() - asked)
-        steps += 1
         time.sleep(step_seconds)
     elapsed = time.perf_counter() - began
     return DataSpeed(
@@ -73,7 +76,7 @@ def data_speed(source: str, config: DataConfig, *, step_seconds: float, seconds:
         kind=_kind(source, splits["train"]),
         hours_per_second=speed / 3600,
         real_time=speed,
-        batches_per_second=steps / elapsed,
+        batches_per_second=len(waits) / elapsed,
         wait=sorted(waits)[len(waits) // 2],
         wait_share=sum(waits) / elapsed,
     )

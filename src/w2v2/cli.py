@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"unknown arguments {' '.join(rest)}; see 'w2v2 {args.verb} --help'")
         args.run(args, rest)
     except UsageError as error:
-        sys.stderr.write(f"w2v2: error: {_last_line(error, 'UsageError')}\n")
+        sys.stderr.write(f"w2v2: error: {_last_line(error)}\n")
         return 2
     except (JobError, OSError) as error:
-        sys.stderr.write(f"w2v2: failed: {_last_line(error, 'JobError')}\n")
+        sys.stderr.write(f"w2v2: failed: {_last_line(error)}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("w2v2: interrupted\n")
@@ -49,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _last_line(error: Exception, kind: str) -> str:
+def _last_line(error: Exception) -> str:
     """The message; of one that comes from a data worker, with that worker's traceback, the last line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(f"w2v2.errors.{kind}: ")
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(_name(error))
+
+
+def _name(error: Exception) -> str:
+    kind = type(error)
+    return f"{kind.__qualname__}: " if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}: "
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,6 +150,7 @@ def _add_prepare(verb: Any) -> None:
         "out", type=Path, help="folder for corpus.json, audit.jsonl and the manifests; resumed if it is there"
     )
     sub.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
+    sub.add_argument("--ray", metavar="ADDRESS", help="work on a Ray cluster (auto, local, or its address) instead")
     sub.add_argument("--strict", action="store_true", help="fail if the audit finds anything")
     sub.add_argument(
         "--shards", nargs="?", const="flac", default="", help="write 16 kHz mono audio into tars: flac, opus, wav"
@@ -194,8 +200,16 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
         source = _download(args)
     elif source == "synthetic" and not Path(source).exists():
         source = _synthesize(args)
-    with progress("prepare") as show:
-        summary = prepare(source, args.out, config, jobs=args.jobs, strict=args.strict, progress=show)
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(progress("prepare"))
+        executor = None
+        if args.ray:
+            from w2v2.data.cluster import RayExecutor
+
+            executor = stack.enter_context(RayExecutor(args.ray))
+        summary = prepare(
+            source, args.out, config, jobs=args.jobs, strict=args.strict, executor=executor, progress=show
+        )
     for line in summary_table(summary):
         log.info("%s", line)
 

@@ -211,8 +211,10 @@ def check_run(data: DataConfig, train: TrainConfig) -> None:
     if data.num_workers < 0:
         raise UsageError(f"--data.num-workers must be 0 or more, got {data.num_workers}")
     bad_share(data.max_bad)
-    if any(weight <= 0 for weight in data.weights):
-        raise UsageError(f"--data.weights must be more than 0, got {' '.join(map(str, data.weights))}")
+    if not all(0 < weight < 1_000 for weight in data.weights):
+        raise UsageError(
+            f"--data.weights must be more than 0 and less than 1000, got {' '.join(map(str, data.weights))}"
+        )
     if data.min_seconds > data.max_seconds:
         raise UsageError(
             f"--data.min-seconds must not exceed max-seconds ({data.max_seconds:g}), got {data.min_seconds:g}"

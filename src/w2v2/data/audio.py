@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from w2v2.data.storage import is_remote, open_binary
+from w2v2.data.storage import UnreachableError, is_remote, open_binary
 from w2v2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ FORMATS = {
     ".aac": {"M4A"},
 }
 """File name endings that count as audio, and the containers that may be behind them."""
+_STEPS = {"PCM_U8": 2**-7, "PCM_S8": 2**-7, "ULAW": 2**-5, "ALAW": 2**-5}
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -100,6 +102,8 @@ class AudioFile:
         self.channels: int = self.file.channels
         self.frames: int = self.file.frames
         """Samples per channel that the header announces."""
+        self.step: float = _STEPS.get(self.file.subtype, 2**-15)
+        """Distance between two neighbouring values near full scale; 16 bits also where it is less."""
         self.position = 0
 
     def __enter__(self) -> AudioFile:
@@ -153,6 +157,7 @@ def load_audio(
 
     Raises:
         AudioError: it cannot be read, or is not what the manifest says.
+        UnreachableError: its server does not answer.
     """
     rate = cut.recording.sampling_rate
     start = round((cut.start + offset) * rate)
@@ -164,6 +169,8 @@ def load_audio(
                 raise AudioError(f"it has {file.rate} Hz, the manifest says {rate}")
             file.seek(start)
             samples = file.read(count)
+    except UnreachableError:
+        raise
     except (AudioError, OSError) as error:
         raise AudioError(f"{path} ({cut.id}): {error}") from error
     # Decoders' versions differ in how they count the last samples of compressed formats; a rounding is no loss.
@@ -207,8 +214,12 @@ class _Mp4:
         stream = self.container.streams.audio[0]
         self.samplerate: int = stream.rate
         self.channels: int = stream.channels
-        seconds = float(stream.duration * stream.time_base) if stream.duration else 0.0
-        self.frames = round(seconds * self.samplerate)
+        self.subtype = stream.codec_context.name
+        ticks, unit = stream.duration or 0, stream.time_base
+        if self.container.format.name == "aac":  # no header announces anything, and the duration is a guess
+            ticks = sum(packet.duration or 0 for packet in self._demuxed())
+            self._start()
+        self.frames = round(float(ticks * unit) * self.samplerate)
 
     def _start(self) -> None:
         if not isinstance(self.source, str):
@@ -219,9 +230,17 @@ class _Mp4:
                 raise AudioError("no audio stream in it")
             self.packets = self.container.decode(audio=0)
         except self.errors as error:
-            raise AudioError(str(error)) from error
+            raise AudioError(error.strerror or str(error)) from error
         self.rest = np.zeros((0, 1), np.float32)
         self.position = 0
+
+    def _demuxed(self) -> Iterator[Any]:
+        try:
+            yield from self.container.demux(audio=0)
+        except self.errors as error:
+            raise AudioError(error.strerror or str(error)) from error
+        finally:
+            self.container.close()
 
     def seek(self, start: int) -> None:
         if start < self.position:
@@ -236,7 +255,7 @@ class _Mp4:
             try:
                 frame = next(self.packets, None)
             except self.errors as error:
-                raise AudioError(str(error)) from error
+                raise AudioError(error.strerror or str(error)) from error
             if frame is None:
                 break
             part = self._samples(frame)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import stat
 import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import numpy as np
-import numpy.typing as npt
 
 from w2v2.data.audio import FORMATS, SAMPLE_RATE, AudioError, AudioFile, FloatArray, mix_down
 from w2v2.data.segment import FRAME_SECONDS, quiet_points
@@ -106,12 +106,13 @@ class Finding:
 class _Scan:
     """Running figures over the blocks of a recording."""
 
-    def __init__(self, rate: int, *, energies: bool) -> None:
-        self.hash = hashlib.sha256()
+    def __init__(self, file: AudioFile, *, energies: bool) -> None:
+        self.hash = hashlib.sha256(f"{file.rate} Hz, {file.channels} channels".encode())
+        self.step = file.step
         self.samples = self.flat = 0
         self.sum = self.squares = self.peak = 0.0
         self.finite = True
-        self.frame = round(rate * FRAME_SECONDS) if energies else 0
+        self.frame = round(file.rate * FRAME_SECONDS) if energies else 0
         self.energy: list[FloatArray] = []
 
     def add(self, block: FloatArray) -> None:
@@ -122,16 +123,20 @@ class _Scan:
             self.finite = False
             return
         mono = mix_down(block)
-        self.sum += float(mono.sum(dtype=np.float64))
-        self.squares += float(np.dot(mono, mono))
+        exact = mono.astype(np.float64)  # the variance is a small difference where there is an offset
+        self.sum += float(exact.sum())
+        self.squares += float(np.dot(exact, exact))
+        if self.peak < _FLAT * high:  # what was flat below is not at the recording's peak
+            self.flat = 0
         self.peak = max(self.peak, high)
         if self.peak > 0.1:  # below, equal neighbours are a matter of few bits, not of clipping
             for channel in block.T:
                 if max(float(channel.max()), -float(channel.min())) >= _FLAT * self.peak:
-                    self.flat += _flat_samples(channel, _FLAT * self.peak)
+                    self.flat += _flat_samples(channel, _FLAT * self.peak, self.step)
         if self.frame:
-            whole = mono[: len(mono) // self.frame * self.frame].reshape(-1, self.frame)
-            self.energy.append((whole * whole).mean(1))
+            starts = np.arange(0, len(mono), self.frame)
+            lengths = np.diff(starts, append=len(mono))  # the recording's last frame may be a shorter one
+            self.energy.append((np.add.reduceat(mono * mono, starts) / lengths).astype(np.float32))
 
     def judge(self, found: Finding, config: AuditConfig) -> None:
         if not self.finite:
@@ -149,17 +154,20 @@ class _Scan:
             found.add("clipped", f"{self.flat} samples flat at the peak {self.peak:.3f}, {share:.3g} of all")
 
 
-def _flat_samples(channel: FloatArray, level: float) -> int:
-    """Samples in runs of three or more equal ones at or beyond a level."""
-    high = np.flatnonzero(np.abs(channel) >= level)
-    if len(high) < 3:
-        return 0
-    values = channel[high]
-    middle = (high[2:] - high[:-2] == 2) & (values[2:] == values[1:-1]) & (values[1:-1] == values[:-2])
-    run: npt.NDArray[np.bool_] = np.zeros(len(high), bool)
-    for shift in range(3):
-        run[shift : shift + len(middle)] |= middle
-    return int(run.sum())
+def _flat_samples(channel: FloatArray, level: float, step: float) -> int:
+    """Samples in runs of three or more equal ones at or beyond a level, from which the signal drops steeply.
+
+    The peak of a slow wave is flat too where values lie a step apart: of three equal samples at the top of a sine, the
+    next on each side is at most five steps lower.
+    """
+    starts = np.flatnonzero(np.diff(channel, prepend=np.nan))
+    lengths = np.diff(starts, append=len(channel))
+    runs = np.flatnonzero((lengths >= 3) & (np.abs(channel[starts]) >= level))
+    before = channel[np.maximum(starts[runs] - 1, 0)]
+    after = channel[np.minimum(starts[runs] + lengths[runs], len(channel) - 1)]
+    at = channel[starts[runs]]
+    steep = np.maximum(np.abs(at - before), np.abs(at - after)) > 5 * step
+    return int(lengths[runs][steep].sum())
 
 
 def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Finding]:
@@ -172,11 +180,14 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
     """
     findings = [Finding(part.row) for part in parts]
     try:
+        if not is_remote(location) and not stat.S_ISREG(os.stat(location).st_mode):
+            raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
             missing = _announced_but_missing(location, file.format)
             for part, found in zip(parts, findings, strict=True):
-                _audit_part(file, part, found, config)
-                if missing and not found.reasons:
+                _audit_part(file, location, part, found, config)
+                if missing and not any(reason == "truncated" for reason, _ in found.reasons):
+                    found.reasons = [said for said in found.reasons if said[0] != "empty"]
                     found.add("truncated", missing)
                 _check_extension(location, file.format, found)
     except (AudioError, OSError) as error:
@@ -189,7 +200,7 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
     return findings
 
 
-def _audit_part(file: AudioFile, part: Part, found: Finding, config: AuditConfig) -> None:
+def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, config: AuditConfig) -> None:
     found.rate, found.channels, found.total = file.rate, file.channels, file.frames
     found.first = round((part.start or 0.0) * file.rate)
     if found.first and found.first >= file.frames:
@@ -198,18 +209,17 @@ def _audit_part(file: AudioFile, part: Part, found: Finding, config: AuditConfig
     whole = part.start is None and part.end is None
     expected = file.frames - found.first if part.end is None else round(part.end * file.rate) - found.first
     limit = round(config.max_seconds * file.rate)
-    scan = _Scan(file.rate, energies=not part.text and expected > limit)
+    scan = _Scan(file, energies=not part.text and expected > limit)
     file.seek(found.first)
     for block in _blocks(file, None if part.end is None else expected):
         scan.add(block)
     found.samples, found.content = scan.samples, scan.hash.hexdigest()
-    if whole:
-        found.total = scan.samples
+    found.total = scan.samples if whole else max(file.frames, found.first + scan.samples)
     # The end of a row is often rounded up from the recording's own; MP4 announces its padding too.
     slack = 4096 if file.format == "M4A" else 0 if whole else round(0.1 * file.rate)
     if scan.samples == 0:
         found.add("empty", "no samples")
-    elif scan.samples < expected - slack:
+    elif scan.samples < expected - slack and (part.end is not None or _says_length(location, file.format)):
         found.add("truncated", f"{scan.samples} samples of {expected}")
     else:
         scan.judge(found, config)
@@ -221,8 +231,9 @@ def _audit_part(file: AudioFile, part: Part, found: Finding, config: AuditConfig
 
 
 def _blocks(file: AudioFile, count: int | None) -> Iterator[FloatArray]:
-    """The next ``count`` samples, or all that are left, a minute at a time."""
-    size = _BLOCK_SECONDS * file.rate
+    """The next ``count`` samples, or all that are left, about a minute at a time, in whole frames."""
+    frame = max(round(file.rate * FRAME_SECONDS), 1)
+    size = _BLOCK_SECONDS * file.rate // frame * frame
     while count is None or count > 0:
         block = file.read(size if count is None else min(size, count))
         if len(block) == 0:
@@ -237,6 +248,18 @@ def _check_extension(location: str, container: str, found: Finding) -> None:
         found.add("wrong_extension", f"{container} in a file named {suffix}")
 
 
+def _says_length(location: str, container: str) -> bool:
+    """Whether a file says how long it is; of MP3 without a Xing header the decoder guesses it."""
+    if container != "MP3":
+        return True
+    with open_binary(location) as file:
+        head = file.read(10)
+        tag = head[:3] == b"ID3"  # its size has seven bits in each byte
+        file.seek(10 + sum((byte & 127) << 7 * i for i, byte in enumerate(head[:5:-1])) if tag else 0)
+        first = file.read(2048)
+    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
+
+
 def _announced_but_missing(location: str, container: str) -> str:
     """What a WAV or Ogg file lacks at its end, where the decoder takes the shorter file for the whole; or nothing."""
     if is_remote(location):
@@ -247,9 +270,9 @@ def _announced_but_missing(location: str, container: str) -> str:
             head = file.read(12)
             while len(head) >= 8 and (chunk := file.read(8)):
                 name, length = chunk[:4], struct.unpack("<I", chunk[4:].ljust(4, b"\0"))[0]
-                if name == b"data":  # a length near 2^32 or of 0 is what writers to a pipe leave
+                if name == b"data":  # writers to a pipe leave a length near 2^31 (SoX) or 2^32, or of 0
                     left = size - file.tell()
-                    return f"{left} bytes of {length}" if left < length < 0xFFFF_0000 else ""
+                    return f"{left} bytes of {length}" if left < length < 0x7FFF_0000 else ""
                 file.seek(length + length % 2, os.SEEK_CUR)
         elif container == "OGG":
             file.seek(max(0, size - 65_307))  # the largest page
@@ -265,12 +288,17 @@ def _announced_but_missing(location: str, container: str) -> str:
 
 def _why_undecodable(location: str) -> str:
     """``truncated`` if the decoder ran out of bytes, ``empty`` if there are none, else ``unreadable``."""
+    if not is_remote(location) and not os.path.isfile(location):
+        return "unreadable"
     try:
         with open_binary(location) as raw:
             size = raw.seek(0, os.SEEK_END)
             raw.seek(0)
             if size == 0:
                 return "empty"
+            if raw.read(4) == b"OggS" and _announced_but_missing(location, "OGG"):
+                return "truncated"
+            raw.seek(0)
             with AudioFile(raw) as file:
                 try:
                     for _ in _blocks(file, None):

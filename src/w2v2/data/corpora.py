@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from lhotse.serialization import deserialize_item
 from w2v2.data.audio import AudioError, AudioFile
 from w2v2.data.sources import SPLITS, folder_rows, listed_splits, utterance_id
 from w2v2.data.storage import is_remote, join, read_bytes
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 
 _HELD_OUT_SPEAKERS = 0.05
 _OPEN_PIECES = 8
@@ -43,7 +44,12 @@ class Piece:
         if not self.manifest:
             yield from rng.sample(self.held, len(self.held)) if rng else self.held
             return
-        lines = gzip.decompress(read_bytes(self.manifest)).splitlines()
+        try:
+            lines = gzip.decompress(read_bytes(self.manifest)).splitlines()
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise JobError(
+                f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
+            ) from error
         if rng:
             rng.shuffle(lines)
         for line in lines:
@@ -172,6 +178,8 @@ def _prepared(location: str, description: str) -> Splits:
         found = json.loads(read_bytes(description))
     except FileNotFoundError as error:
         raise UsageError(f"no {description}: expected a corpus that 'w2v2 prepare' wrote") from error
+    except ValueError as error:
+        raise UsageError(f"{description} is not what 'w2v2 prepare' writes ({error}); check the address") from error
     if found.get("schema") != 2:
         raise UsageError(f"{description} has schema {found.get('schema')}, expected 2; prepare the corpus again")
     splits = {}
@@ -266,10 +274,13 @@ def describe(splits: Splits) -> dict[str, dict[str, float]]:
 
 
 def labelled_subset(split: Split, minutes: float, seed: int) -> Split:
-    """About so many minutes of transcribed cuts, over all speakers; see ``choose_labelled``."""
+    """About so many minutes of transcribed cuts, over all speakers, with their weights; see ``choose_labelled``."""
     rows = ((cut.id, cut.supervisions[0].speaker, cut.duration) for cut in split if cut.supervisions[0].text)
     chosen = choose_labelled(rows, minutes, seed)
-    return Split.of(cut for cut in split if cut.id in chosen)
+    kept = [(piece.weight, [cut for cut in piece.read() if cut.id in chosen]) for piece in split.pieces]
+    together = Split.of(cut for _, cuts in kept for cut in cuts)
+    pieces = (replace(piece, weight=weight) for weight, cuts in kept if cuts for piece in Split.of(cuts).pieces)
+    return replace(together, pieces=tuple(pieces))
 
 
 def choose_labelled(rows: Iterable[tuple[str, str | None, float]], minutes: float, seed: int) -> set[str]:

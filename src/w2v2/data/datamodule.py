@@ -6,6 +6,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from w2v2.config import DataConfig, bad_share
 from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
 from w2v2.data.corpora import Split, Splits
-from w2v2.data.storage import read_ranges
+from w2v2.data.storage import UnreachableError, read_ranges
 from w2v2.errors import JobError, UsageError
 
 log = logging.getLogger(__name__)
@@ -135,10 +136,15 @@ def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:
         return {}
     try:
         return dict(zip(places, read_ranges(list(places.values())), strict=True))
+    except UnreachableError:
+        raise
     except OSError as error:
         if len(places) == 1:
             return dict.fromkeys(places, error)
-        return {i: data for i in places for data in _shard_bytes([cuts[i]]).values()}
+        # Each by itself tells which it is; all at the same time, since each has to wait for a server that is gone.
+        with ThreadPoolExecutor(len(places)) as pool:
+            alone = pool.map(_shard_bytes, ([cuts[i]] for i in places))
+            return {i: found[0] for i, found in zip(places, alone, strict=True)}
 
 
 @dataclass
@@ -146,6 +152,8 @@ class _CropConstraint(TimeConstraint):
     """Batch size in seconds, where no utterance counts for more than its crop."""
 
     max_seconds: float | None = None
+    same_length: bool = False
+    """Whether all are cropped to the shortest, so that a batch is never too large."""
 
     def measure_length(self, example: Cut) -> float:
         limit = float("inf") if self.max_seconds is None else self.max_seconds
@@ -154,6 +162,12 @@ class _CropConstraint(TimeConstraint):
     def add(self, example: Cut) -> None:
         self.longest_seen: float = max(self.longest_seen, self.measure_length(example))
         self.num_cuts += 1
+
+    def too_large(self, batch: list[MonoCut]) -> bool:
+        """Whether some cuts, padded to the longest, are more than a batch may hold; one alone never is."""
+        if self.same_length or len(batch) < 2:
+            return False
+        return bool(len(batch) * max(map(self.measure_length, batch)) > self.max_duration)
 
 
 class _Passes:
@@ -199,11 +213,39 @@ class _Passes:
 class _Steps(DynamicBucketingSampler):
     """Yields the batches of one step of all ranks together, not yet shared out; fewer than ranks at the end."""
 
+    def __iter__(self) -> _Steps:
+        self.late: list[MonoCut] = []
+        self.full: list[list[MonoCut]] = []
+        super().__iter__()
+        return self
+
+    def _next_batch(self) -> list[MonoCut]:
+        """lhotse's batch, but for the last cut where that one is so long that the batch is too large with it.
+
+        It reckons with cuts no longer than those before. Those taken out make batches of their own.
+        """
+        if self.full:
+            return self.full.pop()
+        try:
+            batch = list(super()._next_batch())
+        except StopIteration:
+            batch, self.late = self.late, []
+            if not batch:
+                raise
+            return batch
+        if self.constraint.too_large(batch):
+            cut = batch.pop()
+            if self.constraint.too_large([*self.late, cut]):
+                self.full.append(self.late)
+                self.late = []
+            self.late.append(cut)
+        return batch
+
     def __next__(self) -> list[list[MonoCut]]:
         batches: list[list[MonoCut]] = []
         for _ in range(self.world_size):
             try:
-                batches.append(list(self._next_batch()))
+                batches.append(self._next_batch())
             except StopIteration:
                 break
         if not batches:
@@ -230,7 +272,7 @@ class EpochSampler:
     def __init__(
         self,
         cuts: _Passes,
-        constraint: TimeConstraint,
+        constraint: _CropConstraint,
         *,
         num_buckets: int = 10,
         buffer: int = 10_000,
@@ -278,6 +320,9 @@ def whole_steps(steps: Iterable[list[list[MonoCut]]], world_size: int) -> Iterat
     has no cut to spare are the left-over cuts added to its batches.
 
     lhotse's own samplers repeat cuts there.
+
+    Raises:
+        UsageError: when there are fewer cuts than ranks.
     """
     last: list[list[MonoCut]] = []
     for step in steps:
@@ -289,6 +334,10 @@ def whole_steps(steps: Iterable[list[list[MonoCut]]], world_size: int) -> Iterat
         while len(step) < world_size and (donor := max([*step, *last], key=len)) and len(donor) > 1:
             step.append([donor.pop()])
         if len(step) < world_size:
+            if not last:  # weights below 1 may leave so few
+                raise UsageError(
+                    f"a pass has {len(step)} utterances for {world_size} processes; use fewer, or larger --data.weights"
+                )
             for rest, batch in zip(itertools.chain.from_iterable(step), last, strict=False):
                 batch.append(rest)
         else:
@@ -300,7 +349,7 @@ def whole_steps(steps: Iterable[list[list[MonoCut]]], world_size: int) -> Iterat
 
 
 class SpeechLoader(DataLoader[Batch]):
-    """Batches, with an account of the utterances that could not be read.
+    """Batches, with an account of the utterances that could not be read. Over the passes, each rank meets all of them.
 
     Raises:
         JobError: while iterating, when there are more of them than ``allowed``.
@@ -371,7 +420,9 @@ class SpeechDataModule(pl.LightningDataModule):
             normalize=self.normalize,
             encode=self.encode,
         )
-        return self._loader(dataset, "train", max_seconds, shuffle=True, skip=self.skip)
+        # Lightning takes the first batches of a resumed run before it says which pass that is in.
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        return self._loader(dataset, "train", max_seconds, shuffle=True, skip=self.skip, epoch=epoch)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The valid split in a fixed order."""
@@ -384,12 +435,21 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader(dataset, split, max_seconds, shuffle=False)
 
     def _loader(
-        self, dataset: SpeechDataset, split: str, max_seconds: float | None, *, shuffle: bool, skip: int = 0
+        self,
+        dataset: SpeechDataset,
+        split: str,
+        max_seconds: float | None,
+        *,
+        shuffle: bool,
+        skip: int = 0,
+        epoch: int = 0,
     ) -> DataLoader[Batch]:
         rank, world_size = _ranks()
         sampler = EpochSampler(
             self._passes(split, shuffle=shuffle),
-            _CropConstraint(max_duration=self.config.batch_seconds, max_seconds=max_seconds),
+            _CropConstraint(
+                max_duration=self.config.batch_seconds, max_seconds=max_seconds, same_length=dataset.same_length
+            ),
             num_buckets=self.config.num_buckets,
             buffer=self.config.shuffle_buffer,
             shuffle=shuffle,
@@ -398,6 +458,7 @@ class SpeechDataModule(pl.LightningDataModule):
             world_size=world_size,
             skip=skip,
         )
+        sampler.set_epoch(epoch)
         count = len(self.splits[split])
         return SpeechLoader(
             dataset,
@@ -405,7 +466,7 @@ class SpeechDataModule(pl.LightningDataModule):
             batch_size=None,
             num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
-            allowed=int(bad_share(self.config.max_bad) * count / world_size),
+            allowed=int(bad_share(self.config.max_bad) * count),
             said=f"more than --data.max-bad {self.config.max_bad} of {count} allows",
         )
 

@@ -187,6 +187,11 @@ class Journal:
             || CASE WHEN stop IS NULL THEN 'end' ELSE printf('%.3f', stop) END
             WHERE start IS NOT NULL OR stop IS NOT NULL"""
         )
+        row = "path || ' ' || coalesce(start, 0) || ' ' || coalesce(stop, 'end')"
+        self.db.execute(  # two rows may still share one, such as a/b_c.wav and a_b/c.wav
+            f"""UPDATE rows SET name = name || printf('-%08x', share({row}) >> 31) WHERE name IN
+            (SELECT name FROM rows GROUP BY name HAVING count(DISTINCT {row}) > 1)"""
+        )
 
     def _list(self, listed: Iterable[tuple[str, str]]) -> None:
         self.db.execute("CREATE TEMP TABLE IF NOT EXISTS listed (name TEXT PRIMARY KEY, split TEXT)")
@@ -205,6 +210,7 @@ class Journal:
         """Hold out whole speakers of train for each split that is missing; files, where there are not two speakers."""
         if not self.value(f"SELECT count(*) FROM rows WHERE part = 'train' AND {KEPT}"):
             self.db.execute("UPDATE rows SET part = 'train' WHERE part IS NOT NULL")
+        left = 1.0
         for split, wanted in shares.items():
             if not wanted or self.value(f"SELECT count(*) FROM rows WHERE part = ? AND {KEPT}", split):
                 continue
@@ -213,12 +219,13 @@ class Journal:
                 count = self.value(f"SELECT count(DISTINCT {group}) FROM rows WHERE {train}")
                 if count < 2:
                     continue
-                held = max(1, round(wanted * count))
+                held = min(max(1, round(wanted / left * count)), count - 1)  # a share of all that there were
                 self.db.execute(
                     f"""UPDATE rows SET part = ? WHERE part = 'train' AND {group} IN (
                     SELECT {group} FROM rows WHERE {train} GROUP BY 1 ORDER BY share(? || {group}) LIMIT ?)""",
                     (split, f"{seed}/{split}/" if seed else "", held),
                 )
+                left -= wanted
                 break
 
     def findings(self) -> Iterator[dict[str, Any]]:

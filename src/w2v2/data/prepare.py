@@ -11,12 +11,13 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,13 +152,18 @@ def _check(config: PrepareConfig) -> None:
             raise UsageError(f"{name} must be at least 0 and less than 1, got {value:g}")
     if config.shard_mb <= 0:
         raise UsageError(f"--shard-mb must be more than 0, got {config.shard_mb:g}")
-    if config.audit.max_seconds < 1:
-        raise UsageError(f"--max-seconds must be at least 1, got {config.audit.max_seconds:g}")
+    if not 1 <= config.audit.max_seconds < float("inf"):
+        raise UsageError(f"--max-seconds must be at least 1 and finite, got {config.audit.max_seconds:g}")
+    for name, samples in (("--hop", config.audit.hop), ("--receptive-field", config.audit.receptive_field)):
+        if samples < 1:
+            raise UsageError(f"{name} must be 1 sample or more, got {samples}")
     for pair in config.columns:
         if "=" not in pair:
             raise UsageError(f"--columns must be pairs such as text=sentence, got {pair!r}")
     for subset in config.labelled:
         _minutes(subset)
+        if "=" in subset and not Path(subset.partition("=")[2]).is_file():
+            raise UsageError(f"no file {subset.partition('=')[2]}: --labelled NAME=FILE needs one of utterance ids")
     if config.splits and not Path(config.splits).is_file():
         raise UsageError(f"no file {config.splits}: --splits needs a table with the columns utt and role")
 
@@ -181,9 +187,10 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The corpus that is there already, if it is this one."""
     path = out / "corpus.json"
     if path.exists():
-        done: dict[str, Any] = json.loads(path.read_text())
-        if done.get("schema") == SCHEMA and _same(done["options"], options):
-            return done
+        with contextlib.suppress(ValueError):  # not JSON, and so not of ours
+            done = json.loads(path.read_text())
+            if isinstance(done, dict) and done.get("schema") == SCHEMA and _same(done.get("options"), options):
+                return done
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no unfinished preparation; choose another folder")
@@ -207,11 +214,12 @@ def _begin(journal: Journal, source: str, out: Path, options: dict[str, Any], re
     columns = dict(pair.split("=", 1) for pair in options["columns"])
     path = Path(source)
     if source.startswith(HF):
-        root = out / "audio"
+        root = (out / "audio").absolute()
         done = journal.value("SELECT coalesce(max(line), 0) FROM rows")
         rows = hf_rows(source.removeprefix(HF), root, columns, done, options["hf_config"] or None)
         while batch := list(islice(rows, 500)):
             journal.enter(_stamped(root, batch), keep_old=True)
+            journal.put("options", json.dumps(options))  # now, so that no other dataset goes on from here
             report("read", 0.0)
     elif path.is_dir():
         root = path
@@ -245,13 +253,21 @@ def _stamped(root: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, str, int]]:
 
 
 def _processes(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
-def _quiet() -> None:
+def _start_worker() -> None:
     """Decoders write their own complaints to standard error; the audit tells them in its words."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a process that was killed would go on, write where the next preparation writes, and never end."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _audit_task(tasks: list[tuple[str, list[Part]]], config: AuditConfig) -> list[Finding]:
@@ -349,10 +365,13 @@ class _Writer:
         subsets = {f"train-{name}": chosen for name, chosen in self._subsets()}
         parts = [split for split in SPLITS if self._rows(split)]
         if self.journal.get("pieces") != content:  # of another state of the source
-            for split in [*parts, *subsets]:
+            for split in [*SPLITS, *subsets]:
                 shutil.rmtree(self.out / split, ignore_errors=True)
             self.journal.put("pieces", content)
         seconds = self.journal.value(f"SELECT sum(samples * 1.0 / rate) FROM rows WHERE {KEPT}")
+        for chosen in subsets.values():  # they are written again
+            train = self.journal.kept("train")
+            seconds += sum(row["samples"] / row["rate"] for row in train if row["name"] in chosen)
         limit, done = self._piece_seconds(seconds), 0.0
         described = {}
         for split in [*parts, *subsets]:
@@ -393,7 +412,7 @@ class _Writer:
         rate = float(known or 0) or bytes_per_second(islice(self._cuts("train", None), 20), self.config.shards)
         self.journal.put("bytes_per_second", str(rate))
         have = sum(path.stat().st_size for path in self.out.glob("*/recording.*.tar"))
-        need, free = 1.05 * total * rate - have, shutil.disk_usage(self.out).free
+        need, free = max(1.05 * total * rate - have, 0.0), shutil.disk_usage(self.out).free
         log.info("shards take about %.2f GB, %.2f GB are free", need / 1e9, free / 1e9)
         if need > free:
             raise JobError(
@@ -407,7 +426,7 @@ class _Writer:
         for subset in self.config.labelled:
             name, _, file = subset.partition("=")
             if file:
-                wanted = set(Path(file).read_text(encoding="utf-8").split())
+                wanted = set(Path(file).read_text(encoding="utf-8-sig", errors="replace").split())
                 rows = self.journal.db.execute(f"SELECT name FROM rows WHERE {train}")
                 chosen = {found for (found,) in rows if found in wanted}
                 if len(chosen) < len(wanted):

@@ -16,7 +16,7 @@ from lhotse.serialization import SequentialJsonlWriter, deserialize_item
 from lhotse.shar.utils import to_shar_placeholder
 from lhotse.shar.writers.audio import AudioTarWriter
 
-from w2v2.data.audio import SAMPLE_RATE, AudioError, load_audio
+from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
 from w2v2.errors import JobError
 
 CUTS_PER_PIECE = 5_000
@@ -104,11 +104,15 @@ def write_shard(out: Path, split: str, number: int, cuts: list[dict[str, Any]], 
     return Piece(manifest, audio, len(cuts), seconds, (out / audio).stat().st_size)
 
 
-def _resampled(cut: MonoCut, tar: AudioTarWriter) -> MonoCut:
+def _load(cut: MonoCut) -> FloatArray:
     try:
-        samples = load_audio(cut)
+        return load_audio(cut)
     except AudioError as error:
         raise JobError(f"cannot decode {error}: it has changed since it was checked; run prepare again") from error
+
+
+def _resampled(cut: MonoCut, tar: AudioTarWriter) -> MonoCut:
+    samples = _load(cut)
     recording = Recording(
         id=cut.id,
         sources=[],
@@ -132,12 +136,16 @@ def _write_cuts(path: Path, cuts: Iterable[MonoCut]) -> None:
 
 
 def bytes_per_second(cuts: Iterable[MonoCut], encoding: str) -> float:
-    """What a second of audio takes in a shard, from encoding some cuts."""
+    """What a second of audio takes in a shard, from encoding some cuts.
+
+    Raises:
+        JobError: audio that cannot be decoded any more.
+    """
     size = seconds = 0.0
     kind, subtype = FORMATS[encoding]
     for cut in cuts:
         buffer = io.BytesIO()
-        samples = load_audio(cut)
+        samples = _load(cut)
         soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype=subtype)
         size += len(buffer.getvalue()) + 2048  # tar headers, the recording's manifest, padding
         seconds += len(samples) / SAMPLE_RATE

@@ -164,12 +164,15 @@ def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
     """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t")
-        if not rows.fieldnames or not {"role", "utt"} <= set(rows.fieldnames):
-            raise UsageError(f"{path} needs the columns role and utt, got {rows.fieldnames}")
-        for row in rows:
-            split = named_split(row["role"] or "")
-            if split is not None:
-                yield row["utt"], split
+        try:
+            if not rows.fieldnames or not {"role", "utt"} <= set(rows.fieldnames):
+                raise UsageError(f"{path} needs the columns role and utt, got {rows.fieldnames}")
+            for row in rows:
+                split = named_split(row["role"] or "")
+                if split is not None and row["utt"]:
+                    yield row["utt"], split
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} cannot be read as a table in UTF-8: {error}") from None
 
 
 def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
@@ -186,7 +189,7 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterato
     records = _json_records(table) if table.suffix.lower() in (".jsonl", ".json") else _csv_records(table)
     present: list[str] = []
     for line, record in records:
-        if line == 1:
+        if not present:
             missing = [names[column] for column in COLUMNS if column in (columns or {}) and names[column] not in record]
             if names["path"] not in record or missing:
                 wanted = missing[0] if missing else names["path"]
@@ -195,6 +198,9 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterato
                     "name the columns with --columns path=NAME"
                 )
             present = [column for column in COLUMNS if names[column] in record]
+        late = [names[column] for column in COLUMNS if column not in present and names[column] in record]
+        if late:
+            raise UsageError(f"{table}, row {line}: column {late[0]!r}, which the rows before lack; add it, null there")
         yield _table_row(table, line, record, {column: names[column] for column in present})
 
 
@@ -215,6 +221,10 @@ def _table_row(table: Path, line: int, record: Mapping[str, Any], names: Mapping
     if split is not None and named_split(str(split)) is None:
         raise UsageError(f"{where}: expected train, dev, valid or test in {names['split']!r}, got {split!r}")
     text, speaker = values.get("text"), values.get("speaker")
+    try:
+        f"{values['path']}{text}{speaker}".encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where}: {error.object[error.start]!r} is half a character; repair it") from None
     return Row(
         path=values["path"],
         line=line,
@@ -257,6 +267,8 @@ def _csv_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _json_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with table.open("rb") as file:
         for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
                 record = json.loads(text)
             except ValueError as error:
@@ -276,7 +288,7 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
 
     Args:
         name: of a dataset on the hub, or a local folder, as ``datasets.load_dataset`` takes it.
-        audio: folder for the audio.
+        audio: folder for the audio; paths of rows are relative to it, or absolute.
         columns: name there of ``audio``, ``text``, ``speaker``, if they are called otherwise.
         done: rows that an earlier call has already given.
         config: of the dataset.
@@ -305,19 +317,24 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
         for record in rows:
             line += 1
             if line > done:
-                path = _hf_audio(record[names["audio"]], audio, line)
-                text, speaker = record.get(names["text"]), record.get(names["speaker"])
-                known = None if speaker is None else str(speaker)
-                yield Row(path, line, text=text, speaker=known, split=named_split(split))
+                path = _hf_audio(record[names["audio"]] or {}, audio, line)
+                if path is None:
+                    raise UsageError(f"dataset {name}, row {line}: no audio in {names['audio']!r}; remove the row")
+                text, speaker = (
+                    None if record.get(names[column]) is None else str(record[names[column]])
+                    for column in ("text", "speaker")
+                )
+                yield Row(path, line, text=text, speaker=speaker, split=named_split(split))
 
 
-def _hf_audio(value: Mapping[str, Any], folder: Path, line: int) -> str:
-    if value["bytes"] is None:
-        return str(value["path"])
+def _hf_audio(value: Mapping[str, Any], folder: Path, line: int) -> str | None:
+    if value.get("bytes") is None:
+        return value.get("path")
     suffix = os.path.splitext(value["path"] or "")[1].lower()
-    path = folder / f"{line // 10_000:04d}" / f"{line:08d}{suffix if suffix in FORMATS else '.wav'}"
+    relative = f"{line // 10_000:04d}/{line:08d}{suffix if suffix in FORMATS else '.wav'}"
+    path = folder / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_bytes(value["bytes"])
     partial.replace(path)
-    return str(path)
+    return relative

@@ -56,7 +56,8 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     Raises:
         FileNotFoundError: there is no such file.
         PermissionError: the server refuses, or credentials are missing.
-        OSError: a range goes beyond the end of its file, the server ignores ranges, or ``ATTEMPTS`` were in vain.
+        OSError: a range goes beyond the end of its file, or the server ignores ranges.
+        UnreachableError: ``ATTEMPTS`` were in vain.
         UsageError: a kind of storage that is unknown or not installed.
     """
     remote = [i for i, (location, _, size) in enumerate(ranges) if is_remote(location) and size]
@@ -161,6 +162,10 @@ def _read_local(path: str, start: int, size: int) -> bytes:
 # --- Remote -----------------------------------------------------------------------------------------------------------
 
 
+class UnreachableError(OSError):
+    """A server that does not answer, however often it is asked: no fault of the file."""
+
+
 class _TransientError(Exception):
     """What went wrong, in words; worth another attempt."""
 
@@ -211,7 +216,7 @@ async def _attempts(location: str, call: Callable[[], Coroutine[Any, Any, T]]) -
             last = str(error)
         if attempt < ATTEMPTS - 1:
             await asyncio.sleep(min(BACKOFF * 2**attempt, 8.0) * _random.uniform(0.5, 1.0))
-    raise OSError(f"cannot read {location}: {last}, at the last of {ATTEMPTS} attempts; check the connection")
+    raise UnreachableError(f"cannot read {location}: {last}, at the last of {ATTEMPTS} attempts; check the connection")
 
 
 def _failure(location: str, status: int, reason: str | None) -> Exception:
@@ -357,8 +362,8 @@ class _S3:
 @contextmanager
 def _s3_errors(location: str) -> Iterator[None]:
     from aiohttp import ClientError
-    from botocore import exceptions as boto  # type: ignore[import-untyped]
-    from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
