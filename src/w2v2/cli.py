@@ -204,7 +204,7 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
         show = stack.enter_context(progress("prepare"))
         executor = None
         if args.ray:
-            from w2v2.data.cluster import RayExecutor
+            from w2v2.data.executors import RayExecutor
 
             executor = stack.enter_context(RayExecutor(args.ray))
         summary = prepare(

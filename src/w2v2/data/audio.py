@@ -29,6 +29,11 @@ FORMATS = {
     ".ogg": {"OGG"},
     ".oga": {"OGG"},
     ".opus": {"OGG"},
+    ".aiff": {"AIFF"},
+    ".aif": {"AIFF"},
+    ".au": {"AU"},
+    ".sph": {"NIST"},
+    ".caf": {"CAF"},
     ".m4a": {"M4A"},
     ".mp4": {"M4A"},
     ".aac": {"M4A"},
@@ -55,14 +60,18 @@ class _Silence:
         self.lock.acquire()
         self.depth += 1
         if self.depth == 1:
-            self.kept = os.dup(2)
+            try:
+                self.kept = os.dup(2)
+            except OSError:  # there is none
+                self.kept = -1
+                return
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 2)
             os.close(null)
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
-        if self.depth == 0:
+        if self.depth == 0 and self.kept >= 0:
             os.dup2(self.kept, 2)
             os.close(self.kept)
         self.lock.release()

@@ -170,6 +170,11 @@ def _flat_samples(channel: FloatArray, level: float, step: float) -> int:
     return int(lengths[runs][steep].sum())
 
 
+def audit_all(tasks: Sequence[tuple[str, Sequence[Part]]], config: AuditConfig) -> list[Finding]:
+    """``audit`` of several recordings, in one call to another process."""
+    return [found for location, parts in tasks for found in audit(location, parts, config)]
+
+
 def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Finding]:
     """Decode the parts of one recording, in blocks of a minute, and say what is wrong with each.
 

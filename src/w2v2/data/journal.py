@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import sqlite3
@@ -273,14 +274,19 @@ def open_journal(path: Path) -> Iterator[Journal]:
     """A journal; SQLite's complaints about the disk become failures in one line.
 
     Raises:
-        JobError: the disk is full, or the file cannot be used.
+        JobError: the disk is full, the file cannot be used, or another process is using it.
     """
     try:
-        journal = Journal(path)
-        try:
-            yield journal
-        finally:
-            journal.close()
+        with path.with_name("lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JobError(f"another preparation is at work in {path.parents[1]}; wait until it is done") from None
+            journal = Journal(path)
+            try:
+                yield journal
+            finally:
+                journal.close()
     except sqlite3.Error as error:
         raise JobError(
             f"cannot go on with {path}: {error}; free space or choose another folder, then run it again"

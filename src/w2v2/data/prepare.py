@@ -11,20 +11,19 @@ import logging
 import os
 import shutil
 import sqlite3
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
-from w2v2.data.audit import REASONS, AuditConfig, Finding, Part, audit
+from w2v2.data.audit import REASONS, AuditConfig, Part, audit_all
 from w2v2.data.corpora import choose_labelled
+from w2v2.data.executors import local_executor
 from w2v2.data.journal import KEPT, Journal, open_journal
 from w2v2.data.shards import FORMATS, Piece, bytes_per_second, grouped, write_manifest, write_shard
 from w2v2.data.sources import SPLITS, Row, folder_rows, hf_rows, listed_splits, locate, table_rows
@@ -120,8 +119,8 @@ def prepare(
         raise
     with open_journal(work / "journal.sqlite") as journal, contextlib.ExitStack() as stack:
         if executor is None:
-            executor = stack.enter_context(_processes(jobs))
-        _audit_all(journal, root, config.audit, executor, jobs, report)
+            executor = stack.enter_context(local_executor(jobs))
+        _check_all(journal, root, config.audit, executor, jobs, report)
         listed = Path(config.splits) if config.splits else root / "splits.tsv"
         shares = {"valid": config.valid_share, "test": config.test_share}
         journal.settle(listed_splits(listed) if config.splits or listed.exists() else (), shares, config.seed)
@@ -162,6 +161,8 @@ def _check(config: PrepareConfig) -> None:
             raise UsageError(f"--columns must be pairs such as text=sentence, got {pair!r}")
     for subset in config.labelled:
         _minutes(subset)
+        if not subset.partition("=")[0].replace("-", "").replace(".", "").isalnum():
+            raise UsageError(f"--labelled NAME=FILE needs a name of letters and digits, got {subset!r}")
         if "=" in subset and not Path(subset.partition("=")[2]).is_file():
             raise UsageError(f"no file {subset.partition('=')[2]}: --labelled NAME=FILE needs one of utterance ids")
     if config.splits and not Path(config.splits).is_file():
@@ -252,29 +253,7 @@ def _stamped(root: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, str, int]]:
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _processes(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    """Decoders write their own complaints to standard error; the audit tells them in its words."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker of a process that was killed would go on, write where the next preparation writes, and never end."""
-    if (parent := parent_process()) is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _audit_task(tasks: list[tuple[str, list[Part]]], config: AuditConfig) -> list[Finding]:
-    return [found for location, parts in tasks for found in audit(location, parts, config)]
-
-
-def _audit_all(
+def _check_all(
     journal: Journal, root: Path, config: AuditConfig, executor: Executor, jobs: int, report: Progress
 ) -> None:
     total, left = (journal.value(f"SELECT coalesce(sum(bytes + 1), 0) FROM rows{w}") for w in ("", " WHERE NOT done"))
@@ -295,7 +274,7 @@ def _audit_all(
         if group:
             yield size, (group, config)
 
-    for size, findings in _in_order(executor, _audit_task, tasks(), 4 * jobs):
+    for size, findings in _in_order(executor, audit_all, tasks(), 4 * jobs):
         journal.record(findings)
         left -= size
         report("check", 1 - left / max(total, 1))

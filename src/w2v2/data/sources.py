@@ -20,6 +20,10 @@ COLUMNS = ("path", "start", "end", "text", "speaker", "split")
 _SUBSET = re.compile(r"(train|dev|val|test)(ing|elopment|id|idation)?(?![a-z])", re.IGNORECASE)
 
 
+_NOBODY = {"audio", "clips", "data", "flac", "mp3", "recordings", "sounds", "speech", "wav", "wavs"}
+"""Folders that are surely no speaker's."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A recording, or a part of one, and what is known about it."""
@@ -136,7 +140,9 @@ def speaker_of(path: str, pattern: re.Pattern[str] | None = None) -> str | None:
     first = name.split("-")[0]
     if first in folders:
         return first
-    return folders[-1] if folders and split_of(f"{folders[-1]}/x") is None else None
+    if not folders or folders[-1].lower() in _NOBODY or named_split(folders[-1]) is not None:
+        return None
+    return folders[-1]
 
 
 def split_of(path: str) -> str | None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from w2v2.data.cluster import RayExecutor
+from w2v2.data.executors import RayExecutor
 from w2v2.data.prepare import PrepareConfig, prepare
 
 
