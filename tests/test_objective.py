@@ -16,14 +16,16 @@ from w2v2 import recipes
 from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     Draws,
+    cut_batch,
     draw,
     equalize_masks,
     keyed_generator,
     sample_distractors,
     sample_span_mask,
+    slices,
 )
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.wav2vec2 import init_weights
+from w2v2.model.wav2vec2 import Wav2Vec2Config, init_weights
 
 
 def generator(seed=0):
@@ -801,3 +803,45 @@ def test_a_baseline_with_everything_masked_asks_for_the_same_targets():
     assert torch.equal(targets[0][0], targets[1][0])
     assert blind.num_targets == len(drawn.masked)
     assert blind.losses["contrastive"] != other.losses["contrastive"]  # targets still come from the audio
+
+
+# --- Sub-batches ------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_batch_has_the_objective_of_the_small_ones_it_is_made_of():
+    """One batch of six, cut into parts of two, gives the loss and the gradient of three batches of two."""
+    config = Wav2Vec2Config(
+        n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7, n_entries=8, codebook_dim=4,
+        dropout=0.0, attention_dropout=0.0, dropout_input=0.0, dropout_features=0.0, layer_drop=0.0,
+        num_distractors=10, sub_batch_seconds=2.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = config.build().eval()  # without Gumbel noise, whose order would differ
+    audio, keys = torch.randn(6, 16_000), [("utterance", i) for i in range(6)]
+
+    def gradient(parts: list[slice]) -> tuple[dict[str, float], list[torch.Tensor]]:
+        model.zero_grad()
+        sums: dict[str, float] = {}
+        for part in parts:
+            draws = model.draw([16_000] * len(keys[part]), keys[part], step_key=(0, 0))
+            out = model(audio[part], draws)
+            weighted = out.losses["contrastive"] + 0.1 * out.losses["diversity"] + 10 * out.losses["feature_penalty"]
+            weighted.backward()
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in out.losses.items()}
+        return sums, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    small, small_gradient = gradient([slice(0, 2), slice(2, 4), slice(4, 6)])
+    large, large_gradient = gradient([slice(0, 6)])
+    assert large == pytest.approx(small, rel=1e-5)
+    for one, other in zip(large_gradient, small_gradient, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    config.sub_batch_seconds = None  # the fault that this guards against: the diversity loss of all six together
+    assert gradient([slice(0, 6)])[0]["diversity"] < 0.99 * small["diversity"]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
+def test_a_batch_is_cut_in_order_into_parts_that_hold_no_more_than_allowed(samples, longest):
+    parts = slices(cut_batch(samples, longest))
+    assert [i for part in parts for i in range(len(samples))[part]] == list(range(len(samples)))
+    for part in parts:
+        assert len(samples[part]) == 1 or len(samples[part]) * max(samples[part]) <= longest

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from w2v2.errors import JobError, UsageError
+from w2v2.errors import JobError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from w2v2.config import DataConfig
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         sys.stderr.write(f"w2v2: error: {_last_line(error)}\n")
         return 2
+    except StoppedError as stop:
+        sys.stderr.write(f"w2v2: {stop}\n")
+        return stop.exit_code
     except (JobError, OSError) as error:
         sys.stderr.write(f"w2v2: failed: {_last_line(error)}\n")
         return 1
@@ -103,7 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-DATE)")
         sub.add_argument("--init-from", type=Path, help=what)
-        sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+        sub.add_argument(
+            "--resume",
+            nargs="?",
+            const="yes",
+            choices=["yes", "auto"],
+            help="go on from the last good checkpoint in --out; auto: if there is one",
+        )
         sub.add_argument("-h", "--help", action="store_true", help="this; with RECIPE, its settings too")
         sub.set_defaults(parser=sub)
     finetune.add_argument("--minutes", type=float, help="use only about so many minutes of labels, over all speakers")
@@ -248,7 +257,7 @@ def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     config.check()
     splits = _read(config.data)
     out = _run_folder(args)
-    pretrain(config, splits, out, init_from=args.init_from, resume=args.resume)
+    pretrain(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
     _finish(out)
 
 
@@ -266,7 +275,7 @@ def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
     if args.minutes is not None:
         splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)
     out = _run_folder(args)
-    finetune(config, splits, out, init_from=args.init_from, resume=args.resume)
+    finetune(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
     _finish(out)
 
 
@@ -281,6 +290,12 @@ def _read(data: DataConfig) -> Splits:
                 f"no split {name!r} in {' '.join(data.sources)}, needed for {need}: got {', '.join(splits)}"
             )
     return {**splits, "train": splits[data.train_split]}
+
+
+def _resume(args: argparse.Namespace, out: Path) -> bool:
+    from w2v2.train import can_resume
+
+    return args.resume == "yes" or (args.resume == "auto" and can_resume(out))
 
 
 def _finish(out: Path) -> None:

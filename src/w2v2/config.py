@@ -70,6 +70,13 @@ class TrainConfig:
     """Optimiser steps between validations."""
     checkpoint_every: int = 1000
     """Optimiser steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """Checkpoints kept, the newest ones; the best weights are kept beside them."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more
+    time."""
+    compile: bool = False
+    """``torch.compile`` each block."""
 
 
 def _loss_weights() -> dict[str, float]:
@@ -200,6 +207,7 @@ def check_run(data: DataConfig, train: TrainConfig) -> None:
         "--train.log-every": train.log_every,
         "--train.val-every": train.val_every,
         "--train.checkpoint-every": train.checkpoint_every,
+        "--train.keep-checkpoints": train.keep_checkpoints,
         "--data.batch-seconds": data.batch_seconds,
         "--data.max-seconds": data.max_seconds,
         "--data.num-buckets": data.num_buckets,
@@ -284,6 +292,16 @@ def _from_value(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return value
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Leaves of two ``to_dict`` values that differ, by dotted name."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return {} if one == other else {prefix.removesuffix("."): (one, other)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*one, *other]):
+        found |= differences(one.get(name), other.get(name), f"{prefix}{name}.")
+    return found
 
 
 def save_config(config: Any, path: Path) -> None:

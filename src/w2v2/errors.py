@@ -1,8 +1,18 @@
 """What a user is told in one line: the command line prints the message and exits with the code named here."""
 
+import signal
+
 
 class UsageError(ValueError):
     """Something that the user can put right (exit code 2). The message says what, expected, got, and what to do."""
+
+
+class StoppedError(Exception):
+    """A signal ended the work, and everything is saved. ``exit_code`` tells a scheduler to run it again, or not."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 75 if number == signal.SIGTERM else 130  # EX_TEMPFAIL; what shells give for Ctrl-C
 
 
 class JobError(RuntimeError):

@@ -7,24 +7,25 @@ import logging
 import platform
 import subprocess
 import warnings
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.checkpoint import checkpoint
 
 from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
-from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, load_config, save_config
+from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
-from w2v2.optim import OptimConfig
 from w2v2.tasks.callbacks import CSVMetrics, Progress
+from w2v2.tasks.checkpoints import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, step_seed
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def pretrain(
         load_weights(model, init_from)
     start_folder(out, config, splits, resume)
     task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
-    fit_task(task, data, config.train, config.optim, out, resume)
+    fit_task(task, data, config, out, resume)
     return model
 
 
@@ -78,26 +79,17 @@ def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> d
 
 
 def fit_task(
-    task: NormalizedTask,
-    data: SpeechDataModule,
-    train: TrainConfig,
-    optim: OptimConfig,
-    out: Path,
-    resume: bool,
+    task: NormalizedTask, data: SpeechDataModule, config: PretrainConfig | FinetuneConfig, out: Path, resume: bool
 ) -> None:
-    """Run a task to its last step, with everything a run folder holds; weights are saved at the end."""
+    """Run a task to its last step, with everything a run folder holds; weights are saved at the end.
+
+    Raises:
+        StoppedError: a signal asked for the end, and everything is saved.
+    """
+    train, optim = config.train, config.optim
     max_steps = train.max_steps or optim.schedule.total_steps
     metrics = CSVMetrics(out / "metrics.csv")
-    checkpoints = ModelCheckpoint(
-        out / "checkpoints",
-        filename="{step}",
-        every_n_train_steps=train.checkpoint_every,
-        save_top_k=2,
-        monitor="step",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
+    _tune(task.model, train)
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(
@@ -113,17 +105,20 @@ def fit_task(
             val_check_interval=train.val_every * train.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
+            plugins=[AtomicIO()],
+            enable_checkpointing=False,
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard")],
-            callbacks=[checkpoints, Progress(train.log_every, max_steps)],
+            callbacks=[Progress(train.log_every, max_steps), Checkpoints(out, config, max_steps)],
         )
-        last = _last_checkpoint(out) if resume else None
-        if last is not None:
-            saved = torch.load(last, map_location="cpu", weights_only=True)
+        last = None
+        if resume:
+            last, saved = newest_good(out)
             data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
             metrics.resume_at(saved["global_step"])
+            del saved
         trainer.fit(task, data, ckpt_path=last, weights_only=True)
         if trainer.global_step % train.val_every:
             trainer.validate(task, data, verbose=False)
@@ -131,8 +126,20 @@ def fit_task(
         save_weights(task.model, out)
 
 
-def _last_checkpoint(out: Path) -> Path:
-    return out / "checkpoints" / "last.ckpt"
+def can_resume(out: Path) -> bool:
+    """Whether a run folder holds a checkpoint."""
+    return bool(checkpoint_files(out))
+
+
+def _tune(model: torch.nn.Module, train: TrainConfig) -> None:
+    """Trade memory for time, or compile, block by block."""
+    blocks = getattr(model, "transformer", None)
+    if (train.activation_checkpointing or train.compile) and not isinstance(blocks, torch.nn.ModuleList):
+        raise UsageError("--train.activation-checkpointing and --train.compile need a model with a list 'transformer'")
+    for block in blocks if train.activation_checkpointing and blocks is not None else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in blocks if train.compile and blocks is not None else ():
+        block.compile(dynamic=True)
 
 
 def _silence_lightning() -> None:
@@ -173,8 +180,8 @@ def _precision(train: TrainConfig) -> str:
 def check_folder(out: Path, resume: bool) -> None:
     """Refuse a run folder that would be overwritten, or has nothing to resume."""
     if resume:
-        if not _last_checkpoint(out).is_file():
-            raise UsageError(f"nothing to resume in {out}: expected {_last_checkpoint(out)}")
+        if not can_resume(out):
+            raise UsageError(f"nothing to resume in {out}: expected a file in {out / 'checkpoints'}")
     elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out, or go on with --resume")
 
@@ -183,9 +190,39 @@ def check_folder(out: Path, resume: bool) -> None:
 def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
     """Make the run folder and write what is run on what."""
     out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        _refuse_changes(out, config, splits)
     save_config(config, out / CONFIG)
     if not resume:
         (out / "environment.json").write_text(json.dumps(environment(splits), indent=2) + "\n")
+
+
+_MAY_CHANGE = (
+    "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
+    "data.max_bad",
+)  # fmt: skip
+
+
+def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits) -> None:
+    """Another model, schedule, batching or corpus would not continue the run but be another one.
+
+    Raises:
+        UsageError: naming every difference.
+    """
+    changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
+    said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
+    data = json.loads((out / "environment.json").read_text())["data"]
+    for name, now in describe(splits).items():
+        said += [
+            f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
+            for key in now
+            if now[key] != data.get(name, {}).get(key)
+        ]
+    if said:
+        raise UsageError(
+            f"cannot resume {out} as another run: {'; '.join(said)}; undo that, or start one with --init-from"
+        )
 
 
 def environment(splits: Splits) -> dict[str, Any]:

@@ -8,6 +8,7 @@ be given the same draws.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -86,6 +87,11 @@ def sample_layers(n_layer: int, layer_drop: float, rng: torch.Generator) -> tupl
     return tuple((torch.rand(n_layer, generator=rng) >= layer_drop).tolist())
 
 
+def slices(counts: Sequence[int]) -> list[slice]:
+    """Consecutive slices of so many elements each."""
+    return [slice(start, end) for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0))]
+
+
 @dataclass
 class Draws:
     """The random part of one step's input, as indices. M is the number of masked frames of the whole batch."""
@@ -100,6 +106,12 @@ class Draws:
     """(C,) int64: frames the context network does not see. Equal to ``masked`` but for the all-masked baseline."""
     keep_layers: tuple[bool, ...] | None = None
     """Which transformer blocks run; None for all."""
+    sub_batches: tuple[int, ...] = ()
+    """Utterances of each part of the batch that the batch-wise losses are taken of; empty: of all together."""
+
+    def parts(self) -> list[slice]:
+        """Each sub-batch as a slice of the utterances."""
+        return slices(self.sub_batches or (len(self.counts),))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Draws:
         """The same draws with their tensors on a device."""
@@ -120,6 +132,7 @@ def draw(
     rngs: Sequence[torch.Generator],
     num_distractors: int,
     keep_layers: tuple[bool, ...] | None = None,
+    sub_batches: tuple[int, ...] = (),
 ) -> Draws:
     """Turn the masks of a batch's utterances into the index tensors of a step, drawing distractors on the way."""
     masked, distractors, offset = [], [], 0
@@ -134,4 +147,19 @@ def draw(
         distractors=torch.cat(distractors),
         covered=index,
         keep_layers=keep_layers,
+        sub_batches=sub_batches,
     )
+
+
+def cut_batch(samples: Sequence[int], longest: int) -> tuple[int, ...]:
+    """How many utterances, in their order, make up each part of a batch of at most so many samples, padding counted."""
+    counts: list[int] = []
+    widest = 0
+    for length in samples:
+        widest = max(widest, length)
+        if counts and (counts[-1] + 1) * widest <= longest:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+            widest = length
+    return tuple(counts)

@@ -6,6 +6,7 @@ Legend: B batch, S samples, T frames, C conv channels, D width, M masked frames,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 
 from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, output_lengths
-from w2v2.model.masking import Draws, draw, equalize_masks, keyed_generator, sample_layers, sample_span_mask
+from w2v2.model.masking import (
+    Draws,
+    cut_batch,
+    draw,
+    equalize_masks,
+    keyed_generator,
+    sample_layers,
+    sample_span_mask,
+    slices,
+)
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
 from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, repeat_rows, touch, unpack
 
@@ -101,6 +111,11 @@ class Wav2Vec2Config:
     """Its lower bound (``latent_temp[1]``)."""
     gumbel_decay: float = 0.999995
     """Its factor per optimiser step (``latent_temp[2]``)."""
+
+    sub_batch_seconds: float | None = 87.5
+    """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of
+    masked frames are taken: a batch that fills a larger GPU has the objective of the published one (``max_tokens`` 1.4M
+    samples). None: of the whole batch."""
 
     def build(self) -> Wav2Vec2ForPretraining:
         """The pretraining model, freshly initialised from torch's global generator."""
@@ -304,11 +319,17 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         config = self.config
         rngs = [keyed_generator(*key) for key in keys]
         masks = [config.sample_mask(n, rng) for n, rng in zip(config.frames(samples), rngs, strict=True)]
-        keep_layers = None
-        if step_key is not None:
-            masks = equalize_masks(masks, rngs)
-            keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
-        return draw(masks, rngs, config.num_distractors, keep_layers)
+        if step_key is None:
+            return draw(masks, rngs, config.num_distractors)
+        sub_batches: tuple[int, ...] = ()
+        if config.sub_batch_seconds is not None:
+            # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
+            sub_batches = cut_batch(samples, round(config.sub_batch_seconds * SAMPLE_RATE * 1.001))
+        masks = [
+            mask for part in slices(sub_batches or (len(masks),)) for mask in equalize_masks(masks[part], rngs[part])
+        ]
+        keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
+        return draw(masks, rngs, config.num_distractors, keep_layers, sub_batches)
 
     def forward(  # type: ignore[override]
         self, audio: Tensor, draws: Draws, lengths: Sequence[int] | None = None, *, step: int = 0
@@ -332,32 +353,41 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         source = projected if config.target_features == "projected" else normalised
         source = F.dropout(source.flatten(0, 1)[draws.masked], config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
-        q = self.quantizer(source, temperature)
-        targets = q.quantized if self.project_q is None else self.project_q(q.quantized)
+        masked = [sum(draws.counts[part]) for part in draws.parts()]
+        quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
+        codes = torch.cat([q.codes for q in quantized])
+        targets = torch.cat([q.quantized for q in quantized])
+        targets = targets if self.project_q is None else self.project_q(targets)
 
-        logits = contrastive_logits(
-            context, targets, q.codes, draws.distractors, draws.counts, config.logit_temperature
-        )
+        logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
         contrastive = contrastive_loss(logits)
-        num_targets = len(draws.masked)
+        diversity = [
+            diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n) for q, n in zip(quantized, masked, strict=True)
+        ]
+        # Of each utterance on its own, so that it does not depend on the batch; for crops of one length with equal
+        # numbers of masked frames, as in training, that is the mean over the batch.
+        rows = features.flatten(0, 1).split(frames)
+        penalty = [feature_penalty(row, n) for row, n in zip(rows, draws.counts, strict=True)]
         ones = torch.ones((), device=audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
-                "diversity": diversity_loss(q.prob_perplexity, q.probs_sum.numel(), num_targets),
-                "feature_penalty": feature_penalty(features, num_targets),
+                "diversity": torch.stack(diversity).sum(),
+                "feature_penalty": torch.stack(penalty).sum(),
             },
             metrics={
+                "contrastive": contrastive.loss.detach().double(),
                 "correct": contrastive.correct.detach(),
                 "identical": contrastive.identical.detach(),
-                "probs": q.probs_sum,
-                "codes": q.code_counts,
-                "distinct_codes": _distinct_codes(q.codes, draws.counts),
+                "probs": torch.stack([q.probs_sum for q in quantized]).sum(0),
+                "codes": torch.stack([q.code_counts for q in quantized]).sum(0),
+                "distinct_codes": _distinct_codes(codes, draws.counts),
                 "utterances": len(frames) * ones,
                 "frames": sum(frames) * ones,
-                "masked": num_targets * ones,
+                "masked": len(draws.masked) * ones,
+                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
             },
-            num_targets=num_targets,
+            num_targets=len(draws.masked),
         )
 
     def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -365,13 +395,24 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         total = {name: value.detach().cpu().double() for name, value in sums.items()}
         masked = total["masked"]
         probs, codes = total["probs"] / masked, total["codes"] / masked
+        nats = (total["contrastive"] / masked).item()
+        groups = {
+            f"{kind}_perplexity_{group}": perplexity(rows[group : group + 1]).item()
+            for kind, rows in (("prob", probs), ("code", codes))
+            for group in range(len(rows))
+        }
         return {
+            "contrastive_bits": nats / math.log(2),
+            "contrastive_of_chance": nats / math.log(1 + self.config.num_distractors),
             "accuracy": (total["correct"] / masked).item(),
             "identical_distractors": (total["identical"] / masked).item(),
             "prob_perplexity": perplexity(probs).item(),
             "code_perplexity": perplexity(codes).item(),
+            **groups,
+            "dead_codes": (codes == 0).sum().item(),
             "codes_per_utterance": (total["distinct_codes"] / total["utterances"]).item(),
             "masked_fraction": (masked / total["frames"]).item(),
+            **({"temperature": (total["temperature"] / masked).item()} if "temperature" in total else {}),
         }
 
 

@@ -108,7 +108,8 @@ class FinetuneTask(NormalizedTask):
     def train_figures(self) -> dict[str, float]:
         """Loss per utterance since the last call, and ``seconds`` of audio."""
         sums = self.sums.take()
-        return {"loss": (sums["total"] / sums["targets"]).item(), "seconds": sums["samples"].item() / SAMPLE_RATE}
+        loss = (sums["total"] / sums["targets"]).item()
+        return {"loss": loss, **self.step_figures(sums["samples"].item() / SAMPLE_RATE)}
 
     def validation_step(self, batch: CTCBatch | None, batch_idx: int) -> None:
         """Loss and greedy hypotheses."""
@@ -166,7 +167,7 @@ def finetune(
         load_encoder(model, init_from)
     start_folder(out, config, splits, resume)
     rank_zero_only(vocabulary.save)(out / VOCABULARY)
-    fit_task(FinetuneTask(model, vocabulary, config), data, config.train, config.optim, out, resume)
+    fit_task(FinetuneTask(model, vocabulary, config), data, config, out, resume)
     return model, vocabulary
 
 

@@ -67,6 +67,23 @@ class Sums:
         return taken
 
 
+def _turn_page(checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint of the end of a pass one of the beginning of the next.
+
+    Lightning would go on counting batches where the old pass ended, so seeds and positions would be other ones.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    checkpoint["epoch"] += 1
+    for progress in loop["epoch_progress"].values():
+        progress.update(dict.fromkeys(progress, progress["ready"]))
+    batches = loop["epoch_loop.batch_progress"]
+    batches["total"] = dict.fromkeys(batches["total"], batches["total"]["ready"])
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    for counts in loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values():
+        counts["current"] = dict.fromkeys(counts["current"], 0)
+
+
 class NormalizedTask(pl.LightningModule):
     """One normalisation for every task: gradients are of the summed loss, divided once by the step's number of targets.
 
@@ -83,6 +100,8 @@ class NormalizedTask(pl.LightningModule):
         self.step_targets = 0
         self.sums = Sums()
         self.valid_figures: dict[str, float] = {}
+        self.seconds_heard = 0.0
+        self.norm_sums = Sums()
 
     def train_figures(self) -> dict[str, float]:
         """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
@@ -131,6 +150,36 @@ class NormalizedTask(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.optim_config.schedule(self.global_step + 1)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm; a step whose gradient is not finite is left out by the optimiser itself, on the device.
+
+        So nothing here waits for the device: whether a step was left out is read with the other figures.
+        """
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        finite = norm.isfinite()
+        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None  # type: ignore[attr-defined]
+        ones = torch.ones_like(norm)
+        self.norm_sums.add({"norm": torch.where(finite, norm, 0.0), "finite": finite * ones, "steps": ones})
+
+    def step_figures(self, seconds: float) -> dict[str, float]:
+        """What every task logs beside its own figures: gradient norm, steps left out, hours heard."""
+        self.seconds_heard += seconds
+        norms = {name: value.item() for name, value in self.norm_sums.values.items()}
+        self.norm_sums.values = {}
+        figures = {"hours_heard": self.seconds_heard / 3600, "seconds": seconds}
+        if norms:
+            figures["grad_norm"] = norms["norm"] / max(norms["finite"], 1.0)
+            figures["steps_left_out"] = norms["steps"] - norms["finite"]
+        return figures
+
     def log_validation(self, figures: dict[str, float]) -> None:
         """Give figures of a validation to the loggers, and keep them as ``valid_figures``."""
         self.valid_figures = figures
@@ -138,12 +187,18 @@ class NormalizedTask(pl.LightningModule):
             logger.log_metrics({f"valid/{name}": value for name, value in figures.items()}, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums of the unfinished logging interval."""
+        """Keep the sums of the unfinished logging interval; after the last batch of a pass, begin the next one."""
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            _turn_page(checkpoint)
         checkpoint["sums"] = self.sums.values
+        checkpoint["norms"] = self.norm_sums.values
+        checkpoint["seconds_heard"] = self.seconds_heard
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them up again."""
         self.sums.values = checkpoint["sums"]
+        self.norm_sums.values = checkpoint["norms"]
+        self.seconds_heard = checkpoint["seconds_heard"]
 
 
 class PretrainTask(NormalizedTask):
@@ -222,7 +277,7 @@ class PretrainTask(NormalizedTask):
     def train_figures(self) -> dict[str, float]:
         """Figures of all micro-batches since the last call, over all ranks, and ``seconds`` of audio among them."""
         sums = self.sums.take()
-        return {**self.figures(sums), "seconds": sums["samples"].item() / SAMPLE_RATE}
+        return {**self.figures(sums), **self.step_figures(sums["samples"].item() / SAMPLE_RATE)}
 
     def on_validation_epoch_end(self) -> None:
         """Log figures of the whole validation set."""
