@@ -75,7 +75,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["tiny", "--model.conv-norm", "group:7"], "needs groups that divide"),
         (["tiny", "--model.conv-strides", "5", "2"], "one number for each of the 7 conv-channels"),
         (["tiny", "--loss-weights.diversity", "much"], "--loss-weights.diversity"),
-        (["tiny", "--init-from", "nowhere"], "no nowhere/model.safetensors"),
+        (["tiny", "--init-from", "nowhere"], "no nowhere/config.json"),
         (["tiny", "--resume"], "nothing to resume"),
     ],
 )

@@ -30,11 +30,13 @@ log = logging.getLogger("w2v2")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit code 0: done; 1: it failed; 2: the call or the input has to be put right; 130: interrupted."""
+    # oneDNN keeps 1024 primitives, one for each length of a crop: a third of a small model's memory, and no time saved.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     args, rest = _parser().parse_known_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     try:
-        if rest and args.verb not in ("prepare", "pretrain", "finetune"):
+        if rest and args.verb not in ("prepare", "pretrain", "finetune", "plan", "mask-preview"):
             raise UsageError(f"unknown arguments {' '.join(rest)}; see 'w2v2 {args.verb} --help'")
         args.run(args, rest)
     except UsageError as error:
@@ -117,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(parser=sub)
     finetune.add_argument("--minutes", type=float, help="use only about so many minutes of labels, over all speakers")
 
+    _add_plan(verb)
+    _add_mask_preview(verb)
+
     evaluate = verb("evaluate", _evaluate, "loss and accuracy of a pretraining run, or WER and CER of a fine-tuned one")
     evaluate.add_argument("model", type=Path, help="run folder")
     evaluate.add_argument("--data", required=True, help="prepared corpus, or folder of audio")
@@ -131,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seconds", type=float, default=10.0, help="for each measurement (default: %(default)s)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    text = "whether a pretraining run looks like healthy ones of its recipe; exit code 1: no"
+    compare = verb("compare", _compare, text)
+    compare.add_argument("folder", type=Path, help="run folder")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     report = verb("report", _report, "one self-contained HTML page of a run")
     report.add_argument("folder", type=Path, help="run folder")
     return parser
@@ -141,6 +151,64 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> None:
 
     page = run_demo(args.out, data=args.data, seed=args.seed, hours=args.hours, shrink=args.shrink)
     log.info("look at %s", page)
+
+
+def _add_plan(verb: Any) -> None:
+    text = "what a pretraining run will take and give, from some measured steps and published figures"
+    sub = verb("plan", _plan, text, epilog="Any setting of the recipe can follow, such as --data.batch-seconds 40.")
+    sub.add_argument("recipe", help="name of a recipe, or FILE.py:FUNCTION")
+    sub.add_argument("--gpus", type=int, default=1, help="devices in all (default: %(default)s)")
+    sub.add_argument("--memory", type=float, help="of each device, GB")
+    sub.add_argument("--data", action="append", help="audio to measure on (default: noise of the recipe's crops)")
+    sub.add_argument("--hours-per-update", type=float, help="audio of an optimiser step, hours (default: the recipe's)")
+    sub.add_argument("--steps", type=int, default=20, help="optimiser steps to measure (default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.set_defaults(help=False)
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.config import PretrainConfig
+    from w2v2.plan import make_plan, measure, plan_table, settle
+    from w2v2.recipes import load_recipe
+
+    for name, value in (("--gpus", args.gpus), ("--steps", args.steps), ("--hours-per-update", args.hours_per_update)):
+        if value is not None and value <= 0:
+            raise UsageError(f"{name} must be more than 0, got {value:g}")
+    recipe = load_recipe(args.recipe, PretrainConfig)
+    config = _configure(args, rest, PretrainConfig, need_data=False)
+    config = settle(recipe, config, devices=args.gpus, hours_per_update=args.hours_per_update, given=rest)
+    config.check()
+    plan = make_plan(recipe, config, measure(config, args.steps), args.memory)
+    lines = [json.dumps(plan.to_dict(), indent=2)] if args.json else plan_table(plan)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _add_mask_preview(verb: Any) -> None:
+    sub = verb(
+        "mask-preview",
+        _mask_preview,
+        "how much of an utterance is really masked, and in what spans, by its duration",
+        epilog="Any setting of the recipe can follow, such as --model.mask-prob 0.5.",
+    )
+    sub.add_argument("recipe", help="name of a recipe, or FILE.py:FUNCTION")
+    sub.add_argument(
+        "--durations", nargs="+", type=float, default=[1, 2, 4, 8, 15.6], help="seconds (default: 1 2 4 8 15.6)"
+    )
+    sub.add_argument("--draws", type=int, default=2000, help="utterances of each duration (default: %(default)s)")
+    sub.add_argument("--data", action="append", help="corpus whose own durations (quantiles) are taken instead")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.set_defaults(help=False)
+
+
+def _mask_preview(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.config import PretrainConfig
+    from w2v2.mask_preview import corpus_durations, mask_table, preview_masks
+
+    config = _configure(args, rest, PretrainConfig, need_data=False)
+    config.check()
+    rows = preview_masks(config, corpus_durations(config) if config.data.sources else args.durations, args.draws)
+    found = [json.dumps([row.to_dict() for row in rows], indent=2)]
+    sys.stdout.write("\n".join(found if args.json else mask_table(rows, config.model.mask_length)) + "\n")
 
 
 def _add_prepare(verb: Any) -> None:
@@ -262,14 +330,11 @@ def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.checkpoint import pretrained_config
     from w2v2.config import FinetuneConfig
     from w2v2.data.corpora import labelled_subset
     from w2v2.tasks.finetune import finetune
 
     config = _configure(args, rest, FinetuneConfig)
-    if args.init_from is not None:
-        config.take_shape(pretrained_config(args.init_from))
     config.check()
     splits = _read(config.data)
     if args.minutes is not None:
@@ -338,6 +403,16 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> None:
         sys.stdout.write("\n".join(speed_table(rows, args.step_seconds, args.workers)) + "\n")
 
 
+def _compare(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.compare import compare, verdict_table
+
+    verdict = compare(args.folder)
+    lines = [json.dumps(verdict.to_dict(), indent=2)] if args.json else verdict_table(verdict)
+    sys.stdout.write("\n".join(lines) + "\n")
+    if not verdict.inside:
+        raise JobError(f"{args.folder} is outside the bands of {verdict.recipe} at step {verdict.step}")
+
+
 def _report(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.report import write_demo_report, write_run_report
 
@@ -345,8 +420,9 @@ def _report(args: argparse.Namespace, rest: list[str]) -> None:
     log.info("look at %s", (write_demo_report if demo else write_run_report)(args.folder))
 
 
-def _configure(args: argparse.Namespace, rest: list[str], kind: type[T]) -> T:
-    """The recipe with the command line's overrides."""
+def _configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_data: bool = True) -> T:
+    """The recipe, with the shape of the model that the run starts from, if any, and the command line's overrides."""
+    from w2v2.checkpoint import pretrained_config
     from w2v2.recipes import load_recipe, recipe_names
 
     names = ", ".join(recipe_names(kind))
@@ -357,13 +433,15 @@ def _configure(args: argparse.Namespace, rest: list[str], kind: type[T]) -> T:
             raise SystemExit(0)
         raise UsageError(f"name a recipe: one of {names}, or FILE.py:FUNCTION")
     config: Any = load_recipe(args.recipe, kind)
+    if getattr(args, "init_from", None) is not None:
+        config.take_shape(pretrained_config(args.init_from))
     if args.help:
         args.parser.print_help()
         rest = ["--help"]
     config = override(config, rest, f"w2v2 {args.verb} {args.recipe}")
     if args.data is not None:
         config.data.sources = tuple(args.data)
-    if not config.data.sources:
+    if need_data and not config.data.sources:
         raise UsageError("name the audio with --data DIR: a prepared corpus, or a folder of audio")
     done: T = config
     return done

@@ -77,6 +77,11 @@ class TrainConfig:
     time."""
     compile: bool = False
     """``torch.compile`` each block."""
+    sentinel: bool = True
+    """Stop a pretraining run that has collapsed, and keep the last checkpoint before that (``tasks/health.py``)."""
+    max_steps_left_out: int = 10
+    """Steps that may be left out because their gradient is not finite, before the run stops; each is traced to a module
+    and utterances in the log."""
 
 
 def _loss_weights() -> dict[str, float]:
@@ -99,6 +104,11 @@ class PretrainConfig:
     """Optimiser."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Run."""
+
+    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
+        """Make the model and its objective that of another run; regularisation and temperature stay this recipe's."""
+        kept = {name: getattr(self.model, name) for name in _OF_A_PRETRAINING_RECIPE}
+        self.model = dataclasses.replace(pretrained, **kept)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is written.
@@ -160,6 +170,19 @@ class FinetuneConfig:
         check_run(self.data, self.train)
 
 
+_OF_A_PRETRAINING_RECIPE = (
+    "conv_gradient_scale",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "dropout_features",
+    "layer_drop",
+    "gumbel_start",
+    "gumbel_end",
+    "gumbel_decay",
+)
+
 _REGULARISATION = (
     "conv_gradient_scale",
     "dropout",
@@ -216,6 +239,8 @@ def check_run(data: DataConfig, train: TrainConfig) -> None:
     for name, value in positive.items():
         if value <= 0:
             raise UsageError(f"{name} must be more than 0, got {value:g}")
+    if train.max_steps_left_out < 0:
+        raise UsageError(f"--train.max-steps-left-out must be 0 or more, got {train.max_steps_left_out}")
     if data.num_workers < 0:
         raise UsageError(f"--data.num-workers must be 0 or more, got {data.num_workers}")
     bad_share(data.max_bad)

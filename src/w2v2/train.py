@@ -26,6 +26,7 @@ from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
 from w2v2.tasks.callbacks import CSVMetrics, Progress
 from w2v2.tasks.checkpoints import AtomicIO, Checkpoints, checkpoint_files, newest_good
+from w2v2.tasks.health import Sentinel
 from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, step_seed
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def fit_task(
     train, optim = config.train, config.optim
     max_steps = train.max_steps or optim.schedule.total_steps
     metrics = CSVMetrics(out / "metrics.csv")
+    checkpoints = Checkpoints(out, config, max_steps)
+    sentinel = Sentinel(checkpoints, train.max_steps_left_out, judge=train.sentinel)
     _tune(task.model, train)
     with warnings.catch_warnings():
         _silence_lightning()
@@ -111,7 +114,7 @@ def fit_task(
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard")],
-            callbacks=[Progress(train.log_every, max_steps), Checkpoints(out, config, max_steps)],
+            callbacks=[sentinel, Progress(train.log_every, max_steps), checkpoints],
         )
         last = None
         if resume:
@@ -150,7 +153,7 @@ def _silence_lightning() -> None:
         ".*LeafSpec.*",
         ".*train_dataloader yielded None.*",
         ".*Checkpoint directory .* exists and is not empty.*",
-        ".*overridden `transfer_batch_to_device` in `LightningModule`.*",
+        ".*overridden `.*` in `LightningModule`.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -200,7 +203,7 @@ def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Spl
 _MAY_CHANGE = (
     "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
-    "data.max_bad",
+    "data.max_bad", "train.sentinel", "train.max_steps_left_out",
 )  # fmt: skip
 
 

@@ -69,6 +69,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step=*.ckpt"), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """Optimiser steps of a checkpoint, from its name."""
+    return int(path.stem.removeprefix("step="))
+
+
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint that can be read, and what is in it; damaged ones are named in the log.
 
@@ -102,6 +107,10 @@ class Checkpoints(pl.Callback):
         self.out, self.config, self.max_steps = out, config, max_steps
         self.step = 0
         self.signal = 0
+        self.trusted: int | None = None
+        """Last step at which the run was known to be healthy; the newest checkpoint up to there is never removed."""
+        self.suspected = False
+        """Whether the weights may have collapsed and must not become the best."""
         self.best = float("inf")
         if (out / "best" / "best.json").exists():
             self.best = json.loads((out / "best" / "best.json").read_text())["loss"]
@@ -156,14 +165,17 @@ class Checkpoints(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.out / "checkpoints" / _NAME.format(self.step))
         if trainer.is_global_zero:
-            for path in checkpoint_files(self.out)[self.config.train.keep_checkpoints :]:
-                path.unlink(missing_ok=True)
+            files = checkpoint_files(self.out)
+            good = [path for path in files if self.trusted is None or step_of(path) <= self.trusted]
+            for path in files[self.config.train.keep_checkpoints :]:
+                if path not in good[:1]:
+                    path.unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
         loss = pl_module.valid_figures.get("loss", float("nan"))
-        if loss < self.best and trainer.is_global_zero:
+        if loss < self.best and not self.suspected and trainer.is_global_zero:
             self.best = loss
             folder = self.out / "best"
             folder.mkdir(exist_ok=True)

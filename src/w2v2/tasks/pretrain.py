@@ -102,6 +102,22 @@ class NormalizedTask(pl.LightningModule):
         self.valid_figures: dict[str, float] = {}
         self.seconds_heard = 0.0
         self.norm_sums = Sums()
+        # For those who watch the run (tasks/health.py): sums apart from the logged ones, and what a step was made of.
+        self.watched: Sums | None = None
+        self.watched_norms: Sums | None = None
+        self.host_batch: Batch | None = None
+        self.step_finite: Tensor | None = None
+        self.replayed_step: int | None = None
+
+    @property
+    def global_step(self) -> int:
+        """Optimiser steps done; while a step is run again to find a fault, those before it."""
+        return super().global_step if self.replayed_step is None else self.replayed_step
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Remember what is on its way to the device."""
+        self.host_batch = batch
+        return batch
 
     def train_figures(self) -> dict[str, float]:
         """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
@@ -167,7 +183,11 @@ class NormalizedTask(pl.LightningModule):
         finite = norm.isfinite()
         optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None  # type: ignore[attr-defined]
         ones = torch.ones_like(norm)
-        self.norm_sums.add({"norm": torch.where(finite, norm, 0.0), "finite": finite * ones, "steps": ones})
+        norms = {"norm": torch.where(finite, norm, 0.0), "finite": finite * ones, "steps": ones}
+        self.norm_sums.add(norms)
+        self.step_finite = finite
+        if self.watched_norms is not None:
+            self.watched_norms.add(norms)
 
     def step_figures(self, seconds: float) -> dict[str, float]:
         """What every task logs beside its own figures: gradient norm, steps left out, hours heard."""
@@ -243,7 +263,10 @@ class PretrainTask(NormalizedTask):
         self.seed_step(batch_idx)
         out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
         total = weighted_sum(out.losses, self.loss_weights)
-        self.sums.add(self._loggable(out, total, audio, lengths))
+        loggable = self._loggable(out, total, audio, lengths)
+        self.sums.add(loggable)
+        if self.watched is not None:
+            self.watched.add(loggable)
         return self.sum_loss(total, out.num_targets)
 
     def validation_step(self, batch: tuple[Tensor, list[int] | None, Any] | None, batch_idx: int) -> None:

@@ -1,0 +1,264 @@
+"""Recorded and forced collapses are named and stopped, healthy runs are left alone; what is not finite is traced."""
+
+import csv
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import write_corpus
+from test_train import column, nano, same_numbers
+
+from w2v2.config import PretrainConfig
+from w2v2.data.corpora import read_corpus
+from w2v2.errors import JobError
+from w2v2.model.transformer import PositionalConvEmbedding
+from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.tasks import health
+from w2v2.tasks.checkpoints import checkpoint_files, newest_good, step_of
+from w2v2.tasks.health import Alarm, Judge
+from w2v2.train import pretrain
+
+CURVES = sorted((Path(__file__).parent / "curves").glob("*.csv"))
+HEALTHY = [path.stem for path in CURVES if path.stem.startswith("h-")]
+
+
+def curve(name: str) -> list[tuple[int, dict[str, float]]]:
+    with (Path(__file__).parent / "curves" / f"{name}.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [(int(row.pop("step")), row) for row in rows]
+
+
+def replay(rows: list[tuple[int, dict[str, float]]]) -> Alarm | None:
+    judge = Judge()
+    alarms = (judge.look(step, figures) for step, figures in rows)
+    return next((alarm for alarm in alarms if alarm is not None), None)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize("name", HEALTHY)
+def test_recorded_healthy_runs_give_no_alarm(name: str, every: int) -> None:
+    rows = curve(name)[every - 1 :: every]
+    assert len(rows) >= 6
+    assert replay(rows) is None
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "begins", "says"),
+    [
+        ("c-lr", 20, "uniform logits"),  # learning rate x50
+        ("c-const", 0, "no longer follow the probabilities"),  # constant audio
+        ("c-div-nano", 0, "few codes"),  # nano, diversity 0, one crop per step
+        ("c-div-rate-nano", 0, "few codes"),  # the same at five times the learning rate
+    ],
+)
+def test_recorded_collapses_are_named_within_200_steps(name: str, every: int, begins: int, says: str) -> None:
+    alarm = replay(curve(name)[every - 1 :: every])
+    assert alarm is not None
+    assert says in alarm.name
+    assert alarm.step - begins <= 200
+
+
+def figures(**changed: float) -> dict[str, float]:
+    """Of the released BASE in its first thousands of updates: at chance, with a gradient, its perplexity rising."""
+    usual = {
+        "loss": 4.7, "contrastive": math.log(101) * changed.get("contrastive_of_chance", 0.9995),
+        "contrastive_of_chance": 0.9995, "accuracy": 0.012, "identical_distractors": 0.02, "prob_perplexity": 300.0,
+        "code_perplexity": 270.0, "code_perplexity_0": 135.0, "code_perplexity_1": 135.0, "grad_norm": 0.3,
+        "steps_left_out": 0.0,
+    }  # fmt: skip
+    return usual | changed
+
+
+def judged(shown: dict[str, float], steps: int = 300) -> Alarm | None:
+    return replay([(step, shown) for step in range(20, steps + 1, 20)])
+
+
+def test_thousands_of_updates_at_chance_are_no_collapse_while_there_is_a_gradient() -> None:
+    assert judged(figures(), 10_000) is None
+
+
+@pytest.mark.parametrize(
+    ("shown", "says"),
+    [
+        (figures(grad_norm=0.05), "uniform logits"),
+        (figures(contrastive_of_chance=0.0, accuracy=0.0, identical_distractors=1.0, code_perplexity=2.0), "few codes"),
+        (figures(code_perplexity=20.0), "no longer follow"),
+        (figures(prob_perplexity=2.2, code_perplexity=2.0, contrastive_of_chance=0.5), "fallen to almost nothing"),
+        (figures(contrastive_of_chance=0.5, accuracy=0.9, grad_norm=0.001), "gradient norm is gone"),
+        (figures(loss=math.nan), "not finite"),
+    ],
+)
+def test_each_signature_is_named_with_a_cure(shown: dict[str, float], says: str) -> None:
+    alarm = judged(shown)
+    assert alarm is not None and says in alarm.name and alarm.cure
+    assert alarm.step <= 120
+
+
+def test_a_signature_that_goes_away_is_forgotten() -> None:
+    dead, alive = figures(grad_norm=0.05), figures()
+    judge = Judge()
+    steps = range(20, 2001, 20)
+    assert all(judge.look(step, alive if step % 80 == 0 else dead) is None for step in steps)
+    assert judge.trusted == 2000
+    judge.look(2020, dead)
+    judge.look(2040, dead)
+    assert judge.trusted == 2000
+
+
+def test_figures_of_another_kind_of_training_and_steps_left_out_are_passed_over() -> None:
+    assert judged({"loss": 0.0, "grad_norm": 0.0}) is None
+    assert judged(figures(loss=math.nan, steps_left_out=1.0)) is None
+
+
+def constant(root: Path) -> Path:
+    write_corpus(root, {"train-clean": 4, "dev-clean": 1})
+    for path in root.rglob("*.flac"):
+        soundfile.write(path, np.full(len(soundfile.read(path)[0]), 0.1), 16_000)
+    return root
+
+
+def long(**train) -> PretrainConfig:
+    """300 steps at most, logged so seldom that nothing but the sentinel looks at them."""
+    settings = {"max_steps": 300, "log_every": 1000, "val_every": 1000, "checkpoint_every": 10, "keep_checkpoints": 2}
+    config = nano(**settings | train)
+    config.data.num_workers = 0
+    return config
+
+
+def stopped_at(said: str) -> tuple[int, int]:
+    since, step = said.split("since step ")[1].split(", seen at step ")
+    return int(since), int(step.split(":")[0])
+
+
+def no_diversity(config: PretrainConfig) -> None:
+    config.loss_weights["diversity"] = 0.0
+    config.data.batch_seconds, config.model.utterance_norm = 2.0, False
+
+
+def fast(config: PretrainConfig) -> None:
+    config.optim.schedule.peak *= 50
+
+
+@pytest.mark.parametrize("cause", ["constant audio", "learning rate", "no diversity"])
+def test_a_forced_collapse_stops_the_run_within_200_steps(cause: str, corpus: Path, tmp_path: Path) -> None:
+    config = long()
+    {"constant audio": lambda c: None, "learning rate": fast, "no diversity": no_diversity}[cause](config)
+    data = constant(tmp_path / "constant") if cause == "constant audio" else corpus
+    out = tmp_path / "run"
+    with pytest.raises(JobError, match=r"what usually cures it: .*sentinel False") as error:
+        pretrain(config, read_corpus(data), out)
+    since, step = stopped_at(str(error.value))
+    assert step <= 200
+    kept = [step_of(path) for path in checkpoint_files(out)]
+    assert all(at <= since for at in kept)
+    assert (f"step={kept[0]:08d}.ckpt" in str(error.value)) if kept else "no checkpoint is older" in str(error.value)
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_healthy_run_has_no_alarm_and_the_same_numbers_as_one_without_a_sentinel(
+    corpus: Path, tmp_path: Path
+) -> None:
+    for sentinel in (True, False):
+        pretrain(long(sentinel=sentinel, max_steps=200, log_every=7), read_corpus(corpus), tmp_path / str(sentinel))
+    same_numbers(tmp_path / "True", tmp_path / "False")
+
+
+def test_a_collapse_on_the_way_keeps_the_checkpoint_and_the_best_weights_from_before(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out, splits = tmp_path / "run", read_corpus(corpus)
+    pretrain(long(max_steps=60, val_every=10), splits, out)
+    best = json.loads((out / "best" / "best.json").read_text())
+    assert best["step"] <= 60
+    # From now on one entry is always chosen: every distractor is identical to its target, and the loss is nothing.
+    path, saved = newest_good(out)
+    saved["state_dict"]["model.quantizer.projector.weight"].zero_()
+    saved["state_dict"]["model.quantizer.projector.bias"].zero_()[::32] = 50.0
+    torch.save(saved, path)
+    with pytest.raises(JobError, match=r"fallen to almost nothing.*last good checkpoint is .*step=00000060"):
+        pretrain(long(max_steps=400, val_every=10), splits, out, resume=True)
+    assert min(column(out, "valid/contrastive")) < 1e-3
+    assert step_of(checkpoint_files(out)[0]) == 60
+    assert json.loads((out / "best" / "best.json").read_text()) == best
+    pretrain(long(max_steps=220, sentinel=False), splits, out, resume=True)
+    assert step_of(checkpoint_files(out)[0]) == 220
+
+
+def plant_nan(root: Path, name: str) -> Path:
+    """A float WAV with one value that is not a number, which an audit would have found."""
+    write_corpus(root, {"train-clean": 4, "dev-clean": 1}, suffix="wav")
+    (path,) = root.rglob(f"{name}.wav")
+    audio, rate = soundfile.read(path)
+    audio[: len(audio) // 2 : 50] = np.nan
+    audio[len(audio) // 2 :: 50] = np.nan
+    soundfile.write(path, audio, rate, subtype="FLOAT")
+    return root
+
+
+def test_a_nan_in_one_utterance_is_traced_to_it_and_stops_the_run_when_the_budget_is_spent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = read_corpus(plant_nan(tmp_path / "corpus", "102-1-0002"))
+    with (
+        caplog.at_level(logging.WARNING, logger="w2v2"),
+        pytest.raises(JobError, match=r"3 steps left out.*feature_encoder.*102-1-0002 \(their audio is not finite\)"),
+    ):
+        pretrain(long(max_steps_left_out=2), splits, tmp_path / "run")
+    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(said) == 3
+    assert all("102-1-0002" in line and line.count("-1-000") == 1 and "\n" not in line for line in said)
+
+
+def test_a_fault_within_the_budget_is_told_and_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = read_corpus(plant_nan(tmp_path / "corpus", "102-1-0002"))
+    pretrain(long(max_steps=30, log_every=1), splits, tmp_path / "traced")
+    assert "102-1-0002" in caplog.text
+    assert sum(column(tmp_path / "traced", "train/steps_left_out")) == caplog.text.count("left out, its gradient")
+    monkeypatch.setattr(health.Tracer, "fault", lambda self: "nothing is run again")
+    pretrain(long(max_steps=30, log_every=1), splits, tmp_path / "plain")
+    first, second = (
+        newest_good(tmp_path / name)[1]["state_dict"] for name in ("traced", "plain")
+    )  # rows hold nan, which is unequal to itself
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Fragile(PositionalConvEmbedding):
+    """Finite forwards, not backwards: the slope of a root at nothing."""
+
+    def forward(self, x, lengths=None):
+        out = super().forward(x, lengths)
+        return out + (0 * out).abs().sqrt()
+
+
+@dataclass(kw_only=True)
+class FragileConfig(Wav2Vec2Config):
+    def build_positional_embedding(self):
+        return Fragile(self.n_embd, self.pos_conv_kernel, self.pos_conv_groups)
+
+
+def test_a_gradient_that_alone_is_not_finite_is_traced_to_where_the_backward_pass_breaks(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = long(max_steps_left_out=0)
+    config.model = FragileConfig(**vars(config.model))
+    with pytest.raises(JobError, match=r"1 steps left out.*step 1: outputs are finite.*not: positional_embedding\."):
+        pretrain(config, read_corpus(corpus), tmp_path / "run")
+
+
+def test_a_nan_in_the_weights_is_traced_to_its_module(corpus: Path, tmp_path: Path) -> None:
+    out, splits = tmp_path / "run", read_corpus(corpus)
+    pretrain(long(max_steps=10), splits, out)
+    path, saved = newest_good(out)
+    saved["state_dict"]["model.transformer.1.mlp.fc_1.weight"][0] = math.nan
+    torch.save(saved, path)
+    with pytest.raises(JobError, match=r"11 steps left out.*transformer\.1\.mlp\.fc_1, whose weight is not finite"):
+        pretrain(long(max_steps=60), splits, out, resume=True)
