@@ -14,7 +14,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
@@ -113,7 +114,7 @@ def fit_task(
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard")],
+            logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard"), *_wandb(config, out)],
             callbacks=[sentinel, Progress(train.log_every, max_steps), checkpoints],
         )
         last = None
@@ -132,6 +133,17 @@ def fit_task(
 def can_resume(out: Path) -> bool:
     """Whether a run folder holds a checkpoint."""
     return bool(checkpoint_files(out))
+
+
+def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
+    if not config.train.wandb:
+        return []
+    try:
+        logger = WandbLogger(project=config.train.wandb, name=out.name, save_dir=out)
+    except ModuleNotFoundError as error:
+        raise UsageError("--train.wandb needs Weights & Biases: pip install 'w2v2[wandb]'") from error
+    logger.log_hyperparams(to_dict(config))
+    return [logger]
 
 
 def _tune(model: torch.nn.Module, train: TrainConfig) -> None:
@@ -203,7 +215,7 @@ def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Spl
 _MAY_CHANGE = (
     "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
-    "data.max_bad", "train.sentinel", "train.max_steps_left_out",
+    "data.max_bad", "train.sentinel", "train.max_steps_left_out", "train.wandb",
 )  # fmt: skip
 
 
@@ -216,7 +228,7 @@ def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: 
     changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
     said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
     data = json.loads((out / "environment.json").read_text())["data"]
-    for name, now in describe(splits).items():
+    for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
         said += [
             f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
             for key in now

@@ -38,6 +38,13 @@ class Piece:
     seconds: float = 0.0
     weight: float = 1.0
     """How many times a pass each utterance comes."""
+    content: str = ""
+    """Hash of the corpus that a manifest belongs to."""
+
+    def identity(self) -> str:
+        """What tells it from a piece of other cuts, wherever the files lie."""
+        held = [(cut.id, cut.duration) for cut in self.held]
+        return repr((self.content, Path(self.manifest).name, self.utterances, self.weight, held))
 
     def read(self, rng: random.Random | None = None) -> Iterator[MonoCut]:
         """The cuts, shuffled if there is a generator."""
@@ -80,6 +87,11 @@ class Split:
     def seconds(self) -> float:
         """Of audio."""
         return sum(piece.seconds for piece in self.pieces)
+
+    @property
+    def content(self) -> str:
+        """Hash of what is in it: the same for the same corpora with the same weights, wherever they lie."""
+        return hashlib.sha256("\n".join(piece.identity() for piece in self.pieces).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return sum(piece.utterances for piece in self.pieces)
@@ -190,6 +202,7 @@ def _prepared(location: str, description: str) -> Splits:
                 audio=join(location, piece["audio"]) if piece["audio"] else "",
                 utterances=piece["utterances"],
                 seconds=piece["seconds"],
+                content=found["content_hash"],
             )
             for piece in split["pieces"]
         )
@@ -260,14 +273,15 @@ def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:
     by_split["train"] = [cut for cut in cuts if cut.supervisions[0].speaker not in held]
 
 
-def describe(splits: Splits) -> dict[str, dict[str, float]]:
-    """Size of each split: hours, utterances, speakers, utterances with a transcript."""
+def describe(splits: Splits) -> dict[str, dict[str, float | str]]:
+    """Size of each split: hours, utterances, speakers, utterances with a transcript; and a hash of its content."""
     return {
         name: {
             "hours": split.seconds / 3600,
             "utterances": len(split),
             "speakers": split.speakers,
             "transcribed": split.transcribed,
+            "content": split.content,
         }
         for name, split in splits.items()
     }

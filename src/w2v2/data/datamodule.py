@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -359,10 +360,20 @@ class SpeechLoader(DataLoader[Batch]):
         super().__init__(*args, **kwargs)
         self.allowed, self.said = allowed, said
         self.bad: dict[str, str] = {}
+        self.waited = 0.0
+        """Seconds that whoever iterates has waited for batches, the first of a pass not counted."""
 
     def __iter__(self) -> Any:
         bad = self.bad
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        first = True
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += 0.0 if first else time.perf_counter() - asked
+            first = False
+            if batch is None:
+                return
             for name, why in batch.bad.items():
                 if name not in bad:
                     bad[name] = why

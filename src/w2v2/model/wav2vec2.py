@@ -391,7 +391,10 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         )
 
     def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Figures from metrics summed over batches and ranks; perplexities are of the whole, not means of parts."""
+        """Figures from metrics summed over batches and ranks; perplexities are of the whole, not means of parts.
+
+        So is the diversity loss in evaluation, where it must not depend on how the utterances were batched.
+        """
         total = {name: value.detach().cpu().double() for name, value in sums.items()}
         masked = total["masked"]
         probs, codes = total["probs"] / masked, total["codes"] / masked
@@ -412,7 +415,11 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             "dead_codes": (codes == 0).sum().item(),
             "codes_per_utterance": (total["distinct_codes"] / total["utterances"]).item(),
             "masked_fraction": (masked / total["frames"]).item(),
-            **({"temperature": (total["temperature"] / masked).item()} if "temperature" in total else {}),
+            **(
+                {"temperature": (total["temperature"] / masked).item()}
+                if "temperature" in total
+                else {"diversity": diversity_loss(perplexity(probs), probs.numel(), 1).item()}
+            ),
         }
 
 

@@ -87,7 +87,7 @@ class Progress(pl.Callback):
 
     def __init__(self, every: int, total_steps: int) -> None:
         self.every, self.total_steps = every, total_steps
-        self.started = self.mark = 0.0
+        self.started = self.mark = self.waited = 0.0
         self.first_step = self.last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -114,9 +114,14 @@ class Progress(pl.Callback):
         assert isinstance(pl_module, NormalizedTask)
         figures = pl_module.train_figures()
         now = time.perf_counter()
+        waited = float(getattr(trainer.train_dataloader, "waited", 0.0))
         speed = figures.pop("seconds") / (now - self.mark)
-        self.mark = now
-        figures |= {"learning_rate": pl_module.optim_config.schedule(step), "audio_seconds_per_second": speed}
+        figures |= {
+            "learning_rate": pl_module.optim_config.schedule(step),
+            "audio_seconds_per_second": speed,
+            "wait_share": (waited - self.waited) / (now - self.mark),
+        }
+        self.mark, self.waited = now, waited
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -124,8 +129,8 @@ class Progress(pl.Callback):
         remaining = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
         accuracy = f"accuracy {figures['accuracy']:.3f}  " if "accuracy" in figures else ""
         log.info(
-            "step %d/%d  loss %.3f  %s%.0f audio-s/s  %s to go",
-            step, self.total_steps, figures["loss"], accuracy, speed, clock(remaining),
+            "step %d/%d  loss %.3f  %s%.0f audio-s/s  %.0f %% waiting for data  %s to go",
+            step, self.total_steps, figures["loss"], accuracy, speed, 100 * figures["wait_share"], clock(remaining),
         )  # fmt: skip
 
 

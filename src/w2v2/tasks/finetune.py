@@ -127,6 +127,10 @@ class FinetuneTask(NormalizedTask):
     def on_validation_epoch_end(self) -> None:
         """Log the loss, WER and CER of the whole validation set."""
         sums = self.valid_sums.take()
+        if self.trainer.world_size > 1:
+            said: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(said, (self.references, self.hypotheses))
+            self.references, self.hypotheses = ([text for part in said for text in part[i]] for i in range(2))
         rates = error_rates(self.references, self.hypotheses)
         self.references, self.hypotheses = [], []
         loss = (sums["total"] / sums["targets"]).item()

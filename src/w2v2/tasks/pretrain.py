@@ -290,12 +290,14 @@ class PretrainTask(NormalizedTask):
         }
 
     def figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Per-target losses and the model's own figures, from sums."""
+        """Per-target losses and the model's own figures, from sums; a loss that the model figures itself is that."""
         targets = sums["targets"].item()
         losses = {name[5:]: value.item() / targets for name, value in sums.items() if name.startswith("loss/")}
         metrics = {name[7:]: value for name, value in sums.items() if name.startswith("metric/")}
         model: Any = self.model
-        return {"loss": sums["total"].item() / targets, **losses, **model.summarize(metrics)}
+        figures = losses | model.summarize(metrics)
+        changed = sum(self.loss_weights[name] * (figures[name] - loss) for name, loss in losses.items())
+        return {"loss": sums["total"].item() / targets + changed, **figures}
 
     def train_figures(self) -> dict[str, float]:
         """Figures of all micro-batches since the last call, over all ranks, and ``seconds`` of audio among them."""

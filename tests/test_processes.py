@@ -1,0 +1,117 @@
+"""Two processes on one machine, started by torchrun and by Lightning, from the command line on."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_corpus
+from test_resume import NANO, finish, losses, start, until
+
+from w2v2.data.corpora import read_corpus
+from w2v2.train import evaluate_pretrained
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "nano.py"
+    path.write_text(NANO)
+    return f"{path}:nano"
+
+
+def torchrun(recipe: str, corpus: Path, out: Path, *more: str) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={port}"]
+    options = ["--data", str(corpus), "--out", str(out), "--train.devices", "2", *more]
+    return [sys.executable, *launcher, "-m", "w2v2.cli", "pretrain", recipe, *options]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code, said = finish(torchrun(recipe, corpus, out, "--train.max-steps", "30", "--train.val-every", "30"))
+    assert code == 0, said
+    assert list(losses(out)) == list(range(1, 31))
+    return out
+
+
+def test_validation_by_two_processes_is_that_of_one(whole: Path, corpus: Path) -> None:
+    alone = evaluate_pretrained(whole, read_corpus(corpus), "valid")
+    with (whole / "metrics.csv").open() as file:
+        names, *_, last = (line.strip().split(",") for line in file)
+    together = {name: float(value) for name, value in zip(names, last, strict=True) if value}
+    assert together["step"] == 30
+    for name, value in alone.items():
+        assert together[f"valid/{name}"] == pytest.approx(value, rel=1e-6), name
+
+
+def test_two_processes_killed_go_on_to_the_same_bits_under_either_launcher(
+    recipe: str, corpus: Path, tmp_path: Path, whole: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(torchrun(recipe, corpus, out, "--train.max-steps", "30", "--train.val-every", "30"))
+    until(process, out, 17)
+    os.killpg(process.pid, signal.SIGKILL)
+    for worker in ranks(out).values():
+        os.kill(worker, signal.SIGKILL)
+    process.communicate()
+    lightning = ["--data", str(corpus), "--out", str(out), "--train.devices", "2", "--train.max-steps", "30"]
+    call = [sys.executable, "-m", "w2v2.cli", "pretrain", recipe, *lightning, "--train.val-every", "30", "--resume"]
+    code, said = finish(call)
+    assert code == 0, said
+    assert losses(out) == losses(whole)
+
+
+def ranks(out: Path) -> dict[int, int]:
+    """Process of each rank of a run, by its command line and environment."""
+    found: dict[int, int] = {}
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        try:
+            command = (folder / "cmdline").read_bytes().decode().split("\0")
+            environment = (folder / "environ").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        rank = next((value.partition("=")[2] for value in environment if value.startswith("LOCAL_RANK=")), None)
+        if rank is not None and str(out) in command and "torch.distributed.run" not in command:
+            found.setdefault(int(rank), int(folder.name))  # its data workers have higher numbers
+    return found
+
+
+def test_a_rank_that_dies_takes_the_others_down_and_is_named(recipe: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(torchrun(recipe, corpus, out, "--train.max-steps", "400", "--train.val-every", "400"))
+    until(process, out, 5)
+    os.kill(ranks(out)[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)  # and no hang
+    assert process.returncode == 1
+    root_cause = said[said.index("Root Cause") :]
+    assert "rank      : 1" in root_cause and "SIGKILL" in root_cause
+    deadline = time.monotonic() + 20
+    while ranks(out) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not ranks(out)
+
+
+def test_more_processes_than_utterances_are_refused(recipe: str, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "data", {"train": 1, "dev": 1}, utterances=1)
+    code, said = finish(torchrun(recipe, corpus, tmp_path / "run", "--train.max-steps", "2"))
+    assert code != 0
+    assert "1 utterances for 2 processes; use fewer" in said
+
+
+def test_the_figures_of_a_run_say_how_much_was_heard_by_all(whole: Path, corpus: Path) -> None:
+    with (whole / "metrics.csv").open() as file:
+        names, *rows = (line.strip().split(",") for line in file)
+    heard = [float(row[names.index("train/hours_heard")]) for row in rows]
+    data = json.loads((whole / "environment.json").read_text())["data"]["train"]
+    steps_a_pass = data["hours"] / (heard[0] / 1.0)
+    assert 0 < heard[0] <= 2 * 4.0 / 3600  # two ranks, 4 s each at most
+    assert all(a < b for a, b in itertools.pairwise(heard))
+    assert steps_a_pass < 30  # so passes were crossed
