@@ -24,7 +24,7 @@ from w2v2.recipes import load_recipe, recipe_names
 from w2v2.tasks.finetune import FinetuneTask, evaluate_recognizer, finetune, load_recognizer
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
 from w2v2.text import Vocabulary
-from w2v2.train import evaluate_pretrained, pretrain
+from w2v2.train import evaluate_pretrained, pretrain, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_100_steps.csv"
 
@@ -342,3 +342,42 @@ def test_without_fine_tuning_decoding_and_text_pretraining_still_runs(corpus: Pa
     done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_activations_computed_twice_give_the_same_run(corpus: Path, tmp_path: Path) -> None:
+    """Dropout and LayerDrop too: the second time must draw what the first one drew."""
+    losses = []
+    for again in (False, True):
+        config = nano(max_steps=4, activation_checkpointing=again)
+        config.model.dropout, config.model.attention_dropout, config.model.layer_drop = 0.1, 0.1, 0.3
+        pretrain(config, read_corpus(corpus), tmp_path / str(again))
+        losses.append(column(tmp_path / str(again), "train/loss"))
+    assert losses[0] == losses[1]
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass(corpus: Path) -> None:
+    config = nano(activation_checkpointing=True)
+    kept = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = config.model.build().train()
+        if again:
+            tune(model, config.train)
+        held: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        draws = model.draw([32_000] * 2, [("a",), ("b",)], step_key=(0, 0))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.randn(2, 32_000), draws)
+        kept.append(sum(held.values()))
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_corpus_without_validation_is_refused_in_a_line(corpus: Path, tmp_path: Path) -> None:
+    splits = {"train": read_corpus(corpus)["train"]}
+    with pytest.raises(UsageError, match="valid"):
+        pretrain(nano(), splits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -50,6 +50,7 @@ def pretrain(
     """
     config.check()
     check_device(config.train)
+    check_splits(splits)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     torch.manual_seed(step_seed(config.train.seed))
@@ -93,7 +94,7 @@ def fit_task(
     metrics = CSVMetrics(out / "metrics.csv")
     checkpoints = Checkpoints(out, config, max_steps)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, judge=train.sentinel)
-    _tune(task.model, train)
+    tune(task.model, train)
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(
@@ -146,7 +147,7 @@ def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
     return [logger]
 
 
-def _tune(model: torch.nn.Module, train: TrainConfig) -> None:
+def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     """Trade memory for time, or compile, block by block."""
     blocks = getattr(model, "transformer", None)
     if (train.activation_checkpointing or train.compile) and not isinstance(blocks, torch.nn.ModuleList):
@@ -189,6 +190,17 @@ def _precision(train: TrainConfig) -> str:
     if train.precision != "auto":
         return train.precision
     return "bf16-mixed" if _on_gpu(train) and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def check_splits(splits: Splits) -> None:
+    """Refuse a corpus that lacks what a run needs."""
+    for name in ("train", "valid"):
+        if not len(splits.get(name, ())):
+            got = ", ".join(f"{other} ({len(split)})" for other, split in splits.items()) or "none"
+            raise UsageError(
+                f"no utterances to {'validate on' if name == 'valid' else 'train on'}: expected a split '{name}', got "
+                f"{got}; prepare the corpus with --valid-share, or name its folders"
+            )
 
 
 @rank_zero_only

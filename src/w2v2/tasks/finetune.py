@@ -21,7 +21,7 @@ from w2v2.model.masking import keyed_generator, sample_layers, sample_span_mask
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2ForCTC
 from w2v2.tasks.pretrain import NormalizedTask, Sums, step_seed
 from w2v2.text import Vocabulary
-from w2v2.train import check_device, check_folder, fit_task, start_folder, validate_task
+from w2v2.train import check_device, check_folder, check_splits, fit_task, start_folder, validate_task
 
 
 @dataclass
@@ -155,6 +155,7 @@ def finetune(
     """
     config.check()
     check_device(config.train)
+    check_splits(splits)
     check_folder(out, resume)
     if vocabulary is None:
         vocabulary = Vocabulary.from_texts(cut.supervisions[0].text or "" for cut in splits["train"])
