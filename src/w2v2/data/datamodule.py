@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -349,6 +350,15 @@ def whole_steps(steps: Iterable[list[list[MonoCut]]], world_size: int) -> Iterat
         yield last
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a job; the run still needs its workers to save itself.
+
+    A worker ends when it is told to, or when its parent is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class SpeechLoader(DataLoader[Batch]):
     """Batches, with an account of the utterances that could not be read. Over the passes, each rank meets all of them.
 
@@ -357,7 +367,7 @@ class SpeechLoader(DataLoader[Batch]):
     """
 
     def __init__(self, *args: Any, allowed: int, said: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, worker_init_fn=_leave_signals_to_the_run, **kwargs)
         self.allowed, self.said = allowed, said
         self.bad: dict[str, str] = {}
         self.waited = 0.0
