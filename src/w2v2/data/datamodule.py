@@ -367,11 +367,19 @@ class SpeechLoader(DataLoader[Batch]):
     """
 
     def __init__(self, *args: Any, allowed: int, said: str, **kwargs: Any) -> None:
-        super().__init__(*args, worker_init_fn=_leave_signals_to_the_run, **kwargs)
+        # Workers are forked once, before the first backward pass: in a process whose other threads come and go, as
+        # autograd's do, a fork now and then gives a child that waits for a lock for ever (seen with CPython 3.11).
+        kwargs |= {"persistent_workers": kwargs["num_workers"] > 0, "worker_init_fn": _leave_signals_to_the_run}
+        super().__init__(*args, **kwargs)
         self.allowed, self.said = allowed, said
         self.bad: dict[str, str] = {}
         self.waited = 0.0
         """Seconds that whoever iterates has waited for batches, the first of a pass not counted."""
+
+    def start_workers(self) -> None:
+        """Fork the workers now rather than at the first batch."""
+        if self.num_workers:
+            super().__iter__()
 
     def __iter__(self) -> Any:
         bad = self.bad
@@ -446,10 +454,12 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader(dataset, "train", max_seconds, shuffle=True, skip=self.skip, epoch=epoch)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The valid split in a fixed order."""
-        return self.eval_dataloader("valid")
+        """The valid split in a fixed order; its workers start at once, before training does."""
+        loader = self.eval_dataloader("valid")
+        loader.start_workers()
+        return loader
 
-    def eval_dataloader(self, split: str) -> DataLoader[Batch]:
+    def eval_dataloader(self, split: str) -> SpeechLoader:
         """Any split in a fixed order; for pretraining, crops that depend on the utterance id alone."""
         max_seconds = self.config.max_seconds if self.encode is None else None
         dataset = SpeechDataset(max_seconds=max_seconds, normalize=self.normalize, encode=self.encode)
@@ -464,7 +474,7 @@ class SpeechDataModule(pl.LightningDataModule):
         shuffle: bool,
         skip: int = 0,
         epoch: int = 0,
-    ) -> DataLoader[Batch]:
+    ) -> SpeechLoader:
         rank, world_size = _ranks()
         sampler = EpochSampler(
             self._passes(split, shuffle=shuffle),
