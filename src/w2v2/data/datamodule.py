@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import random
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -353,10 +355,20 @@ def whole_steps(steps: Iterable[list[list[MonoCut]]], world_size: int) -> Iterat
 def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a job; the run still needs its workers to save itself.
 
-    A worker ends when it is told to, or when its parent is gone.
+    A worker ends when it is told to, when its parent is gone, or a minute after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+
+
+@atexit.register
+def _stop_workers() -> None:
+    """Before Python itself asks them to end, by SIGTERM, and waits."""
+    for loader in list(_loaders):
+        loader._iterator = None
+
+
+_loaders: weakref.WeakSet[SpeechLoader] = weakref.WeakSet()
 
 
 class SpeechLoader(DataLoader[Batch]):
@@ -371,6 +383,7 @@ class SpeechLoader(DataLoader[Batch]):
         # autograd's do, a fork now and then gives a child that waits for a lock for ever (seen with CPython 3.11).
         kwargs |= {"persistent_workers": kwargs["num_workers"] > 0, "worker_init_fn": _leave_signals_to_the_run}
         super().__init__(*args, **kwargs)
+        _loaders.add(self)
         self.allowed, self.said = allowed, said
         self.bad: dict[str, str] = {}
         self.waited = 0.0
