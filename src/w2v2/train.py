@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
 from w2v2.data.corpora import Splits, describe
-from w2v2.data.datamodule import SpeechDataModule
+from w2v2.data.datamodule import SpeechDataModule, stop_workers
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
 from w2v2.tasks.callbacks import CSVMetrics, Progress
@@ -124,9 +124,12 @@ def fit_task(
             data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
             metrics.resume_at(saved["global_step"])
             del saved
-        trainer.fit(task, data, ckpt_path=last, weights_only=True)
-        if trainer.global_step % train.val_every:
-            trainer.validate(task, data, verbose=False)
+        try:
+            trainer.fit(task, data, ckpt_path=last, weights_only=True)
+            if trainer.global_step % train.val_every:
+                trainer.validate(task, data, verbose=False)
+        finally:
+            stop_workers()
     if trainer.is_global_zero:
         save_weights(task.model, out)
 

@@ -362,10 +362,13 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 @atexit.register
-def _stop_workers() -> None:
-    """Before Python itself asks them to end, by SIGTERM, and waits."""
+def stop_workers() -> None:
+    """End the workers of all loaders; at the latest before Python asks them to end, by SIGTERM, and waits for them."""
     for loader in list(_loaders):
+        iterator: Any = loader._iterator
         loader._iterator = None
+        if iterator is not None:  # whoever else may hold it
+            iterator._shutdown_workers()
 
 
 _loaders: weakref.WeakSet[SpeechLoader] = weakref.WeakSet()
