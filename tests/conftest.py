@@ -51,3 +51,29 @@ def write_corpus(root: Path, subsets: dict[str, int], utterances: int = 4, suffi
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training speakers, one to validate on, one to test on."""
     return write_corpus(tmp_path_factory.mktemp("corpus"), {"train-clean": 4, "dev-clean": 1, "test-clean": 1})
+
+
+NANO = """
+from w2v2 import recipes
+
+def nano():
+    config = recipes.tiny()
+    config.model.n_layer, config.model.n_embd, config.model.ffn_dim = 2, 48, 96
+    config.model.dropout, config.model.layer_drop = 0.1, 0.2
+    config.model.conv_channels, config.model.conv_norm = (8, 8, 16, 16, 16, 32, 32), "group:8"
+    config.model.n_entries, config.model.codebook_dim, config.model.similarity_dim = 32, 16, 32
+    config.model.num_distractors = 20
+    config.data.batch_seconds, config.data.max_seconds, config.data.num_workers = 4.0, 2.0, 2
+    config.optim.schedule.warmup_steps, config.optim.schedule.total_steps = 10, 500
+    config.train.log_every, config.train.val_every, config.train.checkpoint_every = 1, 40, 7
+    config.train.max_steps = 90
+    return config
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe file for runs in processes of their own."""
+    path = tmp_path_factory.mktemp("recipe") / "nano.py"
+    path.write_text(NANO)
+    return f"{path}:nano"

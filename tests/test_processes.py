@@ -11,17 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import write_corpus
-from test_resume import NANO, finish, losses, start, until
+from test_resume import finish, losses, start, until
 
 from w2v2.data.corpora import read_corpus
 from w2v2.train import evaluate_pretrained
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("recipe") / "nano.py"
-    path.write_text(NANO)
-    return f"{path}:nano"
 
 
 def torchrun(recipe: str, corpus: Path, out: Path, *more: str) -> list[str]:

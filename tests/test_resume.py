@@ -12,30 +12,6 @@ from pathlib import Path
 
 import pytest
 
-NANO = """
-from w2v2 import recipes
-
-def nano():
-    config = recipes.tiny()
-    config.model.n_layer, config.model.n_embd, config.model.ffn_dim = 2, 48, 96
-    config.model.dropout, config.model.layer_drop = 0.1, 0.2
-    config.model.conv_channels, config.model.conv_norm = (8, 8, 16, 16, 16, 32, 32), "group:8"
-    config.model.n_entries, config.model.codebook_dim, config.model.similarity_dim = 32, 16, 32
-    config.model.num_distractors = 20
-    config.data.batch_seconds, config.data.max_seconds, config.data.num_workers = 4.0, 2.0, 2
-    config.optim.schedule.warmup_steps, config.optim.schedule.total_steps = 10, 500
-    config.train.log_every, config.train.val_every, config.train.checkpoint_every = 1, 40, 7
-    config.train.max_steps = 90
-    return config
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("recipe") / "nano.py"
-    path.write_text(NANO)
-    return f"{path}:nano"
-
 
 def command(recipe: str, corpus: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "w2v2.cli", "pretrain", recipe, "--data", str(corpus), "--out", str(out), *more]

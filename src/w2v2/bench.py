@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from w2v2.config import DataConfig
@@ -32,10 +32,6 @@ class DataSpeed:
     """Seconds that a training step waits for its batch, median."""
     wait_share: float
     """Share of the time that training would wait."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 def data_speed(source: str, config: DataConfig, *, step_seconds: float, seconds: float) -> DataSpeed:

@@ -14,15 +14,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from w2v2.errors import JobError, StoppedError, UsageError
-
-if TYPE_CHECKING:
-    from w2v2.config import DataConfig
-    from w2v2.data.corpora import Splits
+from w2v2.progress import progress
 
 T = TypeVar("T")
 log = logging.getLogger("w2v2")
@@ -179,7 +177,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> None:
     config = settle(recipe, config, devices=args.gpus, hours_per_update=args.hours_per_update, given=rest)
     config.check()
     plan = make_plan(recipe, config, measure(config, args.steps), args.memory)
-    lines = [json.dumps(plan.to_dict(), indent=2)] if args.json else plan_table(plan)
+    lines = [json.dumps(asdict(plan), indent=2)] if args.json else plan_table(plan)
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -207,7 +205,7 @@ def _mask_preview(args: argparse.Namespace, rest: list[str]) -> None:
     config = _configure(args, rest, PretrainConfig, need_data=False)
     config.check()
     rows = preview_masks(config, corpus_durations(config) if config.data.sources else args.durations, args.draws)
-    found = [json.dumps([row.to_dict() for row in rows], indent=2)]
+    found = [json.dumps([asdict(row) for row in rows], indent=2)]
     sys.stdout.write("\n".join(found if args.json else mask_table(rows, config.model.mask_length)) + "\n")
 
 
@@ -309,21 +307,19 @@ def _synthesize(args: argparse.Namespace) -> Path:
     from w2v2.data.synthetic import SyntheticConfig, synthesize
 
     audio: Path = args.out.with_name(args.out.name + "-audio")
-    sizes = {"valid_hours": max(0.05 * args.hours, 0.02), "test_hours": max(0.1 * args.hours, 0.02)}
     with progress("synthesise") as show:
-        synthesize(
-            audio, SyntheticConfig(hours=args.hours, seed=args.seed, **sizes), lambda share: show("synthesise", share)
-        )
+        synthesize(audio, SyntheticConfig.sized(args.hours, args.seed), lambda share: show("synthesise", share))
     return audio
 
 
 def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.config import PretrainConfig
+    from w2v2.data.corpora import read_run
     from w2v2.train import pretrain
 
     config = _configure(args, rest, PretrainConfig)
     config.check()
-    splits = _read(config.data)
+    splits = read_run(config.data)
     out = _run_folder(args)
     pretrain(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
     _finish(out)
@@ -331,30 +327,17 @@ def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.config import FinetuneConfig
-    from w2v2.data.corpora import labelled_subset
+    from w2v2.data.corpora import labelled_subset, read_run
     from w2v2.tasks.finetune import finetune
 
     config = _configure(args, rest, FinetuneConfig)
     config.check()
-    splits = _read(config.data)
+    splits = read_run(config.data)
     if args.minutes is not None:
         splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)
     out = _run_folder(args)
     finetune(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
     _finish(out)
-
-
-def _read(data: DataConfig) -> Splits:
-    """The corpora of a run, the split to train on as ``train``."""
-    from w2v2.data.corpora import read_corpora
-
-    splits = read_corpora(data.sources, data.weights)
-    for name, need in ((data.train_split, "--data.train-split"), ("valid", "validation")):
-        if name not in splits:
-            raise UsageError(
-                f"no split {name!r} in {' '.join(data.sources)}, needed for {need}: got {', '.join(splits)}"
-            )
-    return {**splits, "train": splits[data.train_split]}
 
 
 def _resume(args: argparse.Namespace, out: Path) -> bool:
@@ -398,7 +381,7 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> None:
             rows.append(data_speed(source, config, step_seconds=args.step_seconds, seconds=args.seconds))
             show("bench", (i + 1) / len(args.data))
     if args.json:
-        sys.stdout.write(json.dumps([row.to_dict() for row in rows], indent=2) + "\n")
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     else:
         sys.stdout.write("\n".join(speed_table(rows, args.step_seconds, args.workers)) + "\n")
 
@@ -481,42 +464,6 @@ def _run_folder(args: argparse.Namespace) -> Path:
         return Path(args.out)
     name = Path(args.recipe.rpartition(":")[0]).stem if ":" in args.recipe else args.recipe
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A function that takes a stage and the share of it done, and shows both with the time to go.
-
-    On a terminal a bar; elsewhere a line in the log every ten seconds.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    started: dict[str, float] = {}
-    told = time.monotonic()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=1.0)
-
-        def show(stage: str, share: float) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if stage not in started:
-                started[stage] = now
-                bar.reset(task, description=stage)
-            bar.update(task, completed=share)
-            if not console.is_terminal and now - told > 10:
-                told = now
-                left = (now - started[stage]) * (1 - share) / share if share else float("nan")
-                log.info("%s: %3.0f %%, %s to go", stage, 100 * share, _clock(left))
-
-        yield show
-
-
-def _clock(seconds: float) -> str:
-    if seconds != seconds:
-        return "?"
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 if __name__ == "__main__":

@@ -64,8 +64,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     if data is None:
         data = out / f"corpus-{hours:g}h-seed{seed}"
         with _stage("synthesise", seconds):
-            valid_hours, test_hours = max(0.05 * hours, 0.02), max(0.1 * hours, 0.02)
-            synthesize(data, SyntheticConfig(hours=hours, valid_hours=valid_hours, test_hours=test_hours, seed=seed))
+            synthesize(data, SyntheticConfig.sized(hours, seed))
     with _stage("prepare", seconds):
         prepare(data, out / "manifest")
         splits = read_corpus(out / "manifest")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from w2v2.config import PretrainConfig
 from w2v2.errors import UsageError
-from w2v2.model.masking import cut_batch, equalize_masks, keyed_generator, slices
+from w2v2.model.masking import equalize_masks, keyed_generator, slices
 from w2v2.model.wav2vec2 import SAMPLE_RATE
-from w2v2.plan import expected_coverage
+from w2v2.plan import crops, expected_coverage
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CUTS = 20_000
@@ -51,10 +50,6 @@ class MaskRow:
     equalized: Spans
     """As the model gets them: in each batch frames are unmasked until all have as many masked."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
 
 def preview_masks(config: PretrainConfig, durations: Sequence[float], draws: int) -> list[MaskRow]:
     """Draw masks as training does, with the model configuration's own ``sample_mask``.
@@ -82,9 +77,7 @@ def _preview(config: PretrainConfig, seconds: float, draws: int) -> MaskRow:
     frames = model.frames([samples])[0]
     if frames < 3:
         raise UsageError(f"--durations must give at least 3 frames to mask, got {seconds:g} s: {frames} frames")
-    batch = max(int(config.data.batch_seconds / seconds + 1e-9), 1)
-    if model.sub_batch_seconds is not None:
-        batch = max(cut_batch([samples] * batch, round(model.sub_batch_seconds * SAMPLE_RATE * 1.001)))
+    batch = max(model.sub_batches([samples] * crops(config.data, seconds)))
     rngs = [keyed_generator(config.train.seed, samples, i) for i in range(draws)]
     masks = [model.sample_mask(frames, rng) for rng in rngs]
     whole = [min(batch, draws - start) for start in range(0, draws, batch)]
@@ -118,13 +111,10 @@ def measure_spans(masks: Tensor, mask_length: int) -> Spans:
 
 def corpus_durations(config: PretrainConfig) -> list[float]:
     """Quantiles (5, 25, 50, 75, 95 %) of what pretraining would take of the training split: long enough, cropped."""
-    from w2v2.data.corpora import read_corpora
+    from w2v2.data.corpora import read_run
 
     data = config.data
-    splits = read_corpora(data.sources, data.weights)
-    if data.train_split not in splits:
-        raise UsageError(f"no split {data.train_split!r} in {' '.join(data.sources)}: got {', '.join(splits)}")
-    found = [cut.duration for cut in islice(splits[data.train_split], _CUTS) if cut.duration >= data.min_seconds]
+    found = [cut.duration for cut in islice(read_run(data)["train"], _CUTS) if cut.duration >= data.min_seconds]
     if not found:
         raise UsageError(
             f"no utterance of {' '.join(data.sources)} is as long as --data.min-seconds {data.min_seconds:g}; lower it"

@@ -149,7 +149,9 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
         short.train.devices = short.train.num_nodes = 1
         short.train.val_every = short.train.checkpoint_every = 10**6
         if not short.data.sources:
-            count = math.ceil((short.train.max_steps + 2) * short.train.accumulate * crops(config.data))
+            count = math.ceil(
+                (short.train.max_steps + 2) * short.train.accumulate * crops(config.data, config.data.max_seconds)
+            )
             short.data.sources = (str(_noise(folder / "noise", config.data.max_seconds, count)),)
             short.data.train_split, short.data.weights = "train", ()
         short.check()
@@ -167,9 +169,9 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
         return Measured(**json.loads((folder / "measured.json").read_text()))
 
 
-def crops(data: DataConfig) -> int:
-    """Whole crops in a micro-batch."""
-    return max(int(data.batch_seconds / data.max_seconds + 1e-9), 1)
+def crops(data: DataConfig, seconds: float) -> int:
+    """Whole crops of so many seconds in a micro-batch."""
+    return max(int(data.batch_seconds / seconds + 1e-9), 1)
 
 
 def _noise(root: Path, seconds: float, count: int) -> Path:
@@ -316,10 +318,6 @@ class Plan:
     command: str
     measured: Measured
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
 
 def settle(
     recipe: PretrainConfig,
@@ -346,7 +344,7 @@ def settle(
         raise UsageError(f"--gpus must be 8 at most, or divide evenly over machines of 8 at most, got {devices}")
     wanted = hours_per_update or batch_hours(recipe)
     if "--train.accumulate" not in names:
-        micro = crops(config.data) * config.data.max_seconds / 3600
+        micro = crops(config.data, config.data.max_seconds) * config.data.max_seconds / 3600
         config.train.accumulate = max(round(wanted / (micro * devices)), 1)
     if "--optim.schedule.peak" not in names:
         config.optim.schedule.peak = float(f"{_scaled_peak(recipe, config):.3g}")
@@ -356,7 +354,7 @@ def settle(
 def batch_hours(config: PretrainConfig) -> float:
     """Audio of an optimiser step, hours, of whole crops: 1.39 for ``base``, of 1.56 that the limit allows."""
     data, train = config.data, config.train
-    return crops(data) * data.max_seconds * train.accumulate * train.devices * train.num_nodes / 3600
+    return crops(data, data.max_seconds) * data.max_seconds * train.accumulate * train.devices * train.num_nodes / 3600
 
 
 def _scaled_peak(recipe: PretrainConfig, config: PretrainConfig) -> float:

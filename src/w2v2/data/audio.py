@@ -92,7 +92,6 @@ class AudioFile:
     """
 
     def __init__(self, source: str | BinaryIO) -> None:
-        self.source = source
         opened = open_binary(source) if isinstance(source, str) and is_remote(source) else source
         try:
             with _silence:

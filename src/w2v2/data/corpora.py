@@ -8,18 +8,21 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment, fastcopy
 from lhotse.serialization import deserialize_item
 
+from w2v2.config import DataConfig
 from w2v2.data.audio import AudioError, AudioFile
 from w2v2.data.sources import SPLITS, folder_rows, listed_splits, utterance_id
 from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.errors import JobError, UsageError
 
+SCHEMA = 2
+"""Of ``corpus.json``; its keys change only with it."""
 _HELD_OUT_SPEAKERS = 0.05
 _OPEN_PIECES = 8
 
@@ -162,7 +165,22 @@ def read_corpora(sources: Sequence[str], weights: Sequence[float] = (), *, train
     }
 
 
-def read_corpus(root: str | Path, progress: Callable[[float], None] | None = None, *, training: bool = True) -> Splits:
+def read_run(data: DataConfig) -> Splits:
+    """The corpora of a run, the split to train on as ``train``.
+
+    Raises:
+        UsageError: as ``read_corpora``; no such split to train on.
+    """
+    splits = read_corpora(data.sources, data.weights)
+    if data.train_split not in splits:
+        raise UsageError(
+            f"no split {data.train_split!r} in {' '.join(data.sources)}, needed for --data.train-split: got "
+            f"{', '.join(splits)}"
+        )
+    return {**splits, "train": splits[data.train_split]}
+
+
+def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
     """Splits of a prepared corpus, on disk, at an HTTP address or in S3, or of a folder of audio as it is.
 
     Of a folder that is not prepared only the headers are read, and the rules are those of ``folder_rows``:
@@ -182,7 +200,7 @@ def read_corpus(root: str | Path, progress: Callable[[float], None] | None = Non
         raise UsageError(f"no folder {root}: expected audio in LibriSpeech layout, or what 'w2v2 prepare' wrote")
     if (root / ".prepare").exists():
         raise UsageError(f"{root} is not prepared to the end; run the same 'w2v2 prepare' again, it does the rest")
-    return _unprepared(root, progress, training)
+    return _unprepared(root, training)
 
 
 def _prepared(location: str, description: str) -> Splits:
@@ -192,8 +210,8 @@ def _prepared(location: str, description: str) -> Splits:
         raise UsageError(f"no {description}: expected a corpus that 'w2v2 prepare' wrote") from error
     except ValueError as error:
         raise UsageError(f"{description} is not what 'w2v2 prepare' writes ({error}); check the address") from error
-    if found.get("schema") != 2:
-        raise UsageError(f"{description} has schema {found.get('schema')}, expected 2; prepare the corpus again")
+    if found.get("schema") != SCHEMA:
+        raise UsageError(f"{description} has schema {found.get('schema')}, expected {SCHEMA}; prepare the corpus again")
     splits = {}
     for name, split in found["splits"].items():
         pieces = tuple(
@@ -210,14 +228,14 @@ def _prepared(location: str, description: str) -> Splits:
     return splits
 
 
-def _unprepared(root: Path, progress: Callable[[float], None] | None, training: bool) -> Splits:
+def _unprepared(root: Path, training: bool) -> Splits:
     rows = list(folder_rows(root))
     if not rows:
         raise UsageError(f"no audio in {root}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path")
     listed = dict(listed_splits(root / "splits.tsv")) if (root / "splits.tsv").exists() else {}
     by_split: dict[str, list[MonoCut]] = {}
     seen: dict[str, str] = {}
-    for i, row in enumerate(rows):
+    for row in rows:
         name = utterance_id(row.path)
         if name in seen:
             raise UsageError(f"two files with the utterance id {name}: {seen[name]} and {row.path}; rename one")
@@ -225,8 +243,6 @@ def _unprepared(root: Path, progress: Callable[[float], None] | None, training: 
         split = listed.get(name) if listed else row.split or "train"
         if split is not None:
             by_split.setdefault(split, []).append(_cut(root / row.path, name, row.text, row.speaker))
-        if progress:
-            progress((i + 1) / len(rows))
     if "train" not in by_split and listed:
         raise UsageError(f"{root / 'splits.tsv'} gives no utterance in {root} the role train, got {sorted(by_split)}")
     if "train" not in by_split and training:
@@ -240,22 +256,28 @@ def _cut(path: Path, name: str, text: str | None, speaker: str | None) -> MonoCu
     """One file as a cut; only its header is read."""
     try:
         with AudioFile(str(path)) as file:
-            rate, samples, channels = file.rate, file.frames, list(range(file.channels))
+            rate, samples, channels = file.rate, file.frames, file.channels
     except (AudioError, OSError) as error:
         raise UsageError(f"cannot read {path}: {error}; repair or remove it") from error
     if samples == 0:
         raise UsageError(f"no samples in {path}: expected audio; repair or remove it")
     duration = samples / rate
-    recording = Recording(
-        id=name,
-        sources=[AudioSource(type="file", channels=channels, source=str(path.resolve()))],
-        sampling_rate=rate,
-        num_samples=samples,
-        duration=duration,
-        channel_ids=channels,
-    )
+    recording = file_recording(name, str(path.resolve()), rate, samples, channels)
     said = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=duration, text=text, speaker=speaker)
     return MonoCut(id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said])
+
+
+def file_recording(name: str, location: str, rate: int, samples: int, channels: int) -> Recording:
+    """A recording in one file, here or remote; ``samples`` of each channel."""
+    numbers = list(range(channels))
+    return Recording(
+        id=name,
+        sources=[AudioSource(type="url" if is_remote(location) else "file", channels=numbers, source=location)],
+        sampling_rate=rate,
+        num_samples=samples,
+        duration=samples / rate,
+        channel_ids=numbers,
+    )
 
 
 def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:

@@ -10,7 +10,6 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,10 +144,7 @@ def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:
     except OSError as error:
         if len(places) == 1:
             return dict.fromkeys(places, error)
-        # Each by itself tells which it is; all at the same time, since each has to wait for a server that is gone.
-        with ThreadPoolExecutor(len(places)) as pool:
-            alone = pool.map(_shard_bytes, ([cuts[i]] for i in places))
-            return {i: found[0] for i, found in zip(places, alone, strict=True)}
+        return {i: _shard_bytes([cuts[i]])[0] for i in places}  # each by itself tells which it is
 
 
 @dataclass

@@ -31,7 +31,8 @@ CREATE INDEX IF NOT EXISTS reasons_by_row ON reasons (row);
 _REJECTED = ", ".join(f"'{reason}'" for reason in REJECTING)
 KEPT = f"done AND part IS NOT NULL AND id NOT IN (SELECT row FROM reasons WHERE reason IN ({_REJECTED}))"
 """SQL condition: rows that go into the corpus."""
-ROWS_PER_TASK, BYTES_PER_TASK = 64, 64 << 20
+ROWS_PER_TASK, BYTES_PER_TASK = 64, 32 << 20
+"""What goes to a worker at once, about."""
 
 
 class Journal:

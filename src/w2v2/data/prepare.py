@@ -19,18 +19,17 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+from lhotse import MonoCut, SupervisionSegment
 
 from w2v2.data.audit import REASONS, AuditConfig, Part, audit_all
-from w2v2.data.corpora import choose_labelled
+from w2v2.data.corpora import SCHEMA, choose_labelled, file_recording
 from w2v2.data.executors import local_executor
-from w2v2.data.journal import KEPT, Journal, open_journal
+from w2v2.data.journal import BYTES_PER_TASK, KEPT, ROWS_PER_TASK, Journal, open_journal
 from w2v2.data.shards import FORMATS, Piece, bytes_per_second, grouped, write_manifest, write_shard
 from w2v2.data.sources import SPLITS, Row, folder_rows, hf_rows, listed_splits, locate, table_rows
 from w2v2.data.storage import is_remote
 from w2v2.errors import JobError, UsageError
 
-SCHEMA = 2
 TABLES = (".csv", ".tsv", ".jsonl")
 HF = "hf:"
 
@@ -268,7 +267,7 @@ def _check_all(
             group.append((locate(root, path), parts))
             size += taken + len(parts)
             rows += len(parts)
-            if rows >= 64 or size >= 32 << 20:
+            if rows >= ROWS_PER_TASK or size >= BYTES_PER_TASK:
                 yield size, (group, config)
                 group, size, rows = [], 0, 0
         if group:
@@ -432,25 +431,14 @@ class _Writer:
             "utterances": sum(piece.utterances for piece in pieces),
             "speakers": speakers,
             "transcribed": transcribed,
-            "pieces": [piece.to_dict() for piece in pieces],
+            "pieces": [asdict(piece) for piece in pieces],
         }
 
 
 def row_cuts(row: sqlite3.Row, root: Path) -> Iterator[MonoCut]:
     """A row of the journal as one cut, or as several where it was cut."""
-    rate, location = row["rate"], locate(root, row["path"])
-    recording = Recording(
-        id=row["stem"],
-        sources=[
-            AudioSource(
-                type="url" if is_remote(location) else "file", channels=list(range(row["channels"])), source=location
-            )
-        ],
-        sampling_rate=rate,
-        num_samples=row["total"],
-        duration=row["total"] / rate,
-        channel_ids=list(range(row["channels"])),
-    )
+    rate = row["rate"]
+    recording = file_recording(row["stem"], locate(root, row["path"]), rate, row["total"], row["channels"])
     bounds = [0, *json.loads(row["cuts"]), row["samples"]]
     for i, (a, b) in enumerate(pairwise(bounds)):
         name = row["name"] if len(bounds) == 2 else f"{row['name']}-{i:04d}"

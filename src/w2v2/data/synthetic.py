@@ -118,6 +118,11 @@ class SyntheticConfig:
     jobs: int = field(default_factory=lambda: min(os.cpu_count() or 1, 32))
     """Processes; has no influence on what is written."""
 
+    @classmethod
+    def sized(cls, hours: float, seed: int) -> "SyntheticConfig":
+        """So many hours to train on, a twentieth to validate on and a tenth to test on, enough for each speaker."""
+        return cls(hours=hours, valid_hours=max(0.05 * hours, 0.02), test_hours=max(0.1 * hours, 0.02), seed=seed)
+
     def __post_init__(self) -> None:
         if self.n_speakers < 3:
             raise UsageError(f"n_speakers: expected at least 3, one per split, got {self.n_speakers}; raise it")

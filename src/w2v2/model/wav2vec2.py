@@ -140,6 +140,13 @@ class Wav2Vec2Config:
         """(n_frames,) bool on the host: which frames of one utterance are masked; at least two, not all."""
         return sample_span_mask(n_frames, self.mask_prob, self.mask_length, rng)
 
+    def sub_batches(self, samples: Sequence[int]) -> tuple[int, ...]:
+        """How many utterances, in their order, make up each sub-batch of a batch of these lengths."""
+        if self.sub_batch_seconds is None:
+            return (len(samples),)
+        # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
+        return cut_batch(samples, round(self.sub_batch_seconds * SAMPLE_RATE * 1.001))
+
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
         return output_lengths(samples, self.conv_kernel_sizes, self.conv_strides, self.conv_paddings)
@@ -321,13 +328,8 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         masks = [config.sample_mask(n, rng) for n, rng in zip(config.frames(samples), rngs, strict=True)]
         if step_key is None:
             return draw(masks, rngs, config.num_distractors)
-        sub_batches: tuple[int, ...] = ()
-        if config.sub_batch_seconds is not None:
-            # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
-            sub_batches = cut_batch(samples, round(config.sub_batch_seconds * SAMPLE_RATE * 1.001))
-        masks = [
-            mask for part in slices(sub_batches or (len(masks),)) for mask in equalize_masks(masks[part], rngs[part])
-        ]
+        sub_batches = config.sub_batches(samples)
+        masks = [mask for part in slices(sub_batches) for mask in equalize_masks(masks[part], rngs[part])]
         keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
         return draw(masks, rngs, config.num_distractors, keep_layers, sub_batches)
 

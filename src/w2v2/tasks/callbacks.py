@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from w2v2.progress import clock
 from w2v2.tasks.pretrain import NormalizedTask
 
 log = logging.getLogger(__name__)
@@ -132,9 +133,3 @@ class Progress(pl.Callback):
             "step %d/%d  loss %.3f  %s%.0f audio-s/s  %.0f %% waiting for data  %s to go",
             step, self.total_steps, figures["loss"], accuracy, speed, 100 * figures["wait_share"], clock(remaining),
         )  # fmt: skip
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

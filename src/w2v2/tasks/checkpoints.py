@@ -52,10 +52,7 @@ class AtomicIO(CheckpointIO):
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors and plain values, on the host, once their checksums have been found right."""
-        with zipfile.ZipFile(path) as archive:
-            if (name := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {name}")
+        """Tensors and plain values, on the host."""
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return saved
 
@@ -75,13 +72,16 @@ def step_of(path: Path) -> int:
 
 
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that can be read, and what is in it; damaged ones are named in the log.
+    """The newest checkpoint that is whole, by its checksums too, and what is in it; others are named in the log.
 
     Raises:
         JobError: none can be read.
     """
     for path in checkpoint_files(folder):
         try:
+            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+                if (name := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {name}")
             return path, AtomicIO().load_checkpoint(path)
         except Exception as error:  # a damaged file can fail in any way that its bytes please
             said = (str(error).splitlines() or [type(error).__name__])[0]

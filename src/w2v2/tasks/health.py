@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from w2v2.data.datamodule import Batch
 from w2v2.errors import JobError
 from w2v2.tasks.checkpoints import Checkpoints, checkpoint_files, step_of
-from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, Sums
+from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, Sums, norm_figures
 
 log = logging.getLogger(__name__)
 
@@ -273,10 +273,7 @@ class Sentinel(pl.Callback):
         (step, reading), self.figures = self.figures, None
         values = reading.get()
         norms = {name[6:]: values.pop(name).item() for name in list(values) if name.startswith("norms/")}
-        figures = task.figures(values)
-        if norms["finite"]:
-            figures["grad_norm"] = norms["norm"] / norms["finite"]
-        figures["steps_left_out"] = norms["steps"] - norms["finite"]
+        figures = task.figures(values) | norm_figures(norms)
         alarm = self.judge.look(step, figures)
         self.checkpoints.trusted = self.judge.trusted
         self.checkpoints.suspected = bool(self.judge.since)

@@ -67,6 +67,12 @@ class Sums:
         return taken
 
 
+def norm_figures(norms: dict[str, float]) -> dict[str, float]:
+    """Mean gradient norm of the steps that had a finite one, if any did, and the number of the others."""
+    figures = {"grad_norm": norms["norm"] / norms["finite"]} if norms["finite"] else {}
+    return {**figures, "steps_left_out": norms["steps"] - norms["finite"]}
+
+
 def _turn_page(checkpoint: dict[str, Any]) -> None:
     """Make a checkpoint of the end of a pass one of the beginning of the next.
 
@@ -196,8 +202,7 @@ class NormalizedTask(pl.LightningModule):
         self.norm_sums.values = {}
         figures = {"hours_heard": self.seconds_heard / 3600, "seconds": seconds}
         if norms:
-            figures["grad_norm"] = norms["norm"] / max(norms["finite"], 1.0)
-            figures["steps_left_out"] = norms["steps"] - norms["finite"]
+            figures |= {"grad_norm": 0.0, **norm_figures(norms)}
         return figures
 
     def log_validation(self, figures: dict[str, float]) -> None:
