@@ -21,7 +21,8 @@ from w2v2.model.masking import keyed_generator
 from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2ForCTC
 from w2v2.optim import OptimConfig, WarmupLinear
 from w2v2.recipes import load_recipe, recipe_names
-from w2v2.tasks.finetune import FinetuneTask, evaluate_recognizer, finetune, load_recognizer
+from w2v2.recognizer import load_recognizer
+from w2v2.tasks.finetune import FinetuneTask, evaluate_recognizer, finetune
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
 from w2v2.text import Vocabulary
 from w2v2.train import evaluate_pretrained, pretrain, tune
@@ -220,8 +221,8 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     finetune(config, splits, tmp_path / "ctc", init_from=run)
     assert column(tmp_path / "ctc", "valid/cer")[-1] < 0.2
     assert column(tmp_path / "ctc", "valid/cer")[-1] == evaluate_recognizer(tmp_path / "ctc", splits, "test")["cer"]
-    _, vocabulary = load_recognizer(tmp_path / "ctc")
-    assert vocabulary.labels[:3] == ("<blank>", "<unk>", "|")
+    recognizer = load_recognizer(tmp_path / "ctc")
+    assert recognizer.vocabulary.labels[:3] == ("<blank>", "<unk>", "|")
 
 
 def golden_run(corpus_root: Path, out: Path) -> None:

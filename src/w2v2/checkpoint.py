@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from w2v2.config import PretrainConfig, load_config
+from w2v2.config import FinetuneConfig, PretrainConfig, load_config
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForPretraining
 
@@ -77,16 +77,16 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
-    """The model of a pretraining run, in evaluation mode."""
-    expect_file(run, CONFIG)
-    config = load_config(run / CONFIG, PretrainConfig)
-    return load_weights(config.model.build(), run).eval()
+    """The model of a pretraining run, or of a folder of weights of one, in evaluation mode."""
+    return load_weights(model_config(run).build(), run).eval()
 
 
-def pretrained_config(run: Path) -> Wav2Vec2Config:
-    """The model configuration of a pretraining run."""
-    expect_file(run, CONFIG)
-    return load_config(run / CONFIG, PretrainConfig).model
+def model_config(folder: Path) -> Wav2Vec2Config:
+    """The model configuration of a run folder, or of a folder of weights, whose ``config.json`` is that alone."""
+    expect_file(folder, CONFIG)
+    config: Any = load_config(folder / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
+    model: Wav2Vec2Config = config if isinstance(config, Wav2Vec2Config) else config.model
+    return model
 
 
 def expect_file(run: Path, name: str) -> None:

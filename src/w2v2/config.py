@@ -336,6 +336,14 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load_config(path: Path, kind: type[T]) -> T:
-    """Read a configuration written by ``save_config``."""
-    return from_dict(json.loads(path.read_text()), kind)
+def load_config(path: Path, kinds: type[T] | tuple[type[T], ...]) -> T:
+    """Read a configuration written by ``save_config``.
+
+    Raises:
+        UsageError: not one of these kinds, or not JSON.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}); expected what 'w2v2' wrote") from error
+    return from_dict(values, kinds)

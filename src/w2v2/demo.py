@@ -28,10 +28,11 @@ from w2v2.data.synthetic import SyntheticConfig, synthesize
 from w2v2.errors import UsageError
 from w2v2.evaluate import error_rates
 from w2v2.model.masking import keyed_generator
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
+from w2v2.recognizer import Recognizer
 from w2v2.report import write_demo_report
 from w2v2.tasks.finetune import finetune, transcripts
-from w2v2.text import Vocabulary, normalize_text
+from w2v2.text import normalize_text
 from w2v2.train import evaluate_pretrained, pretrain
 
 log = logging.getLogger(__name__)
@@ -74,14 +75,14 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         figures = evaluate_pretrained(out / "pretrain", splits, "valid")
     labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
     with _stage("finetune", seconds):
-        tuned, vocabulary = finetune(
+        tuned = finetune(
             _scaled(recipes.tiny_ctc(), seed, shrink), labelled, out / "finetuned", init_from=out / "pretrain"
         )
     with _stage("scratch", seconds):
-        scratch, _ = finetune(_scaled(recipes.tiny_ctc_scratch(), seed, shrink), labelled, out / "scratch")
+        scratch = finetune(_scaled(recipes.tiny_ctc_scratch(), seed, shrink), labelled, out / "scratch")
     with _stage("evaluate", seconds):
         split = "test" if "test" in splits else "valid"
-        rows = _hypotheses({"finetuned": tuned, "scratch": scratch}, labelled, split, vocabulary)
+        rows = _hypotheses({"finetuned": tuned, "scratch": scratch}, labelled, split)
         _write(out / "hypotheses.json", _spread(rows, 10))
         _write_codebook(out, pretrained, splits, config)
         _write_example(out, splits, config)
@@ -139,12 +140,11 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     log.info("%s: %.0f s", name, seconds[name])
 
 
-def _hypotheses(
-    models: dict[str, Wav2Vec2ForCTC], splits: Splits, split: str, vocabulary: Vocabulary
-) -> list[dict[str, str]]:
+def _hypotheses(models: dict[str, Recognizer], splits: Splits, split: str) -> list[dict[str, str]]:
     """Reference and each model's hypothesis for every transcribed utterance of a split."""
-    data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=vocabulary.encode, normalize=False)
-    said = {name: transcripts(model, data.eval_dataloader(split), vocabulary) for name, model in models.items()}
+    encode = models["finetuned"].vocabulary.encode
+    data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=encode, normalize=False)
+    said = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
     rows = []
     for cut in splits[split]:
         text = normalize_text(cut.supervisions[0].text or "")

@@ -29,6 +29,18 @@ def receptive_field(kernel_sizes: Sequence[int], strides: Sequence[int]) -> int:
     return field
 
 
+def frame_center(frame: int, kernel_sizes: Sequence[int], strides: Sequence[int], paddings: Sequence[int]) -> float:
+    """Sample at the middle of what a frame sees; half samples where that is even, negative ones lie in the padding.
+
+    199.5 + 320 t for the standard stack without padding.
+    """
+    hop, start = 1, 0
+    for stride, padding in zip(strides, paddings, strict=True):
+        start -= padding * hop
+        hop *= stride
+    return start + frame * hop + (receptive_field(kernel_sizes, strides) - 1) / 2
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:

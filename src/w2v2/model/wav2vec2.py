@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
-from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, output_lengths
+from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
 from w2v2.model.masking import (
     Draws,
     cut_batch,
@@ -150,6 +150,11 @@ class Wav2Vec2Config:
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
         return output_lengths(samples, self.conv_kernel_sizes, self.conv_strides, self.conv_paddings)
+
+    def frame_seconds(self, frame: int) -> float:
+        """When a frame is: the middle of what it sees, seconds from the start of the audio."""
+        center = frame_center(frame, self.conv_kernel_sizes, self.conv_strides, self.conv_paddings)
+        return center / SAMPLE_RATE
 
 
 class FeatureProjection(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from w2v2.checkpoint import CONFIG, VOCABULARY, expect_file, load_encoder, load_weights
+from w2v2.checkpoint import CONFIG, VOCABULARY, load_encoder
 from w2v2.config import FinetuneConfig, load_config
 from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import Batch, SpeechDataModule
@@ -19,6 +20,7 @@ from w2v2.decode import greedy
 from w2v2.evaluate import error_rates
 from w2v2.model.masking import keyed_generator, sample_layers, sample_span_mask
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2ForCTC
+from w2v2.recognizer import Recognizer, load_recognizer
 from w2v2.tasks.pretrain import NormalizedTask, Sums, step_seed
 from w2v2.text import Vocabulary
 from w2v2.train import check_device, check_folder, check_splits, fit_task, start_folder, validate_task
@@ -118,7 +120,8 @@ class FinetuneTask(NormalizedTask):
         log_probs, frames = self.model(batch.audio, batch.lengths)
         loss = self._loss(log_probs, frames, batch)
         self.valid_sums.add(self.counted(loss, len(frames), batch.audio, batch.lengths))
-        self.hypotheses += greedy(log_probs, frames, self.vocabulary)
+        rows = zip(log_probs.cpu(), frames, strict=True)
+        self.hypotheses += [greedy(row[:n], self.vocabulary) for row, n in rows]
         self.references += [
             self.vocabulary.decode(row[:n].tolist())
             for row, n in zip(batch.targets.cpu(), batch.target_lengths, strict=True)
@@ -145,7 +148,7 @@ def finetune(
     init_from: Path | None = None,
     vocabulary: Vocabulary | None = None,
     resume: bool = False,
-) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
+) -> Recognizer:
     """Fine-tune with CTC and leave a run folder.
 
     Args:
@@ -173,32 +176,24 @@ def finetune(
     start_folder(out, config, splits, resume)
     rank_zero_only(vocabulary.save)(out / VOCABULARY)
     fit_task(FinetuneTask(model, vocabulary, config), data, config, out, resume)
-    return model, vocabulary
+    return Recognizer(model, vocabulary)
 
 
 def evaluate_recognizer(run: Path, splits: Splits, split: str) -> dict[str, float]:
     """Loss, ``wer`` and ``cer`` of a finished fine-tuning run on a split, greedily decoded."""
-    model, vocabulary = load_recognizer(run)
+    recognizer = load_recognizer(run)
     config = load_config(run / CONFIG, FinetuneConfig)
-    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio, encode=vocabulary.encode)
-    return validate_task(FinetuneTask(model, vocabulary, config), data, split)
+    encode = recognizer.vocabulary.encode
+    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio, encode=encode)
+    return validate_task(FinetuneTask(recognizer.model, recognizer.vocabulary, config), data, split)
 
 
-def load_recognizer(run: Path) -> tuple[Wav2Vec2ForCTC, Vocabulary]:
-    """The model of a fine-tuning run, in evaluation mode, and its vocabulary."""
-    expect_file(run, CONFIG)
-    expect_file(run, VOCABULARY)
-    config = load_config(run / CONFIG, FinetuneConfig)
-    vocabulary = Vocabulary.load(run / VOCABULARY)
-    return load_weights(Wav2Vec2ForCTC(config.model, len(vocabulary.labels)), run).eval(), vocabulary
-
-
-def transcripts(model: Wav2Vec2ForCTC, batches: Any, vocabulary: Vocabulary) -> dict[str, str]:
+def transcripts(recognizer: Recognizer, batches: Iterable[Batch]) -> dict[str, str]:
     """Greedy hypothesis of each utterance of a loader, by id."""
     hypotheses: dict[str, str] = {}
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        for batch in batches:
-            log_probs, frames = model.eval()(batch.audio.to(device), batch.lengths.tolist())
-            hypotheses |= dict(zip(batch.ids, greedy(log_probs, frames, vocabulary), strict=True))
+    device = next(recognizer.model.parameters()).device
+    for batch in batches:
+        found = recognizer.batch_emissions(batch.audio.to(device), batch.lengths.tolist())
+        texts = [greedy(log_probs, recognizer.vocabulary) for log_probs in found]
+        hypotheses |= dict(zip(batch.ids, texts, strict=True))
     return hypotheses

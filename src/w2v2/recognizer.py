@@ -1,0 +1,68 @@
+"""A CTC model with its vocabulary: audio to log-probabilities of labels. Needs neither Lightning nor lhotse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from w2v2.checkpoint import VOCABULARY, expect_file, load_weights, model_config
+from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
+from w2v2.text import Vocabulary, load_vocabulary
+
+
+@dataclass
+class Recognizer:
+    """What is needed to turn audio into text."""
+
+    model: Wav2Vec2ForCTC
+    vocabulary: Vocabulary
+
+    @torch.no_grad()
+    def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probabilities of waveforms, together in one batch; the same as of each alone.
+
+        Args:
+            audio: (S,) float32 each, 16 kHz, as decoded: normalised here, if the model wants that.
+
+        Returns:
+            (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
+        """
+        config = self.model.config
+        device = next(self.model.parameters()).device
+        rows = [_normalize(row) if config.normalize_audio and len(row) else row for row in audio]
+        frames = config.frames([len(row) for row in rows])
+        usable = [row for row, count in zip(rows, frames, strict=True) if count]
+        found: list[Tensor] = []
+        if usable:
+            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(device)
+            found = self.batch_emissions(batch, [len(row) for row in usable])
+        rest = iter(found)
+        return [next(rest) if count else torch.zeros(0, len(self.vocabulary.labels)) for count in frames]
+
+    @torch.no_grad()
+    def batch_emissions(self, audio: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """The same of a padded batch (B, S) that is normalised already, every row at least a frame long."""
+        log_probs, frames = self.model.eval()(audio, lengths)
+        return [row[:count].cpu() for row, count in zip(log_probs, frames, strict=True)]
+
+
+def _normalize(audio: Tensor) -> Tensor:
+    """Zero mean and unit variance, as in training (``data/datamodule.py``)."""
+    return (audio - audio.mean()) / torch.sqrt(audio.var(correction=0) + 1e-5)
+
+
+def load_recognizer(folder: Path) -> Recognizer:
+    """The model of a fine-tuning run, or of a folder of weights of one, in evaluation mode, with its vocabulary.
+
+    Raises:
+        UsageError: no such folder, or one without a CTC head.
+    """
+    config = model_config(folder)
+    expect_file(folder, VOCABULARY)
+    vocabulary = load_vocabulary(folder / VOCABULARY)
+    model = load_weights(Wav2Vec2ForCTC(config, len(vocabulary.labels)), folder)
+    return Recognizer(model.eval(), vocabulary)

@@ -1,0 +1,170 @@
+"""``w2v2 pretrain``, ``finetune``, and what goes with a run: ``plan``, ``mask-preview``, ``compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from w2v2.errors import JobError, UsageError
+from w2v2.verbs.settings import AddVerb, configure, run_folder
+
+log = logging.getLogger("w2v2")
+
+
+def add(verb: AddVerb) -> None:
+    """Add the verbs."""
+    _add_runs(verb)
+    _add_plan(verb)
+    _add_mask_preview(verb)
+    _add_compare(verb)
+
+
+def _add_runs(verb: AddVerb) -> None:
+    epilog = "Any setting of the recipe can follow, such as --train.max-steps 100; 'w2v2 {} RECIPE --help' lists them."
+    options = {"add_help": False, "overrides": True}
+    pretrain = verb("pretrain", _pretrain, "self-supervised pretraining", epilog=epilog.format("pretrain"), **options)
+    text = "CTC fine-tuning, of a pretrained encoder or from scratch"
+    finetune = verb("finetune", _finetune, text, epilog=epilog.format("finetune"), **options)
+    for sub, what in ((pretrain, "run to start from"), (finetune, "pretraining run whose encoder to start from")):
+        sub.add_argument("recipe", nargs="?", help="name of a recipe, or FILE.py:FUNCTION")
+        sub.add_argument(
+            "--data",
+            action="append",
+            help="prepared corpus (folder, https:// or s3://), or folder of audio as it is; again for several",
+        )
+        sub.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE-DATE)")
+        sub.add_argument("--init-from", type=Path, help=what)
+        sub.add_argument(
+            "--resume",
+            nargs="?",
+            const="yes",
+            choices=["yes", "auto"],
+            help="go on from the last good checkpoint in --out; auto: if there is one",
+        )
+        sub.add_argument("-h", "--help", action="store_true", help="this; with RECIPE, its settings too")
+        sub.set_defaults(parser=sub)
+    finetune.add_argument("--minutes", type=float, help="use only about so many minutes of labels, over all speakers")
+
+
+def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.config import PretrainConfig
+    from w2v2.data.corpora import read_run
+    from w2v2.train import pretrain
+
+    config = configure(args, rest, PretrainConfig)
+    config.check()
+    splits = read_run(config.data)
+    out = run_folder(args)
+    pretrain(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
+    _finish(out)
+
+
+def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.config import FinetuneConfig
+    from w2v2.data.corpora import labelled_subset, read_run
+    from w2v2.tasks.finetune import finetune
+
+    config = configure(args, rest, FinetuneConfig)
+    config.check()
+    splits = read_run(config.data)
+    if args.minutes is not None:
+        splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)
+    out = run_folder(args)
+    finetune(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
+    _finish(out)
+
+
+def _resume(args: argparse.Namespace, out: Path) -> bool:
+    from w2v2.train import can_resume
+
+    return args.resume == "yes" or (args.resume == "auto" and can_resume(out))
+
+
+def _finish(out: Path) -> None:
+    """Write the page of a run; of several processes, the first one does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
+        from w2v2.report import write_run_report
+
+        log.info("look at %s", write_run_report(out))
+
+
+def _add_plan(verb: AddVerb) -> None:
+    text = "what a pretraining run will take and give, from some measured steps and published figures"
+    epilog = "Any setting of the recipe can follow, such as --data.batch-seconds 40."
+    sub = verb("plan", _plan, text, epilog=epilog, overrides=True)
+    sub.add_argument("recipe", help="name of a recipe, or FILE.py:FUNCTION")
+    sub.add_argument("--gpus", type=int, default=1, help="devices in all (default: %(default)s)")
+    sub.add_argument("--memory", type=float, help="of each device, GB")
+    sub.add_argument("--data", action="append", help="audio to measure on (default: noise of the recipe's crops)")
+    sub.add_argument("--hours-per-update", type=float, help="audio of an optimiser step, hours (default: the recipe's)")
+    sub.add_argument("--steps", type=int, default=20, help="optimiser steps to measure (default: %(default)s)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.set_defaults(help=False)
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.config import PretrainConfig
+    from w2v2.plan import make_plan, measure, plan_table, settle
+    from w2v2.recipes import load_recipe
+
+    for name, value in (("--gpus", args.gpus), ("--steps", args.steps), ("--hours-per-update", args.hours_per_update)):
+        if value is not None and value <= 0:
+            raise UsageError(f"{name} must be more than 0, got {value:g}")
+    recipe = load_recipe(args.recipe, PretrainConfig)
+    config = configure(args, rest, PretrainConfig, need_data=False)
+    config = settle(recipe, config, devices=args.gpus, hours_per_update=args.hours_per_update, given=rest)
+    config.check()
+    plan = make_plan(recipe, config, measure(config, args.steps), args.memory)
+    lines = [json.dumps(asdict(plan), indent=2)] if args.json else plan_table(plan)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _add_mask_preview(verb: AddVerb) -> None:
+    sub = verb(
+        "mask-preview",
+        _mask_preview,
+        "how much of an utterance is really masked, and in what spans, by its duration",
+        epilog="Any setting of the recipe can follow, such as --model.mask-prob 0.5.",
+        overrides=True,
+    )
+    sub.add_argument("recipe", help="name of a recipe, or FILE.py:FUNCTION")
+    sub.add_argument(
+        "--durations", nargs="+", type=float, default=[1, 2, 4, 8, 15.6], help="seconds (default: 1 2 4 8 15.6)"
+    )
+    sub.add_argument("--draws", type=int, default=2000, help="utterances of each duration (default: %(default)s)")
+    sub.add_argument("--data", action="append", help="corpus whose own durations (quantiles) are taken instead")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub.set_defaults(help=False)
+
+
+def _mask_preview(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.config import PretrainConfig
+    from w2v2.mask_preview import corpus_durations, mask_table, preview_masks
+
+    config = configure(args, rest, PretrainConfig, need_data=False)
+    config.check()
+    rows = preview_masks(config, corpus_durations(config) if config.data.sources else args.durations, args.draws)
+    found = [json.dumps([asdict(row) for row in rows], indent=2)]
+    sys.stdout.write("\n".join(found if args.json else mask_table(rows, config.model.mask_length)) + "\n")
+
+
+def _add_compare(verb: AddVerb) -> None:
+    text = "whether a pretraining run looks like healthy ones of its recipe; exit code 1: no"
+    compare = verb("compare", _compare, text)
+    compare.add_argument("folder", type=Path, help="run folder")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> None:
+    from w2v2.compare import compare, verdict_table
+
+    verdict = compare(args.folder)
+    lines = [json.dumps(verdict.to_dict(), indent=2)] if args.json else verdict_table(verdict)
+    sys.stdout.write("\n".join(lines) + "\n")
+    if not verdict.inside:
+        raise JobError(f"{args.folder} is outside the bands of {verdict.recipe} at step {verdict.step}")
