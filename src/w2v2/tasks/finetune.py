@@ -16,7 +16,7 @@ from w2v2.checkpoint import CONFIG, VOCABULARY, load_encoder
 from w2v2.config import FinetuneConfig, load_config
 from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import Batch, SpeechDataModule
-from w2v2.decode import greedy
+from w2v2.decode import Greedy
 from w2v2.evaluate import error_rates
 from w2v2.model.masking import keyed_generator, sample_layers, sample_span_mask
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2ForCTC
@@ -46,6 +46,7 @@ class FinetuneTask(NormalizedTask):
         super().__init__(config.optim, config.train.seed)
         self.model, self.vocabulary, self.config = model, vocabulary, config
         model.mask_vector.requires_grad_(config.model.mask_prob > 0)
+        self.decoder = Greedy(vocabulary)
         self.valid_sums = Sums()
         self.references: list[str] = []
         self.hypotheses: list[str] = []
@@ -121,7 +122,7 @@ class FinetuneTask(NormalizedTask):
         loss = self._loss(log_probs, frames, batch)
         self.valid_sums.add(self.counted(loss, len(frames), batch.audio, batch.lengths))
         rows = zip(log_probs.cpu(), frames, strict=True)
-        self.hypotheses += [greedy(row[:n], self.vocabulary) for row, n in rows]
+        self.hypotheses += [self.decoder(row[:n]).text for row, n in rows]
         self.references += [
             self.vocabulary.decode(row[:n].tolist())
             for row, n in zip(batch.targets.cpu(), batch.target_lengths, strict=True)
@@ -192,8 +193,8 @@ def transcripts(recognizer: Recognizer, batches: Iterable[Batch]) -> dict[str, s
     """Greedy hypothesis of each utterance of a loader, by id."""
     hypotheses: dict[str, str] = {}
     device = next(recognizer.model.parameters()).device
+    decoder = Greedy(recognizer.vocabulary)
     for batch in batches:
         found = recognizer.batch_emissions(batch.audio.to(device), batch.lengths.tolist())
-        texts = [greedy(log_probs, recognizer.vocabulary) for log_probs in found]
-        hypotheses |= dict(zip(batch.ids, texts, strict=True))
+        hypotheses |= {name: decoder(row).text for name, row in zip(batch.ids, found, strict=True)}
     return hypotheses
