@@ -41,18 +41,19 @@ def estimate(sentences: Iterable[Sequence[str]], order: int, prune: Sequence[int
     unigrams are interpolated with 1/(V - 1), which ``<unk>`` gets too; ``<s>`` is never predicted.
 
     Args:
-        sentences: words of each; none of ``<s>``, ``</s>``, ``<unk>`` among them.
+        sentences: words of each, without ``<s>``, ``</s>`` and ``<unk>``.
         prune: n-grams that occur so many times or less are left out, for n = 1, 2, ...; the last number holds for all
             longer ones. The first is 0, and none is less than the one before.
 
     Raises:
-        UsageError: no words, an order that no sentence is long enough for, or wrong thresholds.
+        UsageError: no words, one of those three, an order that no sentence is long enough for, or wrong thresholds.
     """
     if order < 1:
         raise UsageError(f"--order must be 1 or more, got {order}")
     thresholds = _thresholds(prune, order)
     numbers = {word: number for number, word in enumerate(SPECIAL)}
     tokens, sentence = encode(sentences, numbers, grow=True)
+    _refuse_special(numbers, tokens, sentence)
     if len(numbers) == len(SPECIAL):
         raise UsageError("the text has no words: expected a sentence a line")
     longest = int(np.bincount(sentence).max())
@@ -63,6 +64,16 @@ def estimate(sentences: Iterable[Sequence[str]], order: int, prune: Sequence[int
         )
     levels = _count(tokens, sentence, len(numbers), order)
     return _smooth(tuple(numbers), levels, thresholds)
+
+
+def _refuse_special(numbers: dict[str, int], tokens: Ints, sentence: Ints) -> None:
+    """KenLM reads ``<UNK>`` as ``<unk>``; so none of the three may be in a text in any case."""
+    sentences = int(sentence[-1]) + 1 if len(sentence) else 0
+    own = np.bincount(tokens, minlength=len(SPECIAL))[: len(SPECIAL)] - [0, sentences, sentences]
+    strange = [word for word, count in zip(SPECIAL, own, strict=True) if count]
+    strange += [word for word in numbers if word.lower() in SPECIAL and word not in SPECIAL]
+    if strange:
+        raise UsageError(f"the text has the word {strange[0]}, which language models use themselves; remove it")
 
 
 def _thresholds(prune: Sequence[int], order: int) -> list[int]:

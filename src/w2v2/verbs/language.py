@@ -59,11 +59,11 @@ def _lm(args: argparse.Namespace, rest: list[str]) -> None:
         raise UsageError(f"cannot write {out}: expected the name of a file in a folder that exists")
     normal = _as_it_is if args.keep_case else _normalizer()
     model = estimate(_sentences(texts, args.data, args.split, normal), args.order, args.prune)
+    tested = [args.held_out] if args.held_out else texts
+    score = model.score(_sentences(tested, [] if args.held_out else args.data, args.split, normal))
     model.save(out)
     counts = ", ".join(f"{len(keys):,} {n}-grams" for n, keys in enumerate(model.keys, 1))
     log.info("%s: %s", out, counts)
-    tested = [args.held_out] if args.held_out else texts
-    score = model.score(_sentences(tested, [] if args.held_out else args.data, args.split, normal))
     of = args.held_out or "the text that it was learnt from"
     log.info(
         "perplexity %.2f of %s: %d words and sentence ends, %d unknown",
@@ -86,24 +86,15 @@ def _as_it_is(text: str) -> str:
 
 def _sentences(texts: list[Path], corpora: list[str], split: str, normal: Callable[[str], str]) -> Iterator[list[str]]:
     """Words of each line and transcript that has any."""
-    from w2v2.lm import SPECIAL, open_text
+    from w2v2.lm import open_text
 
     for path in texts:
         with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                words = normal(line).split()
-                strange = [word for word in words if word.lower() in SPECIAL]
-                if strange:
-                    raise UsageError(f"{path}:{number} has {strange[0]}, which the model uses itself; remove it")
-                if words:
-                    yield words
+            yield from filter(None, (normal(line).split() for line in file))
     for corpus in corpora:
         from w2v2.data.corpora import read_corpus
 
         splits = read_corpus(corpus, training=False)
         if split not in splits:
             raise UsageError(f"--split must be one of {', '.join(splits)}, which {corpus} has; got {split!r}")
-        for cut in splits[split]:
-            words = normal(cut.supervisions[0].text or "").split()
-            if words:
-                yield words
+        yield from filter(None, (normal(cut.supervisions[0].text or "").split() for cut in splits[split]))
