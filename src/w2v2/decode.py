@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ Decoder = Callable[[Tensor], Hypothesis]
 
 @dataclass(frozen=True)
 class Word:
-    """A word and when it was said."""
+    """A word, or a label of one, and when it was said."""
 
     text: str
     start: float
@@ -74,6 +75,9 @@ class BeamConfig:
             value = getattr(self, name)
             if value is not None and not value >= smallest:
                 raise UsageError(f"{name} of a beam search must be {smallest} or more, got {value}")
+        for name in ("lm_weight", "word_score", "silence_score", "hot_word_boost"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} of a beam search must be a finite number, got {getattr(self, name)}")
 
 
 class Greedy:
@@ -125,7 +129,9 @@ def make_decoder(
         return Greedy(vocabulary)
     try:
         from w2v2.beam import make_beam
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("flashlight"):
+            raise
         raise UsageError("beam search needs flashlight-text: pip install 'w2v2[beam]'") from None
     return make_beam(vocabulary, beam or BeamConfig(), lm=lm, lexicon=lexicon, hot_words=hot_words)
 
@@ -136,14 +142,27 @@ def word_times(hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable
     Args:
         seconds: time of a frame, such as ``Wav2Vec2Config.frame_seconds``.
     """
-    words: list[Word] = []
-    group: list[int] = []
-    for place in range(len(hypothesis.ids) + 1):
-        if place < len(hypothesis.ids) and hypothesis.ids[place] != vocabulary.boundary:
-            group.append(place)
-            continue
-        text = vocabulary.decode([hypothesis.ids[i] for i in group])
-        if text:
-            words.append(Word(text, seconds(hypothesis.starts[group[0]]), seconds(hypothesis.ends[group[-1]])))
-        group = []
-    return words
+    groups: list[list[int]] = [[]]
+    for place, label in enumerate(hypothesis.ids):
+        if label == vocabulary.boundary:
+            groups.append([])
+        else:
+            groups[-1].append(place)
+    spelled = [(vocabulary.decode([hypothesis.ids[i] for i in group]), group) for group in groups]
+    words = [(text, group) for text, group in spelled if text]
+    said = hypothesis.text.split()
+    if len(said) == len(words):  # a lexicon may spell words otherwise than they are written
+        words = [(text, group) for text, (_, group) in zip(said, words, strict=True)]
+    return [
+        Word(text, seconds(hypothesis.starts[group[0]]), seconds(hypothesis.ends[group[-1]])) for text, group in words
+    ]
+
+
+def char_times(hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable[[int], float]) -> list[Word]:
+    """Labels of a hypothesis that stand for text, characters as a rule, each from its first frame to its last."""
+    nothing = {vocabulary.boundary, *vocabulary.silent}
+    return [
+        Word(vocabulary.labels[label], seconds(start), seconds(end))
+        for label, start, end in zip(hypothesis.ids, hypothesis.starts, hypothesis.ends, strict=True)
+        if label not in nothing
+    ]
