@@ -19,6 +19,7 @@ from w2v2.checkpoint import save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, save_config
 from w2v2.errors import JobError, StoppedError
 from w2v2.tasks.pretrain import NormalizedTask
+from w2v2.tasks.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +176,14 @@ class Checkpoints(pl.Callback):
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
         loss = pl_module.valid_figures.get("loss", float("nan"))
-        if loss < self.best and not self.suspected and trainer.is_global_zero:
-            self.best = loss
+        # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
+        if not trainer.strategy.broadcast(loss < self.best and not self.suspected):
+            return
+        self.best = loss
+        weights = whole_weights(pl_module.model)
+        if trainer.is_global_zero:
             folder = self.out / "best"
             folder.mkdir(exist_ok=True)
-            save_weights(pl_module.model, folder)
+            save_weights(pl_module.model, folder, weights)
             save_config(self.config, folder / "config.json")
             (folder / "best.json").write_text(json.dumps({"step": trainer.global_step, "loss": loss}) + "\n")
