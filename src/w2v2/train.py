@@ -161,7 +161,7 @@ def _slurm() -> list[SLURMEnvironment]:
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes, of however many there are."""
-    return bool(rank_zero_only.rank == 0)
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 def can_resume(out: Path) -> bool:
@@ -184,7 +184,7 @@ def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     """Trade memory for time, or compile, block by block."""
     if train.activation_checkpointing:
         for block in transformer_blocks(model, "--train.activation-checkpointing"):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if train.compile:
         for block in transformer_blocks(model, "--train.compile"):
             block.compile(dynamic=True)
