@@ -97,8 +97,8 @@ class Checkpoints(pl.Callback):
 
     The weights with the lowest validation loss are kept beside as a folder of their own, ``best``.
 
-    SIGTERM, which schedulers send before they take the machine, and Ctrl-C end the run after the current step, with
-    its state saved; a second one ends it at once.
+    SIGTERM or SIGUSR1, which schedulers send before they take the machine, and Ctrl-C end the run after the current
+    step, with its state saved; a second one ends it at once.
 
     Raises:
         StoppedError: in training, after a signal, when everything is saved.
@@ -120,7 +120,7 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
         self.step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask_to_stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
