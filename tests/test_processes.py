@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_corpus
-from test_resume import finish, losses, start, until
+from test_resume import command, finish, losses, start, until
 
 from w2v2.data.corpora import read_corpus
 from w2v2.tasks.checkpoints import newest_good
@@ -151,9 +151,11 @@ def test_a_rank_that_dies_takes_the_others_down_and_is_named(recipe: str, corpus
 
 def test_more_processes_than_utterances_are_refused(recipe: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "data", {"train": 1, "dev": 1}, utterances=1)
-    code, said = finish(torchrun(recipe, corpus, tmp_path / "run", "--train.max-steps", "2"))
-    assert code != 0
-    assert "1 utterances for 2 processes; use fewer" in said
+    out = tmp_path / "run"
+    code, said = finish(command(recipe, corpus, out, "--train.devices", "2"))
+    assert code == 2
+    assert said.strip().splitlines()[-1].startswith("w2v2: error: the train split has 1 utterances for 2 processes")
+    assert not out.exists()
 
 
 def test_the_figures_of_a_run_say_how_much_was_heard_by_all(whole: Path, corpus: Path) -> None:

@@ -55,7 +55,7 @@ def pretrain(
     """
     config.check()
     check_device(config.train)
-    check_splits(splits)
+    check_splits(splits, config.train)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     torch.manual_seed(step_seed(config.train.seed))
@@ -210,10 +210,22 @@ def check_device(train: TrainConfig) -> None:
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
-    if not _on_gpu(train) and train.precision == "16-mixed":
-        raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
+    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
     if train.shard and train.precision == "16-mixed":
         raise UsageError("--train.shard works with bf16-mixed, bf16-true or 32-true, got --train.precision 16-mixed")
+
+
+def check_precision(precision: str, gpu: str, *, bf16: bool) -> None:
+    """Refuse a precision that the device does not have: a GPU, by name, with or without bf16, or "" for a CPU."""
+    if precision == "16-mixed" and not gpu:
+        raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
+    if precision.startswith("bf16") and gpu and not bf16:
+        raise UsageError(f"--train.precision {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
+
+
+def _bf16() -> bool:
+    """Whether the GPU, if there is one, computes in bf16 itself; older ones only pretend to, very slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _on_gpu(train: TrainConfig) -> bool:
@@ -223,17 +235,23 @@ def _on_gpu(train: TrainConfig) -> bool:
 def _precision(train: TrainConfig) -> str:
     if train.precision != "auto":
         return train.precision
-    return "bf16-mixed" if _on_gpu(train) and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
 
 
-def check_splits(splits: Splits) -> None:
+def check_splits(splits: Splits, train: TrainConfig) -> None:
     """Refuse a corpus that lacks what a run needs."""
+    processes = train.devices * train.num_nodes
     for name in ("train", "valid"):
         if not len(splits.get(name, ())):
             got = ", ".join(f"{other} ({len(split)})" for other, split in splits.items()) or "none"
             raise UsageError(
                 f"no utterances to {'validate on' if name == 'valid' else 'train on'}: expected a split '{name}', got "
                 f"{got}; prepare the corpus with --valid-share, or name its folders"
+            )
+        if len(splits[name]) < processes:
+            raise UsageError(
+                f"the {name} split has {len(splits[name])} utterances for {processes} processes; use fewer, "
+                "by --train.devices and --train.num-nodes"
             )
 
 
