@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +20,17 @@ M = TypeVar("M", bound=torch.nn.Module)
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.json"
 
 
-def save_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Write ``model.safetensors``, whole or not at all."""
+def save_weights(model: torch.nn.Module, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write ``model.safetensors``, whole or not at all.
+
+    Args:
+        model: whose weights.
+        folder: where to.
+        weights: its ``state_dict``, where that had to be gathered from several processes.
+    """
     partial = folder / (WEIGHTS + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    weights = model.state_dict() if weights is None else weights
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
     os.replace(partial, folder / WEIGHTS)
 
 

@@ -75,6 +75,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more
     time."""
+    shard: bool = False
+    """Share parameters, gradients and optimiser state out over the processes, block by block (FSDP2), instead of
+    keeping all of them on each (DDP): for models that would not fit otherwise. The numbers are the same."""
     compile: bool = False
     """``torch.compile`` each block."""
     sentinel: bool = True
@@ -170,6 +173,10 @@ class FinetuneConfig:
         """Refuse what cannot work, before anything is written."""
         check_model(self.model)
         check_run(self.data, self.train)
+        if self.train.shard and self.freeze_encoder_steps:
+            raise UsageError(
+                f"--train.shard cannot freeze: it needs --freeze-encoder-steps 0, got {self.freeze_encoder_steps}"
+            )
 
 
 _OF_A_PRETRAINING_RECIPE = (

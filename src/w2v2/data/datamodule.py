@@ -354,6 +354,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
     A worker ends when it is told to, when its parent is gone, or a minute after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 

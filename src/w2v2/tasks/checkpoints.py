@@ -19,6 +19,7 @@ from w2v2.checkpoint import save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, save_config
 from w2v2.errors import JobError, StoppedError
 from w2v2.tasks.pretrain import NormalizedTask
+from w2v2.tasks.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,8 @@ class Checkpoints(pl.Callback):
 
     The weights with the lowest validation loss are kept beside as a folder of their own, ``best``.
 
-    SIGTERM, which schedulers send before they take the machine, and Ctrl-C end the run after the current step, with
-    its state saved; a second one ends it at once.
+    SIGTERM or SIGUSR1, which schedulers send before they take the machine, and Ctrl-C end the run after the current
+    step, with its state saved; a second one ends it at once.
 
     Raises:
         StoppedError: in training, after a signal, when everything is saved.
@@ -119,7 +120,7 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
         self.step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask_to_stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -175,10 +176,14 @@ class Checkpoints(pl.Callback):
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
         loss = pl_module.valid_figures.get("loss", float("nan"))
-        if loss < self.best and not self.suspected and trainer.is_global_zero:
-            self.best = loss
+        # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
+        if not trainer.strategy.broadcast(loss < self.best and not self.suspected):
+            return
+        self.best = loss
+        weights = whole_weights(pl_module.model)
+        if trainer.is_global_zero:
             folder = self.out / "best"
             folder.mkdir(exist_ok=True)
-            save_weights(pl_module.model, folder)
+            save_weights(pl_module.model, folder, weights)
             save_config(self.config, folder / "config.json")
             (folder / "best.json").write_text(json.dumps({"step": trainer.global_step, "loss": loss}) + "\n")

@@ -159,7 +159,7 @@ def finetune(
     """
     config.check()
     check_device(config.train)
-    check_splits(splits)
+    check_splits(splits, config.train)
     check_folder(out, resume)
     if vocabulary is None:
         vocabulary = Vocabulary.from_texts(cut.supervisions[0].text or "" for cut in splits["train"])

@@ -14,6 +14,7 @@ from w2v2.errors import JobError, UsageError
 from w2v2.model.masking import Draws
 from w2v2.model.wav2vec2 import SAMPLE_RATE, SSLOutput
 from w2v2.optim import OptimConfig
+from w2v2.tasks.sharding import shard, whole
 
 
 class SSLModel(Protocol):
@@ -56,7 +57,8 @@ class Sums:
     def add(self, values: dict[str, Tensor]) -> None:
         """Add to each name."""
         for name, value in values.items():
-            self.values[name] = self.values[name] + value.detach() if name in self.values else value.detach().clone()
+            before = self.values.get(name)  # on the host, if it comes from a checkpoint
+            self.values[name] = value.detach().clone() if before is None else before.to(value.device) + value.detach()
 
     def take(self) -> dict[str, Tensor]:
         """The sums over all ranks; starts again from nothing."""
@@ -71,6 +73,16 @@ def norm_figures(norms: dict[str, float]) -> dict[str, float]:
     """Mean gradient norm of the steps that had a finite one, if any did, and the number of the others."""
     figures = {"grad_norm": norms["norm"] / norms["finite"]} if norms["finite"] else {}
     return {**figures, "steps_left_out": norms["steps"] - norms["finite"]}
+
+
+def _from_all_ranks(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What each rank has, on the host; every one must call this."""
+    own = {name: value.cpu() for name, value in values.items()}
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    said: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, own)
+    return said
 
 
 def _turn_page(checkpoint: dict[str, Any]) -> None:
@@ -129,6 +141,11 @@ class NormalizedTask(pl.LightningModule):
         """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
         raise NotImplementedError
 
+    def configure_model(self) -> None:
+        """Share the model out over the processes, if the strategy has them laid out for it."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over every parameter that learns."""
         return self.optim_config.build(p for p in self.parameters() if p.requires_grad)
@@ -183,7 +200,7 @@ class NormalizedTask(pl.LightningModule):
         So nothing here waits for the device: whether a step was left out is read with the other figures.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         finite = norm.isfinite()
@@ -215,13 +232,13 @@ class NormalizedTask(pl.LightningModule):
         """Keep the sums of the unfinished logging interval; after the last batch of a pass, begin the next one."""
         if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             _turn_page(checkpoint)
-        checkpoint["sums"] = self.sums.values
+        checkpoint["sums"] = _from_all_ranks(self.sums.values)
         checkpoint["norms"] = self.norm_sums.values
         checkpoint["seconds_heard"] = self.seconds_heard
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them up again."""
-        self.sums.values = checkpoint["sums"]
+        self.sums.values = checkpoint["sums"][self.global_rank]
         self.norm_sums.values = checkpoint["norms"]
         self.seconds_heard = checkpoint["seconds_heard"]
 

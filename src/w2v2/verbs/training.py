@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -87,7 +86,9 @@ def _resume(args: argparse.Namespace, out: Path) -> bool:
 
 def _finish(out: Path) -> None:
     """Write the page of a run; of several processes, the first one does."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
+    from w2v2.train import is_first_process
+
+    if is_first_process():
         from w2v2.report import write_run_report
 
         log.info("look at %s", write_run_report(out))
