@@ -68,13 +68,8 @@ def word_times(hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable
         seconds: time of a frame, such as ``Wav2Vec2Config.frame_seconds``.
     """
     words: list[Word] = []
-    group: list[int] = []
-    for place in range(len(hypothesis.ids) + 1):
-        if place < len(hypothesis.ids) and hypothesis.ids[place] != vocabulary.boundary:
-            group.append(place)
-            continue
-        text = vocabulary.decode([hypothesis.ids[i] for i in group])
+    for place in vocabulary.words(hypothesis.ids):
+        text = vocabulary.decode(hypothesis.ids[place])
         if text:
-            words.append(Word(text, seconds(hypothesis.starts[group[0]]), seconds(hypothesis.ends[group[-1]])))
-        group = []
+            words.append(Word(text, seconds(hypothesis.starts[place][0]), seconds(hypothesis.ends[place][-1])))
     return words

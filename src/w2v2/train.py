@@ -19,7 +19,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
-from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
+from w2v2.checkpoint import CONFIG, load_pretrained, load_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule, stop_workers
@@ -131,7 +131,7 @@ def fit_task(
         finally:
             stop_workers()
     if trainer.is_global_zero:
-        save_weights(task.model, out)
+        task.save(out)
 
 
 def can_resume(out: Path) -> bool:
