@@ -22,7 +22,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
-from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
+from w2v2.checkpoint import CONFIG, load_pretrained, load_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule, stop_workers
@@ -141,7 +141,7 @@ def fit_task(
             stop_workers()
     weights = whole_weights(task.model)
     if trainer.is_global_zero:
-        save_weights(task.model, out, weights)
+        task.save(out, weights)
 
 
 def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:

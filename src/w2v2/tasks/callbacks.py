@@ -142,6 +142,7 @@ class Progress(pl.Callback):
             logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, step)
         remaining = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
         accuracy = f"accuracy {figures['accuracy']:.3f}  " if "accuracy" in figures else ""
+        accuracy += f"{figures['blank_share']:.0%} blank  " if "blank_share" in figures else ""
         log.info(
             "step %d/%d  loss %.3f  %s%.0f audio-s/s  %.0f %% waiting for data  %s to go",
             step, self.total_steps, figures["loss"], accuracy, speed, 100 * figures["wait_share"], clock(remaining),

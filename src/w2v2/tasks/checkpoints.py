@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from w2v2.checkpoint import save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, save_config
 from w2v2.errors import JobError, StoppedError
 from w2v2.tasks.pretrain import NormalizedTask
@@ -95,7 +94,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
 class Checkpoints(pl.Callback):
     """Writes a checkpoint every so many steps, at the end, and when a signal asks to stop; keeps the last ones.
 
-    The weights with the lowest validation loss are kept beside as a folder of their own, ``best``.
+    The weights with the best validation (``NormalizedTask.score``) are kept beside as a folder of their own, ``best``.
 
     SIGTERM or SIGUSR1, which schedulers send before they take the machine, and Ctrl-C end the run after the current
     step, with its state saved; a second one ends it at once.
@@ -112,9 +111,9 @@ class Checkpoints(pl.Callback):
         """Last step at which the run was known to be healthy; the newest checkpoint up to there is never removed."""
         self.suspected = False
         """Whether the weights may have collapsed and must not become the best."""
-        self.best = float("inf")
+        self.best: tuple[float, ...] = (float("inf"),)
         if (out / "best" / "best.json").exists():
-            self.best = json.loads((out / "best" / "best.json").read_text())["loss"]
+            self.best = tuple(json.loads((out / "best" / "best.json").read_text())["score"])
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,15 +174,16 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
-        loss = pl_module.valid_figures.get("loss", float("nan"))
+        score = pl_module.score()
         # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
-        if not trainer.strategy.broadcast(loss < self.best and not self.suspected):
+        if not trainer.strategy.broadcast(score < self.best and not self.suspected):
             return
-        self.best = loss
+        self.best = score
         weights = whole_weights(pl_module.model)
         if trainer.is_global_zero:
             folder = self.out / "best"
             folder.mkdir(exist_ok=True)
-            save_weights(pl_module.model, folder, weights)
+            pl_module.save(folder, weights)
             save_config(self.config, folder / "config.json")
-            (folder / "best.json").write_text(json.dumps({"step": trainer.global_step, "loss": loss}) + "\n")
+            said = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
+            (folder / "best.json").write_text(json.dumps(said) + "\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from w2v2.checkpoint import save_state
 from w2v2.data.datamodule import Batch
 from w2v2.errors import JobError, UsageError
 from w2v2.model.masking import Draws
@@ -148,7 +150,19 @@ class NormalizedTask(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over every parameter that learns."""
-        return self.optim_config.build(p for p in self.parameters() if p.requires_grad)
+        return self.optim_config.build(self.parameter_groups())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Every parameter that learns; a group's ``lr_scale`` is its share of the schedule's learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write what is to be used later, of the last or the best step: the model's weights, given whole."""
+        save_state(weights, folder)
+
+    def score(self) -> tuple[float, ...]:
+        """By which the last validation is better than another: the lower."""
+        return (self.valid_figures.get("loss", float("nan")),)
 
     def seed_step(self, batch_idx: int) -> None:
         """Make dropout and Gumbel noise depend on (seed, step, rank, micro-batch) alone."""
@@ -187,7 +201,7 @@ class NormalizedTask(pl.LightningModule):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, self.trainer.world_size / targets)
         for group in optimizer.param_groups:
-            group["lr"] = self.optim_config.schedule(self.global_step + 1)
+            group["lr"] = self.optim_config.schedule(self.global_step + 1) * group.get("lr_scale", 1.0)
 
     def configure_gradient_clipping(
         self,
