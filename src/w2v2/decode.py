@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +38,14 @@ class Word:
     start: float
     """Seconds from the start of the audio."""
     end: float
+    score: float | None = None
+    """Mean log-probability of the frames of its labels, where it is known."""
+    characters: tuple[Word, ...] = ()
+    """Its labels, timed in the same way."""
+
+    def probability(self) -> float | None:
+        """Geometric mean of the probabilities of its labels' frames, 0 to 1."""
+        return None if self.score is None else math.exp(min(self.score, 0.0))
 
 
 class Greedy:
@@ -61,20 +70,33 @@ class Greedy:
         )
 
 
-def word_times(hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable[[int], float]) -> list[Word]:
+def word_times(
+    hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable[[int], float], log_probs: Tensor | None = None
+) -> list[Word]:
     """Words of a hypothesis, from the first frame of their first label to the last of their last.
 
+    A frame lasts half a hop to each side of its middle.
+
     Args:
-        seconds: time of a frame, such as ``Wav2Vec2Config.frame_seconds``.
+        seconds: time of a frame's middle, such as ``Wav2Vec2Config.frame_seconds``.
+        log_probs: (T, labels) that it was made from, for scores.
     """
+    half = (seconds(1) - seconds(0)) / 2
     words: list[Word] = []
-    group: list[int] = []
+    group: list[Word] = []
     for place in range(len(hypothesis.ids) + 1):
-        if place < len(hypothesis.ids) and hypothesis.ids[place] != vocabulary.boundary:
-            group.append(place)
+        if place < len(hypothesis.ids) and (i := hypothesis.ids[place]) != vocabulary.boundary:
+            start, end = hypothesis.starts[place], hypothesis.ends[place]
+            score = None if log_probs is None else float(log_probs[start : end + 1, i].mean())
+            group.append(Word(vocabulary.decode([i]), max(seconds(start) - half, 0.0), seconds(end) + half, score))
             continue
-        text = vocabulary.decode([hypothesis.ids[i] for i in group])
+        text = vocabulary.decode(hypothesis.ids[place - len(group) : place])
         if text:
-            words.append(Word(text, seconds(hypothesis.starts[group[0]]), seconds(hypothesis.ends[group[-1]])))
+            words.append(Word(text, group[0].start, group[-1].end, _mean_score(group), tuple(group)))
         group = []
     return words
+
+
+def _mean_score(labels: Sequence[Word]) -> float | None:
+    known = [label.score for label in labels if label.score is not None]
+    return sum(known) / len(known) if known else None
