@@ -256,6 +256,24 @@ def test_one_bad_file_never_stops_the_others(
     assert err.splitlines()[-1].startswith("w2v2: failed: 3 of 5 could not be transcribed")
 
 
+def test_decoder_options_reach_the_decoder(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flashlight.lib.text")
+    audio, lexicon = recordings / "b.flac", tmp_path / "words.txt"
+    lexicon.write_text("GAGA\nHEGE\n")
+    layout = ["--window-seconds", "2", "--context-seconds", "0.5"]
+    _, greedy, _ = call(capsys, "transcribe", run, audio, *layout)
+    code, found, _ = call(capsys, "transcribe", run, audio, *layout, "--lexicon", lexicon, "--beam-size", "5")
+    assert code == 0 and found != greedy and set(found.split()) <= {"GAGA", "HEGE"}
+    code, free, _ = call(capsys, "transcribe", run, audio, *layout, "--beam-size", "1", "--beam-size-token", "1")
+    assert (code, free) == (0, greedy)
+    code, _, err = call(capsys, "transcribe", run, audio, "--beam-sise", "5")
+    assert code == 2 and "did you mean --beam-size" in err
+    code, _, err = call(capsys, "transcribe", run, audio, "--lm", tmp_path / "none.arpa")
+    assert code == 2 and "none.arpa" in err
+
+
 def test_silence_an_empty_file_and_twenty_milliseconds_are_no_failure(
     run: Path, recordings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from w2v2.decode import Hypothesis
+from w2v2.decode import Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
 from w2v2.recognizer import Recognizer
@@ -125,18 +125,10 @@ def align_labels(log_probs: Tensor, ids: Sequence[int], vocabulary: Vocabulary) 
     Raises:
         UsageError: as for ``forced_align``.
     """
-    path = forced_align(log_probs, ids, vocabulary.blank)
-    said = (path >= 0).nonzero().flatten()
-    counts = path[said].bincount(minlength=len(ids))
-    ends = counts.cumsum(0) - 1
-    emitted = torch.where(path >= 0, torch.tensor(ids)[path], vocabulary.blank)
-    return Hypothesis(
-        text=vocabulary.decode(ids),
-        ids=tuple(ids),
-        starts=tuple(said[ends - counts + 1].tolist()),
-        ends=tuple(said[ends].tolist()),
-        score=float(log_probs[torch.arange(len(path)), emitted].double().sum()),
-    )
+    places = forced_align(log_probs, ids, vocabulary.blank)
+    path = torch.where(places >= 0, torch.tensor(ids)[places], vocabulary.blank)
+    score = log_probs[torch.arange(len(path)), path].double().sum()
+    return path_hypothesis(path, vocabulary, float(score))
 
 
 def align(

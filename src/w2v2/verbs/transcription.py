@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from w2v2.errors import JobError, UsageError
 from w2v2.progress import progress
-from w2v2.verbs.settings import AddVerb
+from w2v2.verbs.settings import AddVerb, override
 
 if TYPE_CHECKING:
     from w2v2.formats import Transcript
@@ -33,13 +33,22 @@ def add(verb: AddVerb) -> None:
 
 
 def _add_transcribe(verb: AddVerb) -> None:
-    sub = verb("transcribe", _transcribe, "recordings of any length to text, subtitles, word times")
+    text = "recordings of any length to text, subtitles, word times"
+    epilog = (
+        "Settings of the beam search can follow, such as --beam-size 500 --lm-weight 1.5; any of them asks for one."
+    )
+    sub = verb("transcribe", _transcribe, text, epilog=epilog, overrides=True)
     sub.add_argument("model", type=Path, help="fine-tuning run, or folder of weights of a CTC model")
     sub.add_argument("audio", nargs="+", help="files, URLs, folders of audio, or - for standard input")
     _add_output(sub, "txt")
     sub.add_argument(
         "--timestamps", choices=("none", "word", "char"), help="times to write (default: none in txt, otherwise word)"
     )
+    sub.add_argument("--lm", type=Path, help="n-gram language model of words: ARPA, or KenLM binary with --lexicon")
+    sub.add_argument(
+        "--lexicon", type=Path, help="words to choose from, one a line, with a spelling if it is not plain"
+    )
+    sub.add_argument("--hot-words", nargs="+", default=(), metavar="WORD", help="words to expect, such as names")
     _add_windows(sub)
 
 
@@ -68,13 +77,15 @@ def _add_windows(sub: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.decode import Greedy
+    from w2v2.decode import BeamConfig, make_decoder
     from w2v2.transcribe import Failure, find_sources, transcribe
 
     timestamps = args.timestamps or ("none" if args.format == "txt" else "word")
     _check_output(args, timestamps)
     layout = _layout(args)
+    beam = override(BeamConfig(), rest, "w2v2 transcribe MODEL AUDIO") if rest else None
     recognizer = _recognizer(args)
+    decoder = make_decoder(recognizer.vocabulary, lm=args.lm, lexicon=args.lexicon, hot_words=args.hot_words, beam=beam)
     sources, failures = find_sources(args.audio)
     for failure in failures:
         log.warning("%s: %s", failure.name, failure.reason)
@@ -83,7 +94,7 @@ def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
         for found in transcribe(
             recognizer,
             sources,
-            Greedy(recognizer.vocabulary),
+            decoder,
             layout=layout,
             batch_size=args.batch_size,
             show=lambda share: show("transcribe", share),
