@@ -25,7 +25,7 @@ from torch import Tensor
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, FloatArray, stream_audio
 from w2v2.data.sources import audio_paths
 from w2v2.data.storage import is_remote
-from w2v2.decode import Decoder, Word, word_times
+from w2v2.decode import Decoder, Hypothesis, label_scores, word_times
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
 from w2v2.model.wav2vec2 import Wav2Vec2Config
@@ -169,7 +169,7 @@ class _Recording:
         self.parts: list[Tensor] = []
         self.first = 0  # frame of the recording that ``parts`` start with
         self.texts: list[str] = []
-        self.words: list[Word] = []
+        self.labels: list[tuple[int, int, int, float]] = []  # id, first and last frame, score
 
     def windows(self, layout: Layout) -> Iterator[tuple[_Recording, Window | None]]:
         """Itself with each window; with None in the end if it cannot be read (further), and ``failure`` says why."""
@@ -204,16 +204,18 @@ class _Recording:
     def finish(self) -> Transcript:
         """What is said in all of it."""
         self._decode(torch.cat(self.parts))
-        text = " ".join(text for text in self.texts if text)
-        return Transcript(self.source.name, self.samples / SAMPLE_RATE, text, tuple(self.words))
+        ids, starts, ends, scores = zip(*self.labels, strict=True) if self.labels else ((),) * 4
+        said = Hypothesis(" ".join(text for text in self.texts if text), ids, starts, ends, sum(scores))
+        words = word_times(said, self.recognizer.vocabulary, self.recognizer.model.config.frame_seconds, scores)
+        return Transcript(self.source.name, self.samples / SAMPLE_RATE, said.text, tuple(words))
 
     def _decode(self, log_probs: Tensor) -> None:
-        first, seconds = self.first, self.recognizer.model.config.frame_seconds
-        hypothesis = self.decoder(log_probs)
-        self.texts.append(hypothesis.text)
-        self.words += word_times(
-            hypothesis, self.recognizer.vocabulary, lambda frame: seconds(first + frame), log_probs
-        )
+        found, first, boundary = self.decoder(log_probs), self.first, self.recognizer.vocabulary.boundary
+        if self.labels and boundary is not None and self.labels[-1][0] != boundary:
+            self.labels.append((boundary, first - 1, first - 1, 0.0))  # a decoder need not end the last word
+        starts, ends = ([first + frame for frame in frames] for frames in (found.starts, found.ends))
+        self.labels += zip(found.ids, starts, ends, label_scores(found, log_probs), strict=True)
+        self.texts.append(found.text)
         self.first += len(log_probs)
 
 
