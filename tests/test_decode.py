@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.decode import BeamConfig, Greedy, Hypothesis, char_times, make_decoder, word_times
+from w2v2.decode import BeamConfig, Greedy, Hypothesis, label_scores, make_decoder, word_times
 from w2v2.errors import JobError, UsageError
 from w2v2.kneser_ney import estimate
 from w2v2.lm import NGram, read_arpa
@@ -292,9 +292,8 @@ def test_a_last_word_needs_no_boundary_and_a_decoder_can_be_used_again(lm: Path,
             found = decode(log_probs)
             assert (found.text, found.starts, found.ends) == ("A AB", (0, 1, 2, 3), (0, 1, 2, 4))
             times = word_times(found, SMALL, float)
-            assert [(w.text, w.start, w.end) for w in times] == [("A", 0, 0), ("AB", 2, 4)]
-            letters = char_times(found, SMALL, float)
-            assert [(w.text, w.start, w.end) for w in letters] == [("A", 0, 0), ("A", 2, 2), ("B", 3, 4)]
+            assert [(w.text, w.end) for w in times] == [("A", 0.5), ("AB", 4.5)]  # frames of a second each
+            assert [(c.text, c.end) for c in times[1].characters] == [("A", 2.5), ("B", 4.5)]
 
 
 def test_a_word_cut_short_by_the_beam_is_left_out(tmp_path: Path) -> None:
@@ -313,7 +312,7 @@ def test_words_may_be_spelled_otherwise_than_they_are_written(tmp_path: Path) ->
     log_probs[range(7), [0, 2, 1, 2, 0, 0, 1]] = -0.01
     found = make_decoder(SMALL, lexicon=tmp_path / "words")(log_probs)
     assert found.text == "ONE TWO"
-    assert [(w.text, w.start, w.end) for w in word_times(found, SMALL, float)] == [("ONE", 0, 1), ("TWO", 3, 5)]
+    assert [(w.text, w.end) for w in word_times(found, SMALL, float)] == [("ONE", 1.5), ("TWO", 5.5)]
 
 
 def test_an_lm_in_another_case_is_read_as_the_vocabulary_writes(
@@ -533,13 +532,49 @@ def test_a_cache_goes_on_after_an_interruption_and_refuses_another_model(
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-def test_words_last_from_their_first_frame_to_their_last() -> None:
-    found = Greedy(VOCABULARY)(peaked([0, 3, 3, 0, 4, 4, 2, 0, 0, 4, 2, 2]))
-    assert found.text == "AB B"
+def test_a_word_begins_before_its_first_label_by_the_usual_gap_and_ends_with_its_last() -> None:
+    # Gaps of 2, 2 and 15 frames from a last label to the next first one: 40 ms is usual, 300 ms is a pause.
+    ids = [0, 0, 0, 3, 3, 0, 4, 2, 0, 4, 0, 2, 3, 2, *[0] * 14, 4, 2, 2]
+    found = Greedy(VOCABULARY)(peaked(ids))
+    assert found.text == "AB B A B"
     words = word_times(found, VOCABULARY, lambda frame: frame / 50)
-    assert [(w.text, w.start, w.end) for w in words] == [("AB", 0.02, 0.1), ("B", 0.18, 0.18)]
-    letters = char_times(found, VOCABULARY, lambda frame: frame / 50)
-    assert [(w.text, w.start, w.end) for w in letters] == [("A", 0.02, 0.04), ("B", 0.08, 0.1), ("B", 0.18, 0.18)]
+    assert [(w.text, w.start, w.end) for w in words] == [
+        ("AB", pytest.approx(0.06 - 0.01 - 0.04), pytest.approx(0.12 + 0.01)),
+        ("B", pytest.approx(0.12 + 0.01), pytest.approx(0.18 + 0.01)),
+        ("A", pytest.approx(0.18 + 0.01), pytest.approx(0.24 + 0.01)),
+        ("B", pytest.approx(0.56 - 0.01 - 0.04), pytest.approx(0.56 + 0.01)),
+    ]
+    first, second = words[0].characters
+    assert (first.text, first.start, first.end) == ("A", words[0].start, pytest.approx(0.09))
+    assert (second.text, second.start, second.end) == ("B", first.end, words[0].end)
+
+
+@given(st.lists(st.integers(0, 4), max_size=60), st.sampled_from([0.0, 0.0075, 12.0]))
+def test_words_and_characters_last_and_do_not_overlap(ids: list[int], first: float) -> None:
+    log_probs = peaked(ids)
+    found = Greedy(VOCABULARY)(log_probs)
+    words = word_times(found, VOCABULARY, lambda frame: first + frame / 50, label_scores(found, log_probs))
+    assert " ".join(word.text for word in words) == found.text
+    characters = [character for word in words for character in word.characters]
+    for units in (words, characters):
+        assert all(0 <= unit.start < unit.end for unit in units)
+        assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(units))
+    for word in words:
+        assert word.text == "".join(character.text for character in word.characters)
+        assert (word.start, word.end) == (word.characters[0].start, pytest.approx(word.characters[-1].end))
+        assert word.probability() == pytest.approx(float(log_probs.max().exp()))
+    pauses = [b.start - a.end for a, b in itertools.pairwise(words)]
+    assert all(pause == 0 or pause >= 0.0999 for pause in pauses)
+
+
+def test_words_far_from_each_other_do_not_begin_in_the_pause() -> None:
+    found = Greedy(VOCABULARY)(peaked([*[0] * 50, 3, 2, *[0] * 50, 4, 2]))
+    assert [w.start for w in word_times(found, VOCABULARY, lambda frame: frame / 50)] == [
+        pytest.approx(1.0 - 0.01 - 0.12),
+        pytest.approx(2.04 - 0.01 - 0.12),
+    ]
+    alone = Greedy(VOCABULARY)(peaked([*[0] * 50, 3, 2]))
+    assert word_times(alone, VOCABULARY, lambda frame: frame / 50)[0].start == pytest.approx(1.0 - 0.01 - 0.06)
 
 
 STRANGE = Wav2Vec2Config(

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from w2v2.checkpoint import VOCABULARY, expect_file, load_weights, model_config
+from w2v2.checkpoint import VOCABULARY, load_weights, model_config
+from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 from w2v2.text import Vocabulary, load_vocabulary
 
@@ -62,7 +63,11 @@ def load_recognizer(folder: Path) -> Recognizer:
         UsageError: no such folder, or one without a CTC head.
     """
     config = model_config(folder)
-    expect_file(folder, VOCABULARY)
+    if not (folder / VOCABULARY).is_file():
+        raise UsageError(
+            f"{folder} has no CTC head, or no {VOCABULARY} beside it: expected a run of 'w2v2 finetune'; "
+            "a pretrained encoder has to be fine-tuned first"
+        )
     vocabulary = load_vocabulary(folder / VOCABULARY)
     model = load_weights(Wav2Vec2ForCTC(config, len(vocabulary.labels)), folder)
     return Recognizer(model.eval(), vocabulary)

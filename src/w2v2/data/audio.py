@@ -152,6 +152,27 @@ def resample(samples: FloatArray, rate: int) -> FloatArray:
     return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
 
 
+def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]:
+    """The rest of a file in blocks of (samples,), mono, at 16 kHz; laid end to end they are what ``resample`` gives.
+
+    Args:
+        file: read from its current position on.
+        seconds: of a block; what is in memory at a time.
+
+    Raises:
+        AudioError: it cannot be decoded, or holds samples that are not finite.
+    """
+    stream = soxr.ResampleStream(file.rate, SAMPLE_RATE, 1) if file.rate != SAMPLE_RATE else None
+    count = max(1, round(seconds * file.rate))
+    ended = False
+    while not ended:
+        samples = mix_down(file.read(count))
+        ended = len(samples) < count
+        if not np.isfinite(samples).all():
+            raise AudioError(f"samples that are not finite within {seconds:g} s before {file.position / file.rate:g} s")
+        yield samples if stream is None else stream.resample_chunk(samples, last=ended)
+
+
 def load_audio(
     cut: MonoCut, offset: float = 0.0, duration: float | None = None, data: bytes | None = None
 ) -> FloatArray:

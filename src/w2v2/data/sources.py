@@ -60,17 +60,32 @@ def folder_rows(root: Path, speaker: str | None = None) -> Iterator[Row]:
     """
     pattern = _compile(speaker)
     for folder, names in _walk(str(root), ()):
-        relative = os.path.relpath(folder, root).replace(os.sep, "/")
         texts = _folder_transcripts(Path(folder), names)
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in FORMATS:
-                continue
-            path = name if relative == "." else f"{relative}/{name}"
+        for name, path in _audio_in(root, folder, names):
+            stem = os.path.splitext(name)[0]
             text = texts.get(stem)
             if text is None and f"{stem}.txt" in texts:
                 text = _read_text(Path(folder, f"{stem}.txt"))
             yield Row(path, text=text, speaker=speaker_of(path, pattern), split=split_of(path))
+
+
+def audio_paths(root: Path) -> Iterator[str]:
+    """Every audio file of a tree, relative to it, in the order of their names.
+
+    Raises:
+        UsageError: as for ``folder_rows``.
+    """
+    for folder, names in _walk(str(root), ()):
+        for _, path in _audio_in(root, folder, names):
+            yield path
+
+
+def _audio_in(root: Path, folder: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Name, and path relative to the root, of a folder's audio files."""
+    relative = os.path.relpath(folder, root).replace(os.sep, "/")
+    for name in names:
+        if os.path.splitext(name)[1].lower() in FORMATS:
+            yield name, name if relative == "." else f"{relative}/{name}"
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:

@@ -1,0 +1,204 @@
+"""Memory, speed and fidelity of ``w2v2 transcribe``.
+
+    python benchmarks/transcribe.py MODEL CORPUS --out benchmarks/results/transcribe.json
+
+MODEL is a fine-tuning run, CORPUS a folder of unseen speakers in LibriSpeech layout. Its utterances, end to end, make a
+recording of an hour; the other memory figures are of noise, with random weights. Memory is the largest resident set of
+a process that does nothing else. Fidelity: recordings of about three minutes, what a speaker says three times over, are
+transcribed in windows, in one piece, and utterance by utterance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import soundfile
+import torch
+
+from w2v2 import recipes
+from w2v2.checkpoint import save_weights
+from w2v2.config import save_config
+from w2v2.decode import Greedy
+from w2v2.formats import Transcript
+from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
+from w2v2.recognizer import load_recognizer
+from w2v2.text import Vocabulary
+from w2v2.transcribe import Layout, source_of, transcribe
+
+RATE = 16_000
+
+
+def utterances(corpus: Path) -> Iterator[tuple[str, str, Path]]:
+    """Speaker, text, file."""
+    for table in sorted(corpus.rglob("*.trans.txt")):
+        for line in table.read_text().splitlines():
+            name, _, text = line.partition(" ")
+            yield name.split("-")[0], text, table.with_name(f"{name}.flac")
+
+
+def join(files: list[Path], out: Path) -> float:
+    """Lay recordings end to end; returns seconds."""
+    audio = np.concatenate([soundfile.read(file, dtype="float32")[0] for file in files])
+    soundfile.write(out, audio, RATE)
+    return len(audio) / RATE
+
+
+def hear(run: Path, files: list[Path], layout: Layout | None = None, batch_size: int = 4) -> list[str]:
+    """Text of each recording."""
+    model = load_recognizer(run)
+    found = transcribe(
+        model, [source_of(str(file)) for file in files], Greedy(model.vocabulary), layout=layout, batch_size=batch_size
+    )
+    return [transcript.text for transcript in found if isinstance(transcript, Transcript)]
+
+
+def fidelity(run: Path, corpus: Path, folder: Path, groups: int) -> dict[str, Any]:
+    """Word error rates of and between ways to transcribe the same recordings, per cent."""
+    by_speaker: dict[str, list[tuple[str, Path]]] = {}
+    for speaker, text, file in utterances(corpus):
+        by_speaker.setdefault(speaker, []).append((text, file))
+    long, references, seconds, each = [], [], 0.0, []
+    for i, rows in enumerate(list(by_speaker.values())[:groups]):
+        # What a speaker of the corpus says is about a minute; three times that is longer than several windows.
+        rows = (3 * rows)[: 3 * len(rows)]
+        long.append(folder / f"{i}.flac")
+        seconds += join([file for _, file in rows], long[-1])
+        references.append(" ".join(text for text, _ in rows))
+        each.append([file for _, file in rows[: len(rows) // 3]])
+    texts = {
+        "windows": hear(run, long),
+        "one_piece": hear(run, long, Layout(3600.0)),
+        "utterances": [" ".join(3 * hear(run, files)) for files in each],
+    }
+    short = [file for files in each for file in files]
+    batches = {n: (hear(run, short, batch_size=n), hear(run, long, batch_size=n)) for n in (1, 16)}
+    return {
+        "recordings": len(long),
+        "seconds": round(seconds, 1),
+        "wer": {name: round(100 * jiwer.wer(references, said), 3) for name, said in texts.items()},
+        "wer_between": {
+            f"{a}_and_{b}": round(100 * jiwer.wer(texts[a], texts[b]), 3)
+            for a, b in (("one_piece", "windows"), ("utterances", "windows"), ("utterances", "one_piece"))
+        },
+        "batch_1_is_batch_16": batches[1] == batches[16],
+        "batch_texts": len(short) + len(long),
+    }
+
+
+def measured(run: Path, file: Path, *options: str) -> dict[str, float]:
+    """The command in a process of its own: seconds, share of real time, largest resident set."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", str(run), str(file), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def measure(argv: list[str]) -> None:
+    """What ``measured`` runs."""
+    from w2v2.cli import main
+
+    began, busy = time.perf_counter(), time.process_time()
+    assert main(["transcribe", *argv, "--out", tempfile.mkdtemp()]) == 0
+    seconds, cpu = time.perf_counter() - began, time.process_time() - busy
+    audio = soundfile.info(argv[1]).duration
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    figures = {"audio_seconds": round(audio, 1), "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
+    figures |= {"real_time_factor": round(seconds / audio, 4), "cpu_per_audio_second": round(cpu / audio, 4)}
+    print(json.dumps(figures | {"peak_rss_gib": round(peak, 3)}))
+
+
+def random_run(folder: Path, name: str, config: Any) -> Path:
+    """A run folder of random weights."""
+    run = folder / name
+    run.mkdir()
+    vocabulary = Vocabulary.from_texts(["ABCDEFGHIJKLMNOPQRSTUVWXYZ'"])
+    save_config(config, run / "config.json")
+    vocabulary.save(run / "vocab.json")
+    save_weights(Wav2Vec2ForCTC(config.model, len(vocabulary.labels)), run)
+    return run
+
+
+def noise(path: Path, seconds: int, rate: int = RATE) -> Path:
+    """Noise in 8 bits, written in parts."""
+    rng = np.random.default_rng(0)
+    with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
+        for _ in range(0, seconds, 60):
+            file.write(0.1 * rng.standard_normal(60 * rate))
+    return path
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Ten hours through a very small model, and three minutes through the published BASE."""
+    small = recipes.tiny_ctc()
+    small.model.n_layer, small.model.conv_channels = 1, (8, 8, 8, 16, 16, 16, 16)
+    small.model.n_embd, small.model.ffn_dim = 48, 96
+    base = recipes.tiny_ctc()
+    base.model = recipes.base().model
+    ten = noise(folder / "ten-hours.wav", 36_000, 8_000)
+    small_run, base_run = random_run(folder, "small", small), random_run(folder, "base", base)
+    found = {"ten_hours_of_very_small": measured(small_run, ten)}
+    ten.unlink()
+    three = noise(folder / "three-minutes.wav", 180)
+    for size in (1, 4):
+        found[f"three_minutes_of_base_batch_{size}"] = measured(base_run, three, "--batch-size", str(size))
+    return found
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="fine-tuning run")
+    parser.add_argument("corpus", type=Path, help="folder in LibriSpeech layout")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="of the long recording (default: %(default)s)")
+    parser.add_argument("--speakers", type=int, default=12, help="to compare the texts of (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    record: dict[str, Any] = {
+        "command": "python benchmarks/transcribe.py MODEL CORPUS",
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "soundfile", "soxr")}},
+        "threads": torch.get_num_threads(),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        record["fidelity"] = fidelity(args.model, args.corpus, folder, args.speakers)
+        print(json.dumps(record["fidelity"]), flush=True)
+        files, seconds = [file for _, _, file in utterances(args.corpus)], 0.0
+        lengths = [soundfile.info(file).duration for file in files]
+        chosen: list[Path] = []
+        while seconds < args.seconds:
+            chosen.append(files[len(chosen) % len(files)])
+            seconds += lengths[(len(chosen) - 1) % len(files)]
+        join(chosen, folder / "long.flac")
+        record["long_recording"] = measured(args.model, folder / "long.flac")
+        print(json.dumps(record["long_recording"]), flush=True)
+        record["memory"] = memory(folder)
+        print(json.dumps(record["memory"]), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if "--measure" in sys.argv:
+        measure(sys.argv[sys.argv.index("--measure") + 1 :])
+    else:
+        main()

@@ -1,0 +1,195 @@
+"""Transcripts with times, and how they are written: text, JSON, SubRip, WebVTT, CTM, Praat's TextGrid."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from w2v2.decode import Word
+
+LINE, LINES = 42, 2
+"""Characters of a subtitle's line, and its lines: what broadcasters use."""
+CUE_SECONDS, MIN_CUE_SECONDS = 7.0, 1.0
+"""How long a cue may last, and should last at least, if the next one lets it."""
+PAUSE_SECONDS = 0.6
+"""Silence that ends a cue."""
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a recording, and when."""
+
+    name: str
+    """Path or URL; ``stdin``."""
+    seconds: float
+    """Duration of the audio."""
+    text: str
+    words: tuple[Word, ...]
+    """In their order; none overlaps the next."""
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A subtitle."""
+
+    start: float
+    """Seconds from the start of the audio."""
+    end: float
+    lines: tuple[str, ...]
+
+
+def cues(words: Sequence[Word]) -> list[Cue]:
+    """Subtitles of at most two lines and seven seconds, split at pauses; each word is in exactly one."""
+    groups: list[list[Word]] = []
+    for word in words:
+        if groups and _fits(groups[-1], word):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    made: list[Cue] = []
+    for i, group in enumerate(groups):
+        start = group[0].start
+        following = groups[i + 1][0].start if i + 1 < len(groups) else float("inf")
+        end = max(group[-1].end, min(start + MIN_CUE_SECONDS, following))
+        made.append(Cue(start, end, tuple(_wrap(group))))
+    return made
+
+
+def _fits(group: Sequence[Word], word: Word) -> bool:
+    pause = word.start - group[-1].end >= PAUSE_SECONDS
+    return not pause and word.end - group[0].start <= CUE_SECONDS and len(_wrap([*group, word])) <= LINES
+
+
+def _wrap(group: Sequence[Word]) -> list[str]:
+    return textwrap.wrap(" ".join(word.text for word in group), LINE, break_long_words=False, break_on_hyphens=False)
+
+
+def to_text(transcript: Transcript, timestamps: str) -> str:
+    """The text in a line; with times a line for each word or character: start, end, text, tabs between (Audacity)."""
+    if timestamps == "none":
+        return transcript.text + "\n"
+    return "".join(f"{w.start:.3f}\t{w.end:.3f}\t{w.text}\n" for w in _units(transcript, timestamps))
+
+
+def to_json(transcript: Transcript, timestamps: str) -> str:
+    """An object in one line: ``path``, ``seconds``, ``text``, and ``words`` with ``start``, ``end``, ``score``."""
+    made: dict[str, Any] = {
+        "path": transcript.name,
+        "seconds": round(transcript.seconds, 3),
+        "text": transcript.text,
+    }
+    if timestamps != "none":
+        made["words"] = [
+            _fields(word) | ({"characters": [_fields(c) for c in word.characters]} if timestamps == "char" else {})
+            for word in transcript.words
+        ]
+    return json.dumps(made, ensure_ascii=False) + "\n"
+
+
+def _fields(word: Word) -> dict[str, Any]:
+    score = {} if word.score is None else {"score": round(word.score, 4)}
+    return {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3), **score}
+
+
+def to_srt(transcript: Transcript, timestamps: str) -> str:
+    """SubRip."""
+    blocks = (
+        f"{i}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n" + "\n".join(cue.lines) + "\n"
+        for i, cue in enumerate(cues(transcript.words), 1)
+    )
+    return "\n".join(blocks)
+
+
+def to_vtt(transcript: Transcript, timestamps: str) -> str:
+    """WebVTT (W3C)."""
+    blocks = (
+        f"\n{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n" + "\n".join(map(_escape, cue.lines)) + "\n"
+        for cue in cues(transcript.words)
+    )
+    return "WEBVTT\n" + "".join(blocks)
+
+
+def _escape(line: str) -> str:
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _clock(seconds: float, point: str) -> str:
+    milliseconds = round(1000 * seconds)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
+
+
+def to_ctm(transcript: Transcript, timestamps: str) -> str:
+    """NIST's CTM: recording, channel, start, duration, word, and how probable its labels are, 0 to 1."""
+    stem = "_".join(PurePosixPath(transcript.name).stem.split())
+    return "".join(
+        f"{stem} 1 {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
+        for w in _units(transcript, timestamps)
+    )
+
+
+def _confidence(word: Word) -> str:
+    probability = word.probability()
+    return "" if probability is None else f" {probability:.4f}"
+
+
+def to_textgrid(transcript: Transcript, timestamps: str) -> str:
+    """Praat's TextGrid, long form: a tier of words and, with ``char``, one of characters; silence is an empty label."""
+    tiers = [("words", list(_spread(transcript.words, transcript.seconds)))]
+    if timestamps == "char":
+        tiers.append(("characters", list(_spread(list(_units(transcript, "char")), transcript.seconds))))
+    lines = [
+        'File type = "ooTextFile"',
+        'Object class = "TextGrid"',
+        "",
+        "xmin = 0",
+        f"xmax = {transcript.seconds:.6f}",
+    ]
+    lines += ["tiers? <exists>", f"size = {len(tiers)}", "item []:"]
+    for i, (name, intervals) in enumerate(tiers, 1):
+        lines += [f"    item [{i}]:", '        class = "IntervalTier"', f'        name = "{name}"']
+        lines += ["        xmin = 0", f"        xmax = {transcript.seconds:.6f}"]
+        lines += [f"        intervals: size = {len(intervals)}"]
+        for j, word in enumerate(intervals, 1):
+            text = word.text.replace('"', '""')
+            lines += [f"        intervals [{j}]:", f"            xmin = {word.start:.6f}"]
+            lines += [f"            xmax = {word.end:.6f}", f'            text = "{text}"']
+    return "\n".join(lines) + "\n"
+
+
+def _spread(words: Sequence[Word], seconds: float) -> Iterator[Word]:
+    """Intervals from 0 to the end without a gap, each longer than nothing: Praat accepts no others."""
+    at, seconds = 0.0, round(seconds, 6)
+    for word in words:
+        start, end = round(max(word.start, at), 6), round(min(word.end, seconds), 6)
+        if end <= start:
+            continue
+        if start > at:
+            yield Word("", at, start)
+        yield Word(word.text, start, end)
+        at = end
+    if at < seconds or not words:
+        yield Word("", at, seconds)
+
+
+def _units(transcript: Transcript, timestamps: str) -> Iterator[Word]:
+    for word in transcript.words:
+        yield from word.characters if timestamps == "char" else (word,)
+
+
+Write = Callable[[Transcript, str], str]
+"""(transcript, ``none``, ``word`` or ``char``) -> what goes into a file."""
+
+FORMATS: dict[str, Write] = {
+    "txt": to_text,
+    "json": to_json,
+    "srt": to_srt,
+    "vtt": to_vtt,
+    "ctm": to_ctm,
+    "TextGrid": to_textgrid,
+}
+"""By the ending of the file's name."""

@@ -1,0 +1,401 @@
+"""Windows against the whole, streams against one shot, batches against single files; and what is said of bad input."""
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import sound
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from w2v2 import recipes
+from w2v2.checkpoint import save_weights
+from w2v2.cli import main
+from w2v2.config import FinetuneConfig, save_config
+from w2v2.data.audio import AudioFile, mix_down, resample, stream_audio
+from w2v2.decode import Greedy
+from w2v2.errors import UsageError
+from w2v2.formats import Transcript
+from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.recognizer import Recognizer, load_recognizer
+from w2v2.text import Vocabulary
+from w2v2.transcribe import Failure, Layout, cut_windows, find_pause, find_sources, source_of, transcribe
+
+RATE = 16_000
+PADDED, BARE = (4, 1, 1, 1, 1, 0, 0), (0,) * 7
+VOCABULARY = Vocabulary.from_texts(["ABCDEFGH"])
+
+
+def narrow(**kwargs: object) -> Wav2Vec2Config:
+    """A model of the standard stack, as narrow as can be, that sees only so far: no attention, no norm over time."""
+    config = recipes.tiny_ctc().model
+    shape = {
+        "n_layer": 0, "n_embd": 32, "ffn_dim": 32, "conv_channels": (8, 8, 8, 16, 16, 16, 16), "conv_norm": "layer",
+        "utterance_norm": False, "pos_conv_kernel": 16, "pos_conv_groups": 4,
+    }  # fmt: skip
+    for name, value in {**shape, **kwargs}.items():
+        setattr(config, name, value)
+    return config
+
+
+def recognizer(**kwargs: object) -> Recognizer:
+    """Random weights, scaled up so that the labels change from frame to frame."""
+    torch.manual_seed(0)
+    model = Wav2Vec2ForCTC(narrow(**kwargs), len(VOCABULARY.labels))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+        model.lm_head.bias[VOCABULARY.blank] += 1.5
+        model.lm_head.bias[VOCABULARY.unknown] -= 100
+    return Recognizer(model.eval(), VOCABULARY)
+
+
+def blocks(audio: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(audio), size):
+        yield audio[start : start + size]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    length=st.integers(0, 3 * 8000 + 400),
+    size=st.integers(1, 20_000),
+    paddings=st.sampled_from([PADDED, BARE]),
+    context=st.sampled_from([0.1, 0.14, 0.2]),
+)
+def test_windows_keep_exactly_the_frames_of_the_whole(
+    length: int, size: int, paddings: tuple[int, ...], context: float
+) -> None:
+    config = narrow(conv_paddings=paddings)
+    audio = np.arange(length, dtype=np.float32)
+    windows = list(cut_windows(blocks(audio, size), config, Layout(0.5, context)))
+    assert [window.last for window in windows] == [False] * (len(windows) - 1) + [True]
+    frame = 0
+    for number, window in enumerate(windows):
+        start = int(window.audio[0]) if len(window.audio) else 0
+        assert len(window.audio) <= 8000
+        assert start == 320 * (frame - window.skip)  # its frame `skip` is the next of the whole
+        assert window.skip == (0 if number == 0 else round(context * 50))
+        available = config.frames([len(window.audio)])[0]
+        assert window.skip + window.keep <= available
+        assert window.last or window.skip + window.keep <= available - 3  # none that sees the window's end
+        frame += window.keep
+    assert frame == config.frames([length])[0]
+
+
+def test_no_more_audio_is_taken_than_the_next_window_needs() -> None:
+    taken = 0
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal taken
+        while True:
+            taken += RATE
+            yield np.zeros(RATE, np.float32)
+
+    windows = cut_windows(endless(), narrow(), Layout(30.0, 3.0))
+    for number in range(200):
+        window = next(windows)
+        assert len(window.audio) == 30 * RATE
+        assert taken <= (24 * number + 30 + 1) * RATE
+
+
+@pytest.mark.parametrize("paddings", [PADDED, BARE])
+@pytest.mark.parametrize("seconds", [1.0, 2.0, 2.01, 3.99, 7.3])
+def test_stitched_log_probabilities_are_those_of_the_whole_where_the_context_suffices(
+    tmp_path: Path, paddings: tuple[int, ...], seconds: float
+) -> None:
+    model = recognizer(conv_paddings=paddings)
+    audio = sound(seconds, 1)
+    soundfile.write(tmp_path / "a.wav", audio, RATE, subtype="FLOAT")
+    found: list[torch.Tensor] = []
+
+    def keep(log_probs: torch.Tensor):  # type: ignore[no-untyped-def]
+        found.append(log_probs)
+        return Greedy(VOCABULARY)(log_probs)
+
+    list(transcribe(model, [source_of(str(tmp_path / "a.wav"))], keep, layout=Layout(2.0, 0.3), stretch=math.inf))
+    torch.testing.assert_close(found, model.emissions([torch.from_numpy(audio)]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stretch", [2.5, 5.0, math.inf])
+def test_decoding_in_stretches_changes_no_word_and_no_time(tmp_path: Path, stretch: float) -> None:
+    model = recognizer()
+    audio = sound(14.0, 2)
+    soundfile.write(tmp_path / "a.wav", audio, RATE, subtype="FLOAT")
+    source = source_of(str(tmp_path / "a.wav"))
+    (whole,) = transcribe(model, [source], Greedy(VOCABULARY), layout=Layout(60.0), stretch=math.inf)
+    (found,) = transcribe(model, [source], Greedy(VOCABULARY), layout=Layout(2.0, 0.5), stretch=stretch)
+    assert isinstance(found, Transcript) and isinstance(whole, Transcript)
+    assert len(whole.words) > 20
+    assert found.text == whole.text == Greedy(VOCABULARY)(model.emissions([torch.from_numpy(audio)])[0]).text
+    assert [(w.text, w.start, w.end) for w in found.words] == [
+        (w.text, pytest.approx(w.start), pytest.approx(w.end)) for w in whole.words
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0, 0, 0, 2, 2, 3, 4]), min_size=2, max_size=40))
+def test_a_pause_is_a_place_where_greedy_decoding_may_be_cut(ids: list[int]) -> None:
+    log_probs = torch.zeros(len(ids), len(VOCABULARY.labels))
+    log_probs[torch.arange(len(ids)), ids] = 5.0
+    cut = find_pause(log_probs, VOCABULARY)
+    assert len(ids) // 2 <= cut <= len(ids) or set(ids) & {3, 4} == set(ids)
+    decode = Greedy(VOCABULARY)
+    pieces = [decode(part).text for part in (log_probs[:cut], log_probs[cut:])]
+    pauses = [i for i in range(len(ids) // 2, len(ids)) if ids[i] == 2]
+    if pauses and (set(ids[pauses[-1] :]) & {3, 4}):  # a word ends and another one begins in the second half
+        assert " ".join(piece for piece in pieces if piece) == decode(log_probs).text
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("length", [0, 1, 37, 4_000, 50_001])
+def test_a_stream_is_what_one_shot_gives(rate: int, length: int) -> None:
+    samples = 0.3 * np.random.default_rng(0).standard_normal((length, 2)).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
+    file.seek(0)
+    with AudioFile(file) as opened:
+        found = np.concatenate(list(stream_audio(opened, seconds=0.3)))
+    np.testing.assert_allclose(found, resample(mix_down(samples), rate), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of several formats, rates and lengths; one longer than a window, one silent, one of 20 ms, an empty one."""
+    root = tmp_path_factory.mktemp("recordings")
+    for i, (name, seconds, rate) in enumerate(
+        [("a.wav", 1.3, 16_000), ("b.flac", 7.1, 8_000), ("deep/c.mp3", 2.2, 44_100), ("deep/d.ogg", 3.0, 48_000)]
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        soundfile.write(root / name, np.stack([sound(seconds, i, rate)] * 2, 1), rate)
+    soundfile.write(root / "e.wav", np.zeros(16_000), RATE)
+    soundfile.write(root / "f.wav", sound(0.02, 9), RATE)
+    soundfile.write(root / "g.wav", np.zeros(0), RATE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with attention, GroupNorm and statistics over the utterance, as models have them."""
+    folder = tmp_path_factory.mktemp("run")
+    made = recognizer(n_layer=1, n_head=4, conv_norm="group:8", utterance_norm=True, normalize_audio=True)
+    config = recipes.tiny_ctc()
+    config.model = made.model.config
+    assert isinstance(config, FinetuneConfig)
+    save_config(config, folder / "config.json")
+    made.vocabulary.save(folder / "vocab.json")
+    save_weights(made.model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_text_and_times_do_not_depend_on_the_batch(run: Path, recordings: Path, size: int) -> None:
+    model = load_recognizer(run)
+    sources, failures = find_sources([str(recordings)])
+    assert not failures and len(sources) == 7
+    single, batched = (
+        list(transcribe(model, sources, Greedy(model.vocabulary), layout=Layout(2.0, 0.4), batch_size=n))
+        for n in (1, size)
+    )
+    assert len("".join(t.text for t in single if isinstance(t, Transcript))) > 50
+    for one, other in zip(single, batched, strict=True):
+        assert isinstance(one, Transcript) and isinstance(other, Transcript)
+        assert (one.name, one.text, one.seconds) == (other.name, other.text, other.seconds)
+        assert [(w.text, w.start, w.end) for w in one.words] == [(w.text, w.start, w.end) for w in other.words]
+
+
+def test_a_short_file_is_heard_as_in_evaluation(run: Path, recordings: Path) -> None:
+    model = load_recognizer(run)
+    audio = torch.from_numpy(mix_down(soundfile.read(recordings / "a.wav", dtype="float32")[0]))
+    (found,) = transcribe(model, [source_of(str(recordings / "a.wav"))], Greedy(model.vocabulary))
+    assert isinstance(found, Transcript)
+    assert found.text == Greedy(model.vocabulary)(model.emissions([audio])[0]).text != ""
+
+
+def test_a_file_that_breaks_in_the_middle_is_a_failure_and_the_others_are_not(run: Path, tmp_path: Path) -> None:
+    model = load_recognizer(run)
+    for name in ("a.wav", "b.flac", "c.wav", "d.wav"):
+        soundfile.write(tmp_path / name, sound(4.0, 3), RATE, subtype=None if name == "b.flac" else "FLOAT")
+    whole = (tmp_path / "b.flac").read_bytes()
+    (tmp_path / "b.flac").write_bytes(whole[:20_000] + bytes(len(whole) - 20_000))
+    noise = sound(4.0, 3)
+    noise[50_000] = np.nan
+    soundfile.write(tmp_path / "c.wav", noise, RATE, subtype="FLOAT")
+    sources, _ = find_sources([str(tmp_path)])
+    found = list(transcribe(model, sources, Greedy(model.vocabulary), layout=Layout(1.0, 0.2), batch_size=2))
+    assert [type(result) for result in found] == [Transcript, Failure, Failure, Transcript]
+    assert isinstance(found[2], Failure) and "not finite" in found[2].reason
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in argv])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_one_bad_file_never_stops_the_others(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "text.wav").write_text("no audio")
+    bad = [tmp_path / "missing.wav", tmp_path / "text.wav", tmp_path / "nothing"]
+    code, out, err = call(capsys, "transcribe", run, bad[0], recordings / "a.wav", *bad[1:], recordings / "e.wav")
+    assert code == 1
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(recordings / name) for name in ("a.wav", "e.wav")]
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [
+        f"{bad[2]}: no audio files in this folder",
+        f"{bad[0]}: No such file or directory",
+        f"{bad[1]}: Format not recognised",
+    ]
+    assert err.splitlines()[-1].startswith("w2v2: failed: 3 of 5 could not be transcribed")
+
+
+def test_decoder_options_reach_the_decoder(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flashlight.lib.text")
+    audio, lexicon = recordings / "b.flac", tmp_path / "words.txt"
+    lexicon.write_text("GAGA\nHEGE\n")
+    layout = ["--window-seconds", "2", "--context-seconds", "0.5"]
+    _, greedy, _ = call(capsys, "transcribe", run, audio, *layout)
+    code, found, _ = call(capsys, "transcribe", run, audio, *layout, "--lexicon", lexicon, "--beam-size", "5")
+    assert code == 0 and found != greedy and set(found.split()) <= {"GAGA", "HEGE"}
+    code, free, _ = call(capsys, "transcribe", run, audio, *layout, "--beam-size", "1", "--beam-size-token", "1")
+    assert (code, free) == (0, greedy)
+    code, _, err = call(capsys, "transcribe", run, audio, "--beam-sise", "5")
+    assert code == 2 and "did you mean --beam-size" in err
+    code, _, err = call(capsys, "transcribe", run, audio, "--lm", tmp_path / "none.arpa")
+    assert code == 2 and "none.arpa" in err
+
+
+def test_silence_an_empty_file_and_twenty_milliseconds_are_no_failure(
+    run: Path, recordings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("f.wav", "g.wav"):
+        code, out, _ = call(capsys, "transcribe", run, recordings / name, "--format", "json")
+        assert code == 0 and json.loads(out)["seconds"] == pytest.approx(0.02 if name == "f.wav" else 0.0)
+    assert json.loads(out)["text"] == "" and json.loads(out)["words"] == []
+    assert call(capsys, "transcribe", run, recordings / "e.wav", "--format", "TextGrid")[0] == 0
+
+
+def test_standard_input_is_a_file_like_any_other(
+    run: Path, recordings: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected, _ = call(capsys, "transcribe", run, recordings / "deep" / "c.mp3")
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe((recordings / "deep" / "c.mp3").read_bytes())))
+    assert call(capsys, "transcribe", run, "-")[:2] == (0, expected)
+
+
+def test_a_folder_becomes_a_folder_and_names_do_not_clash(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    same = tmp_path / "a.flac"
+    soundfile.write(same, sound(1.0, 5), RATE)
+    assert call(capsys, "transcribe", run, recordings, same, "--out", out, "--format", "srt")[:2] == (0, "")
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
+    assert found == ["a.flac.srt", "a.wav.srt", "b.srt", "deep/c.srt", "deep/d.srt", "e.srt", "f.srt", "g.srt"]
+    (tmp_path / "deep").mkdir()
+    soundfile.write(tmp_path / "deep" / "a.flac", sound(1.0, 5), RATE)
+    code, _, err = call(capsys, "transcribe", run, same, tmp_path / "deep" / "a.flac", "--out", tmp_path / "other")
+    assert code == 2 and "would both go to a.flac.txt" in err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "srt"], "--format srt holds one recording, got 2; name a folder with --out"),
+        (["--format", "srt", "--timestamps", "char"], "has times of words"),
+        (["--format", "ctm", "--timestamps", "none"], "is made of times"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--window-seconds", "5"], "longer than its two contexts"),
+        (["--context-seconds", "nan"], "longer than its two contexts"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--out", __file__], "is a file; expected a folder"),
+        (["--wrong", "1"], "--wrong"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    run: Path, recordings: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, "transcribe", run, recordings / "a.wav", recordings / "e.wav", *options)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_a_model_without_ctc_head_is_refused(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipes.tiny()
+    save_config(config, tmp_path / "config.json")
+    save_weights(config.model.build(), tmp_path)
+    for verb in (["transcribe"], ["align"]):
+        code, _, err = call(capsys, *verb, tmp_path, recordings / "a.wav", *(["A"] if verb == ["align"] else []))
+        assert code == 2 and "no CTC head" in err and "w2v2 finetune" in err
+
+
+def test_align_writes_the_given_words(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("abba\ncafe\n")
+    said = {}
+    for text in ("abba cafe", tmp_path / "text.txt"):
+        code, said[str(text)], _ = call(capsys, "align", run, recordings / "b.flac", text, "--format", "json")
+        assert code == 0
+    first, second = said.values()
+    assert first == second
+    words = json.loads(first)["words"]
+    assert [word["text"] for word in words] == ["ABBA", "CAFE"]
+    assert all(0 <= word["start"] < word["end"] <= 7.1 and word["score"] < 0 for word in words)
+    code, out, _ = call(capsys, "align", run, recordings / "b.flac", "abba", "--timestamps", "char")
+    assert code == 0 and out.count('text = "B"') == 2
+
+
+def test_align_takes_a_corpus_and_leaves_out_what_does_not_fit(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in (("a", "ABBA"), ("b", "ZEBRA"), ("c", "CAFE " * 100), ("d", "")):
+        soundfile.write(tmp_path / f"{name}.wav", sound(2.0, 1), RATE)
+        (tmp_path / f"{name}.txt").write_text(text)
+    code, out, err = call(capsys, "align", run, tmp_path, "--format", "ctm")
+    assert code == 1 and [line.split()[4] for line in out.splitlines()] == ["ABBA"]
+    assert "2 of 3 could not be aligned" in err
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "b.wav: no label for R Z" in lines[0] and "c.wav: a text of 500 labels needs" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("audio", "text", "message"),
+    [
+        ("a.wav", ["ÄH"], "no label for Ä: the model knows A B C"),
+        ("a.wav", ["A" * 500], "needs at least 1000 frames, the audio has 65"),
+        ("f.wav", ["CAFE"], "frames, the audio has"),
+        ("a.wav", [""], "no text to align"),
+        ("a.wav", [], "name the text of"),
+        ("", ["A"], "is a folder, whose transcripts lie beside the audio"),
+        ("deep", [], "no transcripts in"),
+    ],
+)
+def test_a_text_that_cannot_be_aligned_is_one_line(
+    run: Path, recordings: Path, capsys: pytest.CaptureFixture[str], audio: str, text: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, "align", run, recordings / audio, *text)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_windows_too_short_for_their_context_are_refused() -> None:
+    with pytest.raises(UsageError, match="got 6 s with 3 s"):
+        Layout(6.0, 3.0)
