@@ -382,8 +382,8 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         )
         context = self.out_linear(x.flatten(0, 1)[draws.masked])
 
-        source = projected if config.target_features == "projected" else normalised
-        source = F.dropout(source.flatten(0, 1)[draws.masked], config.dropout_features, self.training)
+        source = self._to_quantize(normalised, projected)[draws.masked]
+        source = F.dropout(source, config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
         masked = [sum(draws.counts[part]) for part in draws.parts()]
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
@@ -421,6 +421,26 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             },
             num_targets=len(draws.masked),
         )
+
+    def _to_quantize(self, normalised: Tensor, projected: Tensor) -> Tensor:
+        """(all frames laid end to end, width)."""
+        source = projected if self.config.target_features == "projected" else normalised
+        return source.flatten(0, 1)
+
+    def codes(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+        """The entry of each codebook for each frame, nothing masked: in evaluation mode the targets of ``forward``.
+
+        Args:
+            audio, lengths: as for ``encode``.
+
+        Returns:
+            (B, T, G) int64, zero after an utterance's end, and the frames T of each utterance.
+        """
+        frames, packed = self.frame_lengths(audio, lengths)
+        features = self.feature_projection(self.feature_encoder(audio, lengths if packed else None), packed)
+        codes = self.quantizer(self._to_quantize(*features), self.config.gumbel_end).codes
+        rows = codes[None] if packed else codes.unflatten(0, (len(frames), -1))
+        return unpack(rows, packed), frames
 
     def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Figures from metrics summed over batches and ranks; perplexities are of the whole, not means of parts.
