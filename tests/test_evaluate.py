@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import WORDS as VOICES
 from conftest import sound, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -403,8 +405,8 @@ def test_options_of_recognisers_are_refused_for_a_pretraining_run_and_missing_ru
     run.mkdir()
     save_config(recipes.tiny(), run / CONFIG)
     argv = ["--data", str(corpus), "--split", "test"]
-    assert main(["evaluate", str(run), *argv, "--against", "x", "--device", "cpu"]) == 2
-    assert "has no CTC head, so --against, --device cannot be used" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *argv, "--lm", "x", "--against", "y", "--beam-size", "3"]) == 2
+    assert "has no CTC head, so --lm, --against, --beam-size cannot be used" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "none"), *argv, "--against", "x"]) == 2
     assert "expected a finished run folder" in capsys.readouterr().err
     assert main(["evaluate", str(ctc), *argv, "--device", "gpu"]) == 2
@@ -423,6 +425,67 @@ def test_evaluation_needs_no_files_of_its_own(corpus):
         tally = evaluate(recognizer, Greedy(vocabulary), loader, nowhere)
     assert tally.all.utterances == len(split)
     assert tally.all.seconds == pytest.approx(split.seconds, abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def manifest(corpus, tmp_path_factory):
+    """A copy of the corpus, prepared, whose audio a test may take away; and an LM of its training transcripts."""
+    root = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(corpus, root / "audio")
+    assert main(["prepare", str(root / "audio"), str(root / "corpus"), "--jobs", "1"]) == 0
+    assert main(["lm", "--data", str(corpus), str(root / "words.arpa"), "--order", "2"]) == 0
+    return root
+
+
+def test_with_an_lm_only_its_words_are_heard_and_its_weights_are_tuned_on_kept_log_probabilities(
+    ctc, manifest, tmp_path, capsys
+):
+    pytest.importorskip("flashlight.lib.text")
+    argv = ["evaluate", str(ctc), "--data", str(manifest / "corpus"), "--workers", "0", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "greedy")]) == 0
+    greedy = json.loads(capsys.readouterr().out)
+    assert greedy["decoder"] == {}
+    call = [*argv, "--lm", str(manifest / "words.arpa"), "--tune", "valid", "--trials", "3", "--beam-size", "20"]
+    assert main([*call, "--out", str(tmp_path / "lm"), "--against", str(tmp_path / "greedy")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {word for row in rows_of(tmp_path / "lm") for word in row["hypothesis"].split()} <= set(VOICES)
+    about = found["decoder"]
+    assert (about["beam_size"], about["tuned_on"], about["lexicon"]) == (20, "valid", None)
+    assert about["lm"] == str(manifest / "words.arpa")
+    assert found["against"]["wer"]["difference"] == pytest.approx(found["wer"] - greedy["wer"])
+
+    for path in (manifest / "audio" / "dev-clean").rglob("*.flac"):
+        path.unlink()  # what was computed of it is kept
+    assert main([*call, "--out", str(tmp_path / "again")]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["decoder"] == about and again["wer"] == found["wer"]
+    weights = ["--lm-weight", str(about["lm_weight"]), "--word-score", str(about["word_score"]), "--beam-size", "20"]
+    assert main([*argv, "--lm", str(manifest / "words.arpa"), *weights, "--out", str(tmp_path / "given")]) == 0
+    given = json.loads(capsys.readouterr().out)
+    assert given["decoder"] == about | {"tuned_on": None} and given["wer"] == found["wer"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tune", "valid"], "--tune looks for weights of an LM and of words"),
+        (["--tune", "dev"], "--tune must be one of train, valid, test"),
+        (["--lm", "words.arpa", "--tune", "test"], "--tune test is what is scored"),
+        (["--trials", "3"], "--trials is of --tune SPLIT"),
+        (["--lm", "none.arpa"], "no file none.arpa"),
+        (["--beam-size", "0"], "beam_size of a beam search must be 1 or more, got 0"),
+        (["--beam-width", "3"], "Unrecognized options: --beam-width"),
+        (["--hot-words", "ÄÖ"], "cannot be spelled"),
+    ],
+)
+def test_mistakes_about_decoders_are_one_line(ctc, manifest, tmp_path, capsys, monkeypatch, options, message):
+    pytest.importorskip("flashlight.lib.text")
+    monkeypatch.chdir(manifest)
+    out = tmp_path / "out"
+    assert main(["evaluate", str(ctc), "--data", "corpus", "--workers", "0", "--out", str(out), *options]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert not out.exists()
 
 
 def documented(section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,9 +23,12 @@ from w2v2.scoring import COUNTS, Tally
 from w2v2.significance import Units, paired_difference
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from w2v2.data.datamodule import Batch
-    from w2v2.decode import Decoder
+    from w2v2.decode import BeamConfig, Decoder
     from w2v2.recognizer import Recognizer
+    from w2v2.tuning import EmissionCache, Tuning
 
 SCHEMA = 1
 """Of ``evaluation.json`` and ``hypotheses.jsonl``; their keys change only with it."""
@@ -91,6 +94,39 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
             "with transcripts"
         )
     return tally
+
+
+def tune_weights(
+    recognizer: Recognizer,
+    make: Callable[[BeamConfig], Decoder],
+    batches: Iterable[Batch],
+    references: Mapping[str, str],
+    cache: EmissionCache,
+    *,
+    start: BeamConfig,
+    trials: int,
+    progress: Callable[[str, float], None],
+) -> Tuning:
+    """``tuning.tune`` on utterances whose log-probabilities are computed where the cache lacks them.
+
+    Args:
+        batches: as for ``evaluate``; not asked for any where the cache has all.
+        references: text of each utterance that has one, as the vocabulary spells it.
+    """
+
+    def missing() -> Iterator[tuple[str, Tensor]]:
+        for batch in batches:
+            wanted = [i for i, name in enumerate(batch.ids) if name in references and name not in cache]
+            lengths = batch.lengths.tolist()
+            rows = recognizer.emissions([batch.audio[i, : lengths[i]] for i in wanted])
+            yield from zip((batch.ids[i] for i in wanted), rows, strict=True)
+            progress("emissions", min(1.0, (len(cache) + 1) / len(references)))
+
+    from w2v2.tuning import tune
+
+    if any(name not in cache for name in references):
+        cache.fill(missing())
+    return tune(make, cache, references, start=start, trials=trials, progress=progress)
 
 
 def run_evaluation(
