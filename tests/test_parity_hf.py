@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from w2v2 import recipes
+from w2v2.losses import ctc_loss
 from w2v2.model.masking import Draws, sample_distractors
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 
@@ -320,6 +321,37 @@ def test_ctc_log_probabilities_are_the_same(preset):
     audio = audio_of(2, 8_000)
     with torch.no_grad():
         torch.testing.assert_close(mine(audio)[0], other(audio).logits.log_softmax(-1), **close)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("lengths", [(7, 3, 5), (1, 12, 4)])
+def test_ctc_loss_and_gradients_are_the_same(preset, lengths):
+    """Of utterances of one length: with padding Hugging Face's GroupNorm models give outputs that depend on the batch.
+
+    Its loss is summed with ``ctc_loss_reduction="sum"``, as here; labels beyond a transcript are -100 there.
+    """
+    model, hf, names = copied(preset)
+    torch.manual_seed(0)
+    mine, other = Wav2Vec2ForCTC(model.config, 11), transformers.Wav2Vec2ForCTC(hf.config)
+    mine.load_state_dict(model.state_dict(), strict=False)
+    other.wav2vec2.load_state_dict(hf.wav2vec2.state_dict())
+    other.lm_head = torch.nn.Linear(WIDTH, 11)
+    other.lm_head.load_state_dict(mine.lm_head.state_dict())
+    other.config.update({"vocab_size": 11, "pad_token_id": 0, "ctc_loss_reduction": "sum", "ctc_zero_infinity": True})
+    mine.eval(), other.eval()
+    audio = audio_of(3, 8_000)
+    labels = torch.full((3, max(lengths)), -100)
+    for row, n in zip(labels, lengths, strict=True):
+        row[:n] = torch.randint(1, 11, (n,))
+        row[n // 2 : n // 2 + 1] = row[n // 2 - 1 : n // 2] if n > 1 else row[:1]  # a label twice in a row
+    log_probs, frames = mine(audio)
+    loss = ctc_loss(log_probs, frames, labels.clamp(min=0), torch.tensor(lengths), blank=0)
+    hf_loss = other(audio, labels=labels).loss
+    torch.testing.assert_close(loss, hf_loss, atol=0, rtol=1e-5)
+    heads = {name: name for name in ("lm_head.weight", "lm_head.bias")}
+    theirs_by_ours = {name: names[name] for name, _ in mine.named_parameters() if name in names} | heads
+    without = compare_gradients(mine, other, theirs_by_ours, loss, hf_loss)
+    assert without == key_biases(model) | {"mask_vector"}  # nothing is masked in evaluation
 
 
 def test_frame_counts_are_the_same():

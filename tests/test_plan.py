@@ -13,18 +13,16 @@ from w2v2 import recipes
 from w2v2.cli import main
 from w2v2.config import PretrainConfig
 from w2v2.errors import UsageError
+from w2v2.flops import forward_flops, peak_flops, training_flops, utilisation
 from w2v2.plan import (
     Measured,
     Plan,
     batch_hours,
-    forward_flops,
     make_plan,
     measure,
     middle_mean,
-    peak_flops,
     published_wer,
     settle,
-    training_flops,
 )
 
 NANO = [
@@ -86,6 +84,13 @@ def test_peaks_are_found_by_the_device_name_and_unknown_ones_are_none() -> None:
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
     assert peak_flops("NVIDIA L40S") is None
     assert peak_flops("CPU, 2 threads") is None
+
+
+def test_utilisation_is_the_share_of_all_devices_peak() -> None:
+    # 45.1 GFLOP per second of audio; 8 A100 that take 27,660 s of it a second do half of their 312 TFLOP/s each
+    flops = training_flops(recipes.paper_base().model, 12.0)
+    assert utilisation(flops, 27_660, 8, 312e12) == pytest.approx(0.5, abs=0.001)
+    assert utilisation(flops, 27_660, 4, 312e12) == pytest.approx(1.0, abs=0.002)
 
 
 @pytest.mark.parametrize(("gpus", "accumulate"), [(1, 64), (2, 32), (8, 8), (64, 1)])

@@ -1,4 +1,4 @@
-"""Every pretraining recipe by the commands of its own docstring, shrunk; and what ``adapt`` takes from a run."""
+"""Every recipe by the commands of its own docstring, shrunk; and what ``adapt`` takes from a run."""
 
 import csv
 import json
@@ -13,9 +13,10 @@ import torch
 from w2v2 import recipes
 from w2v2.checkpoint import load_pretrained, save_weights
 from w2v2.cli import main
-from w2v2.config import PretrainConfig, load_config, save_config
+from w2v2.config import FinetuneConfig, PretrainConfig, load_config, save_config
 from w2v2.model.quantizer import gumbel_temperature
 from w2v2.recipes import recipe_names
+from w2v2.verbs.settings import override
 
 FEWER = (
     "--train.max-steps 2 --train.log-every 1 --train.val-every 2 --train.checkpoint-every 2 --train.accumulate 1 "
@@ -63,12 +64,59 @@ def test_the_commands_of_a_recipe_run_for_two_steps(
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("name", recipe_names(PretrainConfig))
+@pytest.mark.parametrize("name", recipe_names(FinetuneConfig))
+def test_the_commands_of_a_ctc_recipe_run_for_two_steps(
+    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("LibriSpeech", "my_speech"):
+        (tmp_path / folder).symlink_to(corpus)
+    found = commands(name)
+    assert found and all(words[:3] == ["w2v2", "finetune", name] for words in found)
+    for words in found:
+        shape = [*shlex.split(FEWER), "--channel-mask-length", "16"]
+        if "--init-from" in words:
+            start = Path(words[words.index("--init-from") + 1])
+            start.mkdir(parents=True)
+            config = override(getattr(recipes, start.name)(), thin(recipes.base()), "test")
+            save_config(config, start / "config.json")
+            save_weights(config.model.build(), start)
+        else:
+            shape += thin(recipes.base())
+        assert main([*words[1:], *shape]) == 0
+        out = Path(words[words.index("--out") + 1])
+        with (out / "metrics.csv").open() as file:
+            losses = [float(row["train/loss"]) for row in csv.DictReader(file)]
+        assert len(losses) == 2 and all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_the_ctc_recipes_are_the_published_table() -> None:
+    """Updates, peak, time and channel share, LayerDrop, frozen updates of fairseq's base_*.yaml."""
+    table = {
+        "ctc_10m": (13_000, 5e-5, 0.65, 0.25, 0.1, 10_000),
+        "ctc_1h": (13_000, 5e-5, 0.65, 0.25, 0.1, 10_000),
+        "ctc_10h": (20_000, 5e-5, 0.65, 0.5, 0.05, 10_000),
+        "ctc_100h": (80_000, 3e-5, 0.65, 0.5, 0.1, 0),
+        "ctc_960h": (320_000, 1e-4, 0.5, 0.1, 0.1, 0),
+    }
+    for name, row in table.items():
+        config = getattr(recipes, name)()
+        schedule, model = config.optim.schedule, config.model
+        settings = (schedule.total_steps, schedule.peak, model.mask_prob, config.channel_mask_prob)
+        assert (*settings, model.layer_drop, config.freeze_encoder_steps) == row, name
+        assert config.data.batch_seconds * config.train.accumulate == 1600
+        assert (model.mask_length, config.channel_mask_length, model.conv_gradient_scale) == (10, 64, 0.0)
+        assert (model.dropout, model.attention_dropout, model.dropout_input) == (0.0, 0.0, 0.0)
+        assert (model.activation_dropout, config.optim.eps, config.optim.weight_decay) == (0.1, 1e-8, 0.0)
+        assert config.optim.clip_norm is None
+
+
+@pytest.mark.parametrize("name", [*recipe_names(PretrainConfig), *recipe_names(FinetuneConfig)])
 def test_a_recipe_says_its_hardware_hours_and_metrics(name: str) -> None:
     text = (getattr(recipes, name).__doc__ or "").lower()
     assert re.search(r"gpu|v100|cpu|cores", text)
     assert re.search(r"hours|days|in \d+ s", text)
-    assert re.search(r"accuracy|wer|metrics: not measured", text)
+    assert re.search(r"accuracy|\bwer\b|metrics: not measured", text)
     assert "published" in text or "not measured" in text or "log.md" in text
 
 

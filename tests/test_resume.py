@@ -85,6 +85,47 @@ def test_auto_starts_what_is_not_there_and_resumes_what_is(recipe: str, corpus: 
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5]
 
 
+SLURM = {
+    "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+}  # fmt: skip
+
+
+def test_a_slurm_job_saves_itself_when_it_is_warned_and_lightning_does_not_requeue_it_too(
+    recipe: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another run of Lightning, which it would take up")
+    out = tmp_path / "run"
+    process = start(command(recipe, corpus, out, "--resume", "auto"), cwd=tmp_path)
+    until(process, out, 9)
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("w2v2: SIGUSR1 at step ") and "requeu" not in said
+    step = int(last.split("step ")[1].split(":")[0])
+    assert (out / "checkpoints" / f"step={step:08d}.ckpt").exists()
+    assert not list(out.rglob("hpc_ckpt*"))
+
+
+def test_w_and_b_gets_the_figures_too(
+    recipe: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = tmp_path / "run"
+    options = ["--train.wandb", "probe", "--train.max-steps", "3", "--data.num-workers", "0"]
+    code, said = finish(command(recipe, corpus, out, *options), cwd=tmp_path)
+    assert code == 0, said
+    assert list(losses(out)) == [1, 2, 3]
+    (written,) = out.glob("wandb/offline-run-*/*.wandb")
+    content = written.read_bytes()
+    for name in (b"train/loss", b"train/code_perplexity", b"valid/accuracy_all_masked", b"n_entries"):
+        assert name in content, name
+
+
 @pytest.fixture(scope="module")
 def stopped(recipe: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stopped") / "run"

@@ -25,7 +25,7 @@ from w2v2.recognizer import load_recognizer
 from w2v2.tasks.finetune import FinetuneTask, evaluate_recognizer, finetune
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
 from w2v2.text import Vocabulary
-from w2v2.train import evaluate_pretrained, pretrain, tune
+from w2v2.train import check_precision, evaluate_pretrained, pretrain, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_100_steps.csv"
 
@@ -378,7 +378,31 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(corpus: Path)
 
 
 def test_a_corpus_without_validation_is_refused_in_a_line(corpus: Path, tmp_path: Path) -> None:
-    splits = {"train": read_corpus(corpus)["train"]}
-    with pytest.raises(UsageError, match="valid"):
-        pretrain(nano(), splits, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    train = read_corpus(corpus)["train"]
+    for splits in ({"train": train}, {"train": train, "valid": Split.of([])}):
+        with pytest.raises(UsageError, match=r"validate on: expected a split 'valid', got train \(16\)"):
+            pretrain(nano(), splits, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_folder_is_left_as_it_is(run: Path, corpus: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"is not empty; choose another --out, or go on with --resume"):
+        pretrain(nano(seed=1), read_corpus(corpus), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu", "bf16", "said"),
+    [
+        ("16-mixed", "", False, "16-mixed needs a CUDA device; on a CPU use 32-true"),
+        ("bf16-mixed", "Tesla V100-SXM2-16GB", False, "Tesla V100-SXM2-16GB has none; use 16-mixed"),
+        ("bf16-true", "Tesla T4", False, "bf16-true needs a GPU with bf16"),
+    ],
+)
+def test_a_precision_that_the_device_lacks_is_refused(precision: str, gpu: str, bf16: bool, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        check_precision(precision, gpu, bf16=bf16)
+    check_precision("32-true", gpu, bf16=bf16)
+    check_precision("bf16-mixed", "NVIDIA H100 80GB HBM3", bf16=True)
+    check_precision("bf16-mixed", "", bf16=False)

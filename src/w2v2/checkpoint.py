@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +21,14 @@ WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.json"
 
 
 def save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Write a model's ``model.safetensors``."""
+    save_state(model.state_dict(), folder)
+
+
+def save_state(state: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write ``model.safetensors``, whole or not at all."""
     partial = folder / (WEIGHTS + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
     os.replace(partial, folder / WEIGHTS)
 
 
@@ -48,10 +54,10 @@ def load_weights(model: M, folder: Path) -> M:
 
 
 def load_encoder(model: Wav2Vec2, folder: Path) -> None:
-    """Fill the encoder part of any model from a pretraining run; heads on either side are left out, nothing else is."""
+    """Fill the encoder part of any model from any run's weights; heads on either side are left out, nothing else is."""
     names = Wav2Vec2(model.config).state_dict().keys()
     heads = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
-    state = {name: tensor for name, tensor in _read(folder).items() if not name.startswith(_PRETRAINING_HEADS)}
+    state = {name: tensor for name, tensor in _read(folder).items() if not name.startswith(_HEADS)}
     missing, unexpected = sorted(names - state.keys()), sorted(state.keys() - names)
     own = model.state_dict()
     reshaped = [name for name in names & state.keys() if own[name].shape != state[name].shape]
@@ -63,7 +69,7 @@ def load_encoder(model: Wav2Vec2, folder: Path) -> None:
     model.load_state_dict(state | heads)
 
 
-_PRETRAINING_HEADS = ("quantizer.", "project_q.", "out_linear.")
+_HEADS = ("quantizer.", "project_q.", "out_linear.", "lm_head.")
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from w2v2.errors import UsageError
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.optim import OptimConfig
+from w2v2.units import Characters, Phonemes, SentencePieces
 
 T = TypeVar("T")
 
@@ -75,6 +76,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more
     time."""
+    shard: bool = False
+    """Share parameters, gradients and optimiser state out over the processes, block by block (FSDP2), instead of
+    keeping all of them on each (DDP): for models that would not fit otherwise. The numbers are the same."""
     compile: bool = False
     """``torch.compile`` each block."""
     sentinel: bool = True
@@ -154,6 +158,15 @@ class FinetuneConfig:
     """Channels of a span (``mask_channel_length``)."""
     freeze_encoder_steps: int = 0
     """Optimiser steps in which only the output layer learns (``freeze_finetune_updates``)."""
+    layer_decay: float = 1.0
+    """Learning rate of a block as a share of that of the one above it; the top block's is the schedule's times this,
+    the feature encoder's the lowest, the output layer has the whole (``layer_decay``). 1: off, as published."""
+    lora_rank: int = 0
+    """Rank of the update that queries and values learn while the pretrained weights stay (arXiv:2106.09685); 0: off."""
+    lora_alpha: float = 16.0
+    """The update is multiplied by this over the rank."""
+    units: Characters | Phonemes | SentencePieces = field(default_factory=Characters)
+    """What the labels are; the recipe chooses which."""
     data: DataConfig = field(default_factory=DataConfig)
     """Audio with transcripts."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -167,9 +180,38 @@ class FinetuneConfig:
         self.model = dataclasses.replace(pretrained, **kept)
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is written."""
+        """Refuse what cannot work, before anything is written.
+
+        Raises:
+            UsageError: with the field, what it must be, and what it is.
+        """
         check_model(self.model)
         check_run(self.data, self.train)
+        for name, frozen in (("--freeze-encoder-steps", self.freeze_encoder_steps), ("--lora-rank", self.lora_rank)):
+            if self.train.shard and frozen:
+                raise UsageError(f"--train.shard cannot freeze weights: it needs {name} 0, got {frozen}")
+        least = 3 if self.model.mask_prob > 0 else 1
+        if self.model.frames([int(self.data.min_seconds * SAMPLE_RATE)])[0] < least:
+            raise UsageError(
+                f"--data.min-seconds must leave {least} frames or more of every utterance, such as 0.1, "
+                f"got {self.data.min_seconds:g}"
+            )
+        width = self.model.n_embd
+        if self.channel_mask_prob > 0 and not 0 < self.channel_mask_length <= width // 2:
+            raise UsageError(
+                f"--channel-mask-length must be at most half of the {width} channels, got {self.channel_mask_length}; "
+                "give a shorter one, or --channel-mask-prob 0"
+            )
+        ranges = {
+            "--channel-mask-prob": (self.channel_mask_prob, 0 <= self.channel_mask_prob < 1, "0 to 1"),
+            "--freeze-encoder-steps": (self.freeze_encoder_steps, self.freeze_encoder_steps >= 0, "0 or more"),
+            "--layer-decay": (self.layer_decay, 0 < self.layer_decay <= 1, "more than 0, at most 1"),
+            "--lora-rank": (self.lora_rank, 0 <= self.lora_rank <= width, f"0 to {width}"),
+            "--lora-alpha": (self.lora_alpha, self.lora_alpha > 0, "more than 0"),
+        }
+        for name, (value, fine, expected) in ranges.items():
+            if not fine:
+                raise UsageError(f"{name} must be {expected}, got {value:g}")
 
 
 _OF_A_PRETRAINING_RECIPE = (

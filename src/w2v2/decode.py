@@ -142,27 +142,20 @@ def word_times(hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable
     Args:
         seconds: time of a frame, such as ``Wav2Vec2Config.frame_seconds``.
     """
-    groups: list[list[int]] = [[]]
-    for place, label in enumerate(hypothesis.ids):
-        if label == vocabulary.boundary:
-            groups.append([])
-        else:
-            groups[-1].append(place)
-    spelled = [(vocabulary.decode([hypothesis.ids[i] for i in group]), group) for group in groups]
-    words = [(text, group) for text, group in spelled if text]
+    words = [(vocabulary.decode(hypothesis.ids[place]), place) for place in vocabulary.words(hypothesis.ids)]
+    words = [(text, place) for text, place in words if text]
     said = hypothesis.text.split()
     if len(said) == len(words):  # a lexicon may spell words otherwise than they are written
-        words = [(text, group) for text, (_, group) in zip(said, words, strict=True)]
+        words = [(text, place) for text, (_, place) in zip(said, words, strict=True)]
     return [
-        Word(text, seconds(hypothesis.starts[group[0]]), seconds(hypothesis.ends[group[-1]])) for text, group in words
+        Word(text, seconds(hypothesis.starts[place][0]), seconds(hypothesis.ends[place][-1])) for text, place in words
     ]
 
 
 def char_times(hypothesis: Hypothesis, vocabulary: Vocabulary, seconds: Callable[[int], float]) -> list[Word]:
     """Labels of a hypothesis that stand for text, characters as a rule, each from its first frame to its last."""
-    nothing = {vocabulary.boundary, *vocabulary.silent}
     return [
         Word(vocabulary.labels[label], seconds(start), seconds(end))
         for label, start, end in zip(hypothesis.ids, hypothesis.starts, hypothesis.ends, strict=True)
-        if label not in nothing
+        if label not in vocabulary.special
     ]

@@ -12,7 +12,7 @@ class StoppedError(Exception):
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.exit_code = 75 if number == signal.SIGTERM else 130  # EX_TEMPFAIL; what shells give for Ctrl-C
+        self.exit_code = 130 if number == signal.SIGINT else 75  # what shells give for Ctrl-C; EX_TEMPFAIL
 
 
 class JobError(RuntimeError):

@@ -1,6 +1,6 @@
-"""The pretraining losses as pure fp32 functions that return sums over the masked frames (paper 3.2).
+"""The losses as pure fp32 functions that return sums over the targets: masked frames (paper 3.2), utterances for CTC.
 
-The caller divides once, by the number of masked frames of the whole optimiser step: see ``tasks/pretrain.py``.
+The caller divides once, by the number of targets of the whole optimiser step: see ``tasks/pretrain.py``.
 Legend: B utterances, M masked frames of all of them, N of one, K distractors, P similarity space, G groups.
 """
 
@@ -111,3 +111,29 @@ def feature_penalty(features: Tensor, num_targets: int) -> Tensor:
     """Mean square of the conv stack's raw output, over all frames, times the number of targets (``features_pen``)."""
     with torch.autocast(features.device.type, enabled=False):
         return num_targets * features.float().square().mean()
+
+
+def ctc_loss(
+    log_probs: Tensor, frames: Sequence[int], targets: Tensor, target_lengths: Tensor, *, blank: int
+) -> Tensor:
+    """CTC in nats, summed over utterances (fairseq ``ctc``, ``zero_infinity``).
+
+    Args:
+        log_probs: (B, T, labels) float32.
+        frames: of each utterance.
+        targets: (B, U) int64: with this type torch takes its own kernel, as published, not cuDNN's.
+        target_lengths: (B,) int64, on the host.
+        blank: id of the blank.
+
+    Returns:
+        Scalar; utterances whose labels do not fit in their frames cost nothing.
+    """
+    return F.ctc_loss(
+        log_probs.float().transpose(0, 1),  # (B, T, labels) -> (T, B, labels)
+        targets,
+        torch.tensor(frames),
+        target_lengths,
+        blank=blank,
+        reduction="sum",
+        zero_infinity=True,
+    )

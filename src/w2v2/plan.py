@@ -28,13 +28,10 @@ import torch
 from w2v2.config import DataConfig, PretrainConfig, load_config, save_config
 from w2v2.data.corpora import Split, Splits, read_corpora
 from w2v2.errors import JobError, UsageError
-from w2v2.model.feature_encoder import output_lengths
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
+from w2v2.flops import peak_flops, training_flops, utilisation
+from w2v2.model.wav2vec2 import SAMPLE_RATE
 
 WARM_UP_STEPS = 5
-
-# Dense bf16 (V100: fp16) FLOP/s of the tensor cores, from the vendor's data sheets; by a part of the device's name.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L4": 121e12, "RTX 4090": 165e12}
 
 # Hours heard, greedy WER on test-clean and test-other after fine-tuning on 100 h; middles of the published ranges.
 _WER = (
@@ -43,60 +40,6 @@ _WER = (
 )  # fmt: skip
 _BASE_SIZE = 50_000_000
 _SAFE_SECONDS = 150
-
-
-# --- FLOPs ------------------------------------------------------------------------------------------------------------
-
-
-def forward_flops(config: Wav2Vec2Config, seconds: float) -> dict[str, float]:
-    """FLOPs (two per multiply and add) of one pretraining forward pass, per second of audio, in crops of ``seconds``.
-
-    ``convolutions``, ``linears`` of the blocks, ``attention`` (both products), ``positional``, and ``rest``: the
-    feature projection and, for the frames that are masked, quantizer, projections and cosines. Norms and activations
-    are not counted, and every block is, LayerDrop or not.
-    """
-    samples = round(seconds * SAMPLE_RATE)
-    convolutions, fan_in = 0.0, 1
-    for i, (width, kernel) in enumerate(zip(config.conv_channels, config.conv_kernel_sizes, strict=True)):
-        shape = (config.conv_kernel_sizes, config.conv_strides, config.conv_paddings)
-        length = output_lengths([samples], *(part[: i + 1] for part in shape))[0]
-        convolutions += 2 * fan_in * width * kernel * length
-        fan_in = width
-    frames, d = config.frames([samples])[0], config.n_embd
-    masked = frames * expected_coverage(config.mask_prob, config.mask_length)
-    codes = config.n_groups * config.codebook_dim
-    space = config.similarity_dim or codes
-    target = d if config.target_features == "projected" else fan_in
-    heads = target * config.n_groups * config.n_entries + d * space + masked * space
-    heads += codes * space if config.similarity_dim is not None else 0
-    total = {
-        "convolutions": convolutions,
-        "linears": config.n_layer * 2 * (4 * d * d + 2 * d * config.ffn_dim) * frames,
-        "attention": config.n_layer * 4 * frames * frames * d,
-        "positional": 2 * config.pos_conv_kernel * (d // config.pos_conv_groups) * d * frames,
-        "rest": 2 * fan_in * d * frames + 2 * heads * masked,
-    }
-    return {name: value / seconds for name, value in total.items()}
-
-
-def training_flops(config: Wav2Vec2Config, seconds: float) -> float:
-    """FLOPs of pretraining per second of audio, in crops of ``seconds``: three times those of the forward pass.
-
-    Times audio-seconds per second, over :func:`peak_flops`, it gives the utilisation.
-    """
-    return 3 * sum(forward_flops(config, seconds).values())
-
-
-def peak_flops(device: str) -> float | None:
-    """Peak dense FLOP/s in bf16 of a GPU (``torch.cuda.get_device_name``), fp16 on a V100; None: not known."""
-    words = device.replace("-", " ").split()
-    found = [peak for name, peak in _PEAKS.items() if name in device and (" " in name or name in words)]
-    return found[0] if found else None
-
-
-def expected_coverage(prob: float, span: int) -> float:
-    """Share of frames masked in a long utterance: a start at each frame with ``prob / span``, spans may overlap."""
-    return 1.0 - max(1.0 - prob / span, 0.0) ** span
 
 
 # --- Measurement ------------------------------------------------------------------------------------------------------
@@ -384,7 +327,7 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
         largest = float(f"{config.data.batch_seconds * share:.2g}")
     peak_speed = peak_flops(measured.device)
     speed = heard / seconds
-    flops = training_flops(config.model, config.data.max_seconds) * speed / devices
+    flops = training_flops(config.model, config.data.max_seconds)
     hours = heard * updates / 3600
     return Plan(
         recipe=config.recipe,
@@ -405,7 +348,7 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
         memory_limit_gb=memory,
         largest_batch_seconds=largest,
         wer=published_wer(hours) if measured.parameters >= _BASE_SIZE else None,
-        utilisation=flops / peak_speed if peak_speed else None,
+        utilisation=utilisation(flops, speed, devices, peak_speed) if peak_speed else None,
         warnings=tuple(_warnings(recipe, config, measured.parameters, hours, needed, memory)),
         command=_command(recipe, config),
         measured=measured,

@@ -69,6 +69,9 @@ PANELS = {
     "learning_rate": ("Learning rate", "learning rate"),
     "cer": ("Character error rate (CER)", "% of characters"),
     "wer": ("Word error rate (WER)", "% of words"),
+    "blank_share": ("Blank frames", "% of frames"),
+    "loss_per_label": ("Loss per label", "nats"),
+    "length_ratio": ("Length of what is said", "labels of greedy decoding per label of the reference"),
 }
 """Title and unit of a figure; whatever else a run logs gets its name for a title."""
 COMPANIONS = {

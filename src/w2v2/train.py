@@ -14,21 +14,26 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
-from w2v2.checkpoint import CONFIG, load_pretrained, load_weights, save_weights
+from w2v2.checkpoint import CONFIG, load_pretrained, load_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule, stop_workers
 from w2v2.errors import UsageError
+from w2v2.flops import training_flops
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
 from w2v2.tasks.callbacks import CSVMetrics, Progress
 from w2v2.tasks.checkpoints import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.tasks.health import Sentinel
 from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, step_seed
+from w2v2.tasks.sharding import transformer_blocks, whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +55,7 @@ def pretrain(
     """
     config.check()
     check_device(config.train)
-    check_splits(splits)
+    check_splits(splits, config.train)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     torch.manual_seed(step_seed(config.train.seed))
@@ -95,12 +100,16 @@ def fit_task(
     checkpoints = Checkpoints(out, config, max_steps)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, judge=train.sentinel)
     tune(task.model, train)
+    pretraining = isinstance(config, PretrainConfig)
+    flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(
             accelerator=train.accelerator,
             devices=train.devices,
             num_nodes=train.num_nodes,
+            strategy=_strategy(task.model, train),
+            default_root_dir=out,
             precision=_precision(train),  # type: ignore[arg-type]
             max_epochs=-1,
             max_steps=max_steps,
@@ -110,13 +119,13 @@ def fit_task(
             val_check_interval=train.val_every * train.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            plugins=[AtomicIO()],
+            plugins=[AtomicIO(), *_slurm()],
             enable_checkpointing=False,
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard"), *_wandb(config, out)],
-            callbacks=[sentinel, Progress(train.log_every, max_steps), checkpoints],
+            callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
         )
         last = None
         if resume:
@@ -130,8 +139,29 @@ def fit_task(
                 trainer.validate(task, data, verbose=False)
         finally:
             stop_workers()
+    weights = whole_weights(task.model)
     if trainer.is_global_zero:
-        save_weights(task.model, out)
+        task.save(out, weights)
+
+
+def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
+    """One device, DDP, or FSDP2 over all processes; a checkpoint is one whole file in each case."""
+    if not train.shard or train.devices * train.num_nodes == 1:
+        return "auto"
+    transformer_blocks(model, "--train.shard")
+    return ModelParallelStrategy(train.devices * train.num_nodes, 1, save_distributed_checkpoint=False)
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """SLURM's processes without Lightning's own requeueing, which would save and resume beside ours."""
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, of however many there are."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 def can_resume(out: Path) -> bool:
@@ -152,13 +182,12 @@ def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
 
 def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     """Trade memory for time, or compile, block by block."""
-    blocks = getattr(model, "transformer", None)
-    if (train.activation_checkpointing or train.compile) and not isinstance(blocks, torch.nn.ModuleList):
-        raise UsageError("--train.activation-checkpointing and --train.compile need a model with a list 'transformer'")
-    for block in blocks if train.activation_checkpointing and blocks is not None else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    for block in blocks if train.compile and blocks is not None else ():
-        block.compile(dynamic=True)
+    if train.activation_checkpointing:
+        for block in transformer_blocks(model, "--train.activation-checkpointing"):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if train.compile:
+        for block in transformer_blocks(model, "--train.compile"):
+            block.compile(dynamic=True)
 
 
 def _silence_lightning() -> None:
@@ -181,8 +210,22 @@ def check_device(train: TrainConfig) -> None:
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
-    if not _on_gpu(train) and train.precision == "16-mixed":
+    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
+    if train.shard and train.precision == "16-mixed":
+        raise UsageError("--train.shard works with bf16-mixed, bf16-true or 32-true, got --train.precision 16-mixed")
+
+
+def check_precision(precision: str, gpu: str, *, bf16: bool) -> None:
+    """Refuse a precision that the device does not have: a GPU, by name, with or without bf16, or "" for a CPU."""
+    if precision == "16-mixed" and not gpu:
         raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
+    if precision.startswith("bf16") and gpu and not bf16:
+        raise UsageError(f"--train.precision {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
+
+
+def _bf16() -> bool:
+    """Whether the GPU, if there is one, computes in bf16 itself; older ones only pretend to, very slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _on_gpu(train: TrainConfig) -> bool:
@@ -192,17 +235,23 @@ def _on_gpu(train: TrainConfig) -> bool:
 def _precision(train: TrainConfig) -> str:
     if train.precision != "auto":
         return train.precision
-    return "bf16-mixed" if _on_gpu(train) and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
 
 
-def check_splits(splits: Splits) -> None:
+def check_splits(splits: Splits, train: TrainConfig) -> None:
     """Refuse a corpus that lacks what a run needs."""
+    processes = train.devices * train.num_nodes
     for name in ("train", "valid"):
         if not len(splits.get(name, ())):
             got = ", ".join(f"{other} ({len(split)})" for other, split in splits.items()) or "none"
             raise UsageError(
                 f"no utterances to {'validate on' if name == 'valid' else 'train on'}: expected a split '{name}', got "
                 f"{got}; prepare the corpus with --valid-share, or name its folders"
+            )
+        if len(splits[name]) < processes:
+            raise UsageError(
+                f"the {name} split has {len(splits[name])} utterances for {processes} processes; use fewer, "
+                "by --train.devices and --train.num-nodes"
             )
 
 
@@ -231,6 +280,7 @@ _MAY_CHANGE = (
     "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
     "data.max_bad", "train.sentinel", "train.max_steps_left_out", "train.wandb",
+    "train.shard",
 )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ from w2v2.errors import JobError, UsageError
 log = logging.getLogger(__name__)
 
 Encode = Callable[[str], list[int]]
+Fits = Callable[[float, str], bool]
+"""(seconds, transcript): whether CTC can emit the transcript's labels in the frames of so much audio."""
 _BINS_FROM = 10_000
 
 
@@ -184,10 +186,19 @@ class _Passes:
     """The usable cuts of a split, in the order of a pass; says once how many are not usable."""
 
     def __init__(
-        self, name: str, split: Split, config: DataConfig, *, labelled: bool, shuffle: bool, seed: int = 0
+        self,
+        name: str,
+        split: Split,
+        config: DataConfig,
+        *,
+        labelled: bool,
+        shuffle: bool,
+        seed: int = 0,
+        fits: Fits | None = None,
     ) -> None:
         self.name, self.split, self.config = name, split, config
         self.labelled, self.shuffle, self.seed = labelled, shuffle, seed
+        self.fits = fits
         self.epoch = 0
         self.told = False
         if next(iter(self.usable(split, {})), None) is None:
@@ -204,12 +215,18 @@ class _Passes:
                 why = f"shorter than {self.config.min_seconds:g} s"
             elif self.labelled and not (cut.supervisions[0].text or "").strip():
                 why = "without a transcript"
-            elif self.labelled and (cut.custom or {}).get("ctc_infeasible"):
+            elif self.labelled and not self._fits(cut):
                 why = "with more labels than CTC can emit in their frames"
             else:
                 yield cut
                 continue
             left_out[why] = left_out.get(why, 0) + 1
+
+    def _fits(self, cut: MonoCut) -> bool:
+        """By the labels themselves, or else by what was found for characters when the corpus was prepared."""
+        if self.fits is None:
+            return not (cut.custom or {}).get("ctc_infeasible")
+        return self.fits(cut.duration, cut.supervisions[0].text)
 
     def __iter__(self) -> Iterator[MonoCut]:
         left_out: dict[str, int] = {}
@@ -376,6 +393,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
     A worker ends when it is told to, when its parent is gone, or a minute after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
@@ -447,6 +465,7 @@ class SpeechDataModule(pl.LightningDataModule):
         seed: of order and crops.
         normalize: as for :class:`SpeechDataset`.
         encode: transcript -> labels.
+        fits: whether a transcript's labels fit; those that do not are left out.
         skip: batches that a resumed run has already had of its first pass.
     """
 
@@ -458,9 +477,11 @@ class SpeechDataModule(pl.LightningDataModule):
         seed: int = 0,
         normalize: bool = False,
         encode: Encode | None = None,
+        fits: Fits | None = None,
         skip: int = 0,
     ) -> None:
         super().__init__()
+        self.fits = fits
         self.config, self.seed, self.normalize, self.encode = config, seed, normalize, encode
         self.skip = skip
         self.splits = splits
@@ -470,7 +491,9 @@ class SpeechDataModule(pl.LightningDataModule):
 
     def _passes(self, name: str, *, shuffle: bool = False) -> _Passes:
         labelled = self.encode is not None
-        return _Passes(name, self.splits[name], self.config, labelled=labelled, shuffle=shuffle, seed=self.seed)
+        return _Passes(
+            name, self.splits[name], self.config, labelled=labelled, shuffle=shuffle, seed=self.seed, fits=self.fits
+        )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, bucketed, without the last partial batches of an epoch's end being lost."""

@@ -44,13 +44,39 @@ def sample_span_mask(length: int, prob: float, span: int, rng: torch.Generator, 
     """
     if length < 3:
         raise ValueError(f"masking needs utterances of at least 3 frames, got {length}; drop shorter audio")
-    n_spans = min(max(int(prob * length / span + torch.rand((), generator=rng).item()), min_spans), length - 1)
+    n_spans = int(prob * length / span + torch.rand((), generator=rng).item())
+    return _place_spans(length, min(max(n_spans, min_spans), length - 1), span, rng)
+
+
+def _place_spans(length: int, n_spans: int, span: int, rng: torch.Generator) -> Tensor:
     candidates = length - span if length - span > n_spans else max(length - n_spans - 1, n_spans)
     starts = torch.randperm(candidates, generator=rng)[:n_spans]
     covered = (starts[:, None] + torch.arange(span)).flatten()
     mask = torch.zeros(length, dtype=torch.bool)
     mask[covered[covered < length - 1]] = True
     return mask
+
+
+def sample_channel_masks(
+    width: int, prob: float, span: int, rngs: Sequence[torch.Generator], batch_rng: torch.Generator
+) -> list[Tensor]:
+    """Draw the channels of each utterance that are set to zero in fine-tuning (fairseq ``mask_channel_prob``).
+
+    As published: the number of spans, ``floor(prob * width / span + u)``, is drawn once for the batch and may be 0, and
+    rows with more channels masked than others lose some.
+
+    Args:
+        width: channels.
+        prob: share of channels that would be masked if no spans overlapped.
+        span: channels per span.
+        rngs: a host generator for each utterance.
+        batch_rng: for what the batch has in common.
+
+    Returns:
+        (width,) bool for each utterance.
+    """
+    n_spans = int(prob * width / span + torch.rand((), generator=batch_rng).item())
+    return equalize_masks([_place_spans(width, n_spans, span, rng) for rng in rngs], rngs)
 
 
 def equalize_masks(masks: Sequence[Tensor], rngs: Sequence[torch.Generator]) -> list[Tensor]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from w2v2.flops import peak_flops, utilisation
 from w2v2.progress import clock
 from w2v2.tasks.pretrain import NormalizedTask
 
@@ -84,10 +86,17 @@ def _cell(row: dict[str, float], name: str) -> str:
 
 
 class Progress(pl.Callback):
-    """Every so many steps, figures to the loggers and a line with speed and time to go to the log."""
+    """Every so many steps, figures to the loggers and a line with speed and time to go to the log.
 
-    def __init__(self, every: int, total_steps: int) -> None:
-        self.every, self.total_steps = every, total_steps
+    Args:
+        every: steps.
+        total_steps: at which the run ends.
+        flops: of training, per second of audio (``flops.training_flops``); None: not known.
+    """
+
+    def __init__(self, every: int, total_steps: int, flops: float | None = None) -> None:
+        self.every, self.total_steps, self.flops = every, total_steps, flops
+        self.peak: float | None = None
         self.started = self.mark = self.waited = 0.0
         self.first_step = self.last_step = 0
 
@@ -95,6 +104,8 @@ class Progress(pl.Callback):
         """Start the clocks."""
         self.started = self.mark = time.perf_counter()
         self.first_step = self.last_step = trainer.global_step
+        device = trainer.strategy.root_device
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep validation out of the training speed."""
@@ -122,6 +133,8 @@ class Progress(pl.Callback):
             "audio_seconds_per_second": speed,
             "wait_share": (waited - self.waited) / (now - self.mark),
         }
+        if self.flops is not None and self.peak is not None:
+            figures["flops_utilisation"] = utilisation(self.flops, speed, trainer.world_size, self.peak)
         self.mark, self.waited = now, waited
         if not trainer.is_global_zero:
             return
@@ -129,6 +142,7 @@ class Progress(pl.Callback):
             logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, step)
         remaining = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
         accuracy = f"accuracy {figures['accuracy']:.3f}  " if "accuracy" in figures else ""
+        accuracy += f"{figures['blank_share']:.0%} blank  " if "blank_share" in figures else ""
         log.info(
             "step %d/%d  loss %.3f  %s%.0f audio-s/s  %.0f %% waiting for data  %s to go",
             step, self.total_steps, figures["loss"], accuracy, speed, 100 * figures["wait_share"], clock(remaining),

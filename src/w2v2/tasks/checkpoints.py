@@ -15,10 +15,10 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from w2v2.checkpoint import save_weights
 from w2v2.config import FinetuneConfig, PretrainConfig, save_config
 from w2v2.errors import JobError, StoppedError
 from w2v2.tasks.pretrain import NormalizedTask
+from w2v2.tasks.sharding import whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +94,10 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
 class Checkpoints(pl.Callback):
     """Writes a checkpoint every so many steps, at the end, and when a signal asks to stop; keeps the last ones.
 
-    The weights with the lowest validation loss are kept beside as a folder of their own, ``best``.
+    The weights with the best validation (``NormalizedTask.score``) are kept beside as a folder of their own, ``best``.
 
-    SIGTERM, which schedulers send before they take the machine, and Ctrl-C end the run after the current step, with
-    its state saved; a second one ends it at once.
+    SIGTERM or SIGUSR1, which schedulers send before they take the machine, and Ctrl-C end the run after the current
+    step, with its state saved; a second one ends it at once.
 
     Raises:
         StoppedError: in training, after a signal, when everything is saved.
@@ -111,15 +111,15 @@ class Checkpoints(pl.Callback):
         """Last step at which the run was known to be healthy; the newest checkpoint up to there is never removed."""
         self.suspected = False
         """Whether the weights may have collapsed and must not become the best."""
-        self.best = float("inf")
+        self.best: tuple[float, ...] = (float("inf"),)
         if (out / "best" / "best.json").exists():
-            self.best = json.loads((out / "best" / "best.json").read_text())["loss"]
+            self.best = tuple(json.loads((out / "best" / "best.json").read_text())["score"])
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
         self.step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self._ask_to_stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -174,11 +174,16 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
-        loss = pl_module.valid_figures.get("loss", float("nan"))
-        if loss < self.best and not self.suspected and trainer.is_global_zero:
-            self.best = loss
+        score = pl_module.score()
+        # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
+        if not trainer.strategy.broadcast(score < self.best and not self.suspected):
+            return
+        self.best = score
+        weights = whole_weights(pl_module.model)
+        if trainer.is_global_zero:
             folder = self.out / "best"
             folder.mkdir(exist_ok=True)
-            save_weights(pl_module.model, folder)
+            pl_module.save(folder, weights)
             save_config(self.config, folder / "config.json")
-            (folder / "best.json").write_text(json.dumps({"step": trainer.global_step, "loss": loss}) + "\n")
+            said = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
+            (folder / "best.json").write_text(json.dumps(said) + "\n")

@@ -22,6 +22,7 @@ from w2v2.data.datamodule import Batch
 from w2v2.errors import JobError
 from w2v2.tasks.checkpoints import Checkpoints, checkpoint_files, step_of
 from w2v2.tasks.pretrain import NormalizedTask, PretrainTask, Sums, norm_figures
+from w2v2.tasks.sharding import gathered
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,15 @@ SIGNATURES = (
         lambda f, groups: f["code_perplexity"] < 0.5 * f["prob_perplexity"] and f["contrastive_of_chance"] > 0.95,
     ),
     Signature(
+        "perplexity has fallen to a few entries of each codebook, and much of the accuracy is there with every frame "
+        "masked: which of them comes next is guessed from no context",
+        "raise --loss-weights.diversity, hear more audio per step (--train.accumulate, --data.batch-seconds), lower "
+        "--optim.schedule.peak",
+        200,
+        # Healthy runs pass through so few in 20 steps; one that stayed there read two thirds from context all the same.
+        lambda f, groups: f["code_perplexity"] < 8 * groups and f["accuracy"] > 0.1 and f["blind_share"] > 0.4,
+    ),
+    Signature(
         "perplexity has fallen to almost nothing: about one entry of each codebook is left",
         "raise --loss-weights.diversity, lower --optim.schedule.peak, hear more audio per step (--train.accumulate)",
         60,
@@ -123,12 +133,20 @@ class Judge:
 
     Figures without perplexities, such as those of fine-tuning, are of another kind of training and never alarm.
     Intervals in which something was not finite say nothing of the rest and are passed over, but for the loss itself.
+    Of a validation it keeps which share of the accuracy was there with every frame masked (``blind_share``) until the
+    next one.
     """
 
     def __init__(self, first_step: int = 0) -> None:
         self.step = first_step
         self.since: dict[str, int] = {}
         """Signatures that the last interval showed, with the step at which each began."""
+        self.blind_share = 0.0
+
+    def validated(self, figures: Figures) -> None:
+        """Take the figures of a validation."""
+        if "accuracy_all_masked" in figures:
+            self.blind_share = figures["accuracy_all_masked"] / max(figures["accuracy"], 1e-9)
 
     @property
     def trusted(self) -> int:
@@ -146,6 +164,7 @@ class Judge:
         if not figures.keys() >= _NEEDED:
             return None
         groups = sum(name.startswith("code_perplexity_") for name in figures)
+        figures = figures | {"blind_share": self.blind_share}
         for signature in SIGNATURES:
             if not signature.seen(figures, groups):
                 self.since.pop(signature.name, None)
@@ -249,6 +268,12 @@ class Sentinel(pl.Callback):
         if trainer.global_step - self.looked >= _SHORTEST_LOOK:
             self._send(pl_module, trainer.global_step)
         self._read(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What the model tells without context belongs to the picture."""
+        if trainer.state.fn == "fit":
+            assert isinstance(pl_module, NormalizedTask)
+            self.judge.validated(pl_module.valid_figures)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the last steps too."""
@@ -355,7 +380,7 @@ class Tracer:
         for module in names:
             module._compiled_call_impl = None  # a compiled block does not call the hooks of its parts
         try:
-            with _replay(task, self.kept.number):
+            with _replay(task, self.kept.number), gathered(task.model):
                 moved: Any = task.transfer_batch_to_device(batch, task.device, 0)
                 with self.trainer.precision_plugin.train_step_context():
                     loss: Any = task.training_step(moved, number)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from w2v2.checkpoint import save_state
 from w2v2.data.datamodule import Batch
 from w2v2.errors import JobError, UsageError
 from w2v2.model.masking import Draws
 from w2v2.model.wav2vec2 import SAMPLE_RATE, SSLOutput
 from w2v2.optim import OptimConfig
+from w2v2.tasks.sharding import shard, whole
 
 
 class SSLModel(Protocol):
@@ -56,7 +59,8 @@ class Sums:
     def add(self, values: dict[str, Tensor]) -> None:
         """Add to each name."""
         for name, value in values.items():
-            self.values[name] = self.values[name] + value.detach() if name in self.values else value.detach().clone()
+            before = self.values.get(name)  # on the host, if it comes from a checkpoint
+            self.values[name] = value.detach().clone() if before is None else before.to(value.device) + value.detach()
 
     def take(self) -> dict[str, Tensor]:
         """The sums over all ranks; starts again from nothing."""
@@ -71,6 +75,16 @@ def norm_figures(norms: dict[str, float]) -> dict[str, float]:
     """Mean gradient norm of the steps that had a finite one, if any did, and the number of the others."""
     figures = {"grad_norm": norms["norm"] / norms["finite"]} if norms["finite"] else {}
     return {**figures, "steps_left_out": norms["steps"] - norms["finite"]}
+
+
+def _from_all_ranks(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What each rank has, on the host; every one must call this."""
+    own = {name: value.cpu() for name, value in values.items()}
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    said: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, own)
+    return said
 
 
 def _turn_page(checkpoint: dict[str, Any]) -> None:
@@ -129,9 +143,26 @@ class NormalizedTask(pl.LightningModule):
         """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
         raise NotImplementedError
 
+    def configure_model(self) -> None:
+        """Share the model out over the processes, if the strategy has them laid out for it."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over every parameter that learns."""
-        return self.optim_config.build(p for p in self.parameters() if p.requires_grad)
+        return self.optim_config.build(self.parameter_groups())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Every parameter that learns; a group's ``lr_scale`` is its share of the schedule's learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write what is to be used later, of the last or the best step: the model's weights, given whole."""
+        save_state(weights, folder)
+
+    def score(self) -> tuple[float, ...]:
+        """By which the last validation is better than another: the lower."""
+        return (self.valid_figures.get("loss", float("nan")),)
 
     def seed_step(self, batch_idx: int) -> None:
         """Make dropout and Gumbel noise depend on (seed, step, rank, micro-batch) alone."""
@@ -170,7 +201,7 @@ class NormalizedTask(pl.LightningModule):
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, self.trainer.world_size / targets)
         for group in optimizer.param_groups:
-            group["lr"] = self.optim_config.schedule(self.global_step + 1)
+            group["lr"] = self.optim_config.schedule(self.global_step + 1) * group.get("lr_scale", 1.0)
 
     def configure_gradient_clipping(
         self,
@@ -183,7 +214,7 @@ class NormalizedTask(pl.LightningModule):
         So nothing here waits for the device: whether a step was left out is read with the other figures.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         finite = norm.isfinite()
@@ -215,13 +246,13 @@ class NormalizedTask(pl.LightningModule):
         """Keep the sums of the unfinished logging interval; after the last batch of a pass, begin the next one."""
         if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             _turn_page(checkpoint)
-        checkpoint["sums"] = self.sums.values
+        checkpoint["sums"] = _from_all_ranks(self.sums.values)
         checkpoint["norms"] = self.norm_sums.values
         checkpoint["seconds_heard"] = self.seconds_heard
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them up again."""
-        self.sums.values = checkpoint["sums"]
+        self.sums.values = checkpoint["sums"][self.global_rank]
         self.norm_sums.values = checkpoint["norms"]
         self.seconds_heard = checkpoint["seconds_heard"]
 

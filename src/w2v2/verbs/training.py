@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from w2v2.errors import JobError, UsageError
 from w2v2.verbs.settings import AddVerb, configure, run_folder
+
+if TYPE_CHECKING:
+    from w2v2.config import FinetuneConfig
+    from w2v2.data.corpora import Splits
 
 log = logging.getLogger("w2v2")
 
@@ -30,7 +34,7 @@ def _add_runs(verb: AddVerb) -> None:
     pretrain = verb("pretrain", _pretrain, "self-supervised pretraining", epilog=epilog.format("pretrain"), **options)
     text = "CTC fine-tuning, of a pretrained encoder or from scratch"
     finetune = verb("finetune", _finetune, text, epilog=epilog.format("finetune"), **options)
-    for sub, what in ((pretrain, "run to start from"), (finetune, "pretraining run whose encoder to start from")):
+    for sub, what in ((pretrain, "run to start from"), (finetune, "run whose encoder to start from")):
         sub.add_argument("recipe", nargs="?", help="name of a recipe, or FILE.py:FUNCTION")
         sub.add_argument(
             "--data",
@@ -49,6 +53,8 @@ def _add_runs(verb: AddVerb) -> None:
         sub.add_argument("-h", "--help", action="store_true", help="this; with RECIPE, its settings too")
         sub.set_defaults(parser=sub)
     finetune.add_argument("--minutes", type=float, help="use only about so many minutes of labels, over all speakers")
+    text = "see whether the set-up can learn eight short utterances by heart, and stop; exit code 1: it cannot"
+    finetune.add_argument("--preflight", action="store_true", help=text)
 
 
 def _pretrain(args: argparse.Namespace, rest: list[str]) -> None:
@@ -74,9 +80,21 @@ def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
     splits = read_run(config.data)
     if args.minutes is not None:
         splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)
+    if args.preflight:
+        _preflight(config, splits, args.init_from)
+        return
     out = run_folder(args)
     finetune(config, splits, out, init_from=args.init_from, resume=_resume(args, out))
     _finish(out)
+
+
+def _preflight(config: FinetuneConfig, splits: Splits, init_from: Path | None) -> None:
+    from w2v2.tasks.preflight import preflight
+
+    found = preflight(config, splits, init_from=init_from)
+    if not found.learns:
+        raise JobError(str(found))
+    log.info("%s", found)
 
 
 def _resume(args: argparse.Namespace, out: Path) -> bool:
@@ -87,7 +105,9 @@ def _resume(args: argparse.Namespace, out: Path) -> bool:
 
 def _finish(out: Path) -> None:
     """Write the page of a run; of several processes, the first one does."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
+    from w2v2.train import is_first_process
+
+    if is_first_process():
         from w2v2.report import write_run_report
 
         log.info("look at %s", write_run_report(out))

@@ -1,0 +1,50 @@
+"""Fine-tuning by two processes: the gradient of one with two micro-batches, and a validation of all utterances."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from w2v2.data.corpora import read_corpus
+from w2v2.tasks.finetune import evaluate_recognizer
+
+# Masks and everything else that is drawn by utterance or step; no dropout, which is drawn by rank.
+SMALL = (
+    "--model.n-layer 2 --model.n-embd 48 --model.ffn-dim 64 --model.conv-channels 16 16 16 16 16 16 16 "
+    "--model.conv-norm group:8 --model.mask-prob 0.4 --channel-mask-prob 0.2 --channel-mask-length 8 "
+    "--model.layer-drop 0.3 --data.batch-seconds 7 --train.max-steps 4 --train.log-every 1 --train.val-every 4 "
+    "--train.checkpoint-every 4 --optim.clip-norm None"
+)
+
+
+def run(out: Path, corpus: Path, processes: int) -> dict[str, list[float]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable]
+    if processes > 1:
+        argv += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), f"--master-port={port}"]
+    argv += ["-m", "w2v2.cli", "finetune", "tiny_ctc", "--data", str(corpus), "--out", str(out), *SMALL.split()]
+    argv += ["--train.devices", str(processes), "--train.accumulate", str(2 // processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def test_two_processes_give_the_gradients_of_one_with_two_micro_batches_and_validate_all(
+    corpus: Path, tmp_path: Path
+) -> None:
+    one, two = (run(tmp_path / str(n), corpus, n) for n in (1, 2))
+    assert len(one["train/loss"]) == 4
+    for name in ("train/loss", "train/grad_norm", "train/blank_share", "train/length_ratio", "train/hours_heard"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    alone = evaluate_recognizer(tmp_path / "2", read_corpus(corpus), "valid")
+    for name in ("wer", "cer", "loss", "blank_share", "length_ratio"):
+        assert two[f"valid/{name}"][-1] == pytest.approx(alone[name], rel=1e-5), name

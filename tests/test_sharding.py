@@ -1,0 +1,110 @@
+"""FSDP2 between two processes: the gradient of one, LayerDrop, passes of one process alone, and what is refused."""
+
+import os
+import socket
+import time
+
+import pytest
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+from test_schedules import CONTRASTIVE, ROWS, assert_same_gradients, batch_of, fit, quiet_model
+from test_train import nano
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from w2v2 import recipes
+from w2v2.errors import UsageError
+from w2v2.tasks.sharding import gathered, whole, whole_weights
+from w2v2.train import check_device
+
+
+def run_rank(rank, port, folder):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    batches = [batch_of(*row) for row in ROWS[2 * rank : 2 * rank + 2]]
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    task = fit(quiet_model(), batches, CONTRASTIVE, accumulate=2, strategy=strategy, devices=2)
+    model = task.model
+    parts = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
+    found = {"gradients": {name: whole(gradient) for name, gradient in task.gradients[0].items()}}
+    found |= {"parts": parts, "kept": model.draw([6_000], [("a",)], step_key=(11, 0)).keep_layers}
+    found["weights"] = whole_weights(model)
+    draws = model.draw([6_000], [("a",)], step_key=(11, 0))
+    audio = batch_of([6_000]).audio
+    with gathered(model):
+        for _ in range(3 * rank):  # the second process alone: without the other's help it would wait for ever
+            loss = model(audio, draws).losses["contrastive"]
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            assert all(g is None or g.isfinite().all() for g in grads)
+        inside = sum(p.numel() for p in model.parameters())
+    assert inside == sum(p.numel() for p in quiet_model().parameters())
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    found["after"] = model(audio, draws).losses["contrastive"].item()  # and together again
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.spawn(run_rank, args=(port, folder), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return fit(quiet_model(), [batch_of(*row) for row in ROWS], CONTRASTIVE, accumulate=4)
+
+
+def test_two_sharded_processes_give_the_gradient_of_one(ranks, alone):
+    """With a dropped layer, whose gradients are zero and not missing."""
+    for rank in ranks:
+        assert False in rank["kept"]
+        assert_same_gradients(rank["gradients"], alone.gradients[0])
+
+
+def test_each_keeps_about_half(ranks, alone):
+    total = sum(p.numel() for p in alone.model.parameters())
+    halves = [sum(rank["parts"]) for rank in ranks]
+    assert sum(halves) == total
+    assert all(0.45 < half / total < 0.55 for half in halves)
+
+
+def test_the_first_process_gets_the_weights_whole(ranks, alone):
+    expected = alone.model.state_dict()
+    assert ranks[1]["weights"] == {}
+    assert ranks[0]["weights"].keys() == expected.keys()
+    for name, tensor in ranks[0]["weights"].items():
+        assert not isinstance(tensor, DTensor)
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
+def test_one_process_can_run_passes_alone_and_all_go_on_together(ranks):
+    assert ranks[0]["after"] == ranks[1]["after"]
+
+
+def test_on_one_process_nothing_is_sharded_and_everything_is_whole():
+    model = quiet_model()
+    assert not isinstance(model, FSDPModule)
+    with gathered(model):
+        assert whole_weights(model).keys() == model.state_dict().keys()
+
+
+def test_what_sharding_cannot_do_is_refused_in_a_line():
+    config = recipes.tiny_ctc()
+    config.train.shard, config.freeze_encoder_steps = True, 10
+    with pytest.raises(UsageError, match=r"--train\.shard cannot freeze.*got 10"):
+        config.check()
+    with pytest.raises(UsageError, match="16-mixed"):
+        check_device(nano(shard=True, precision="16-mixed").train)
