@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from w2v2.config import FinetuneConfig, PretrainConfig, load_config
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -85,6 +85,18 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
     """The model of a pretraining run, or of a folder of weights of one, in evaluation mode."""
     return load_weights(model_config(run).build(), run).eval()
+
+
+def load_model(folder: Path) -> Wav2Vec2:
+    """The model of a folder, of whatever kind its weights are, in evaluation mode: pretraining, CTC, encoder alone."""
+    config, state = model_config(folder), _read(folder)
+    if "lm_head.weight" in state:
+        model: Wav2Vec2 = Wav2Vec2ForCTC(config, len(state["lm_head.weight"]))
+    elif any(name.startswith(_HEADS) for name in state):
+        model = config.build()
+    else:
+        model = Wav2Vec2(config)
+    return load_weights(model, folder).eval()
 
 
 def model_config(folder: Path) -> Wav2Vec2Config:
