@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,17 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def certify(contents: Contents, theirs: Path | None) -> dict[str, Any]:
+Show = Callable[[str, float], None]
+"""Takes a stage and the share of it done, as ``progress`` gives one."""
+
+
+def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, share: None) -> dict[str, Any]:
     """Compare a model with transformers'.
 
     Args:
         contents: ours.
         theirs: folder for transformers to load; None: it is not installed, and nothing is compared.
+        show: told how far it is.
 
     Returns:
         The part of the certificate that says what was compared and what came out; docs/convert.md has its keys.
@@ -66,7 +71,10 @@ def certify(contents: Contents, theirs: Path | None) -> dict[str, Any]:
     audio = _audio(contents.config)
     pair = _Pair(contents, _load(theirs, class_name(contents.kind)))
     with torch.no_grad():
-        rows = {"alone": pair.compare(audio, padded=False), "padded": pair.compare(audio, padded=True)}
+        rows = {}
+        for share, part in ((0.5, "alone"), (1.0, "padded")):
+            rows[part] = pair.compare(audio, padded=part == "padded")
+            show("compare", share)
     largest = max(row["relative"] for part in rows.values() for row in part)
     found |= {
         "compared_with": f"transformers {class_name(contents.kind)}, loaded by transformers, eager attention",
@@ -152,6 +160,7 @@ class _Pair:
         self.ours, self.theirs = contents.build(), theirs
         self.encoder = getattr(theirs, "wav2vec2", theirs)
         self.vocabulary = contents.vocabulary
+        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}
         # GroupNorm's statistics are over padding too in transformers: an utterance's numbers depend on its batch
         self.invariant = contents.config.conv_norm == "layer"
         if contents.vocabulary is not None:
@@ -201,6 +210,11 @@ class _Pair:
         mask = torch.stack([torch.arange(batch.shape[1]) < n for n in lengths]).long() if self.invariant else None
         out = self.encoder(batch, attention_mask=mask, output_hidden_states=True)
         states = [*out.hidden_states[:-1], out.last_hidden_state]
+        if states[0].shape[1] != max(frames):
+            raise JobError(
+                f"transformers makes {states[0].shape[1]} frames of {max(lengths)} samples, expected {max(frames)}; "
+                "nothing is left of the conversion"
+            )
         found = {name: _cut(state, frames) for name, state in _named(states).items()}
         if isinstance(self.ours, Wav2Vec2ForCTC):
             logits = self.theirs(batch, attention_mask=mask).logits
@@ -238,6 +252,8 @@ class _Pair:
         ours, config = self.ours, self.ours.config
         assert isinstance(ours, Wav2Vec2ForPretraining)
         frames = config.frames([len(row)])[0]
+        if frames in self.drawn:
+            return self.drawn[frames]
         rng = keyed_generator(SEED, frames)
         mask = Wav2Vec2Config().sample_mask(frames, rng)
         normalised, _ = ours.feature_projection(ours.feature_encoder(row[None]))
@@ -245,7 +261,9 @@ class _Pair:
         other = (codes[:, None] != codes[None]).any(-1)
         anyone = ~torch.eye(len(codes), dtype=torch.bool)
         usable = torch.where(other.any(1, keepdim=True), other, anyone)
-        return mask, torch.multinomial(usable.float(), config.num_distractors, replacement=True, generator=rng)
+        distractors = torch.multinomial(usable.float(), config.num_distractors, replacement=True, generator=rng)
+        self.drawn[frames] = mask, distractors
+        return mask, distractors
 
     def _ours_masked(self, model: Wav2Vec2ForPretraining, audio: list[Tensor]) -> dict[str, list[Tensor]]:
         if not audio:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -191,5 +192,56 @@ def restored(config: Wav2Vec2Config, kept: Any, where: Path) -> Wav2Vec2Config:
     names = {f.name for f in fields(Wav2Vec2Config)}
     if not isinstance(kept, dict) or not kept.keys() <= names:
         raise UsageError(f"{where} has settings of w2v2 that this version does not know: {sorted(kept)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    default = Wav2Vec2Config()
+    values: dict[str, Any] = {
+        name: None if value is None and name in _OPTIONAL else checked(value, _like(name, default), name, where)
+        for name, value in kept.items()
+    }
     return Wav2Vec2Config(**{f.name: values.get(f.name, getattr(config, f.name)) for f in fields(Wav2Vec2Config)})
+
+
+_OPTIONAL = {"similarity_dim": 256, "sub_batch_seconds": 87.5}
+"""Fields that may be None, and what they are like otherwise."""
+
+
+def _like(name: str, default: Wav2Vec2Config) -> Any:
+    return _OPTIONAL.get(name, getattr(default, name))
+
+
+def checked(value: Any, like: Any, name: str, where: Path) -> Any:
+    """A setting of a file, as what it should be like; lists become tuples.
+
+    Args:
+        value: as it was found.
+        like: yes or no; a whole number, where 1 or more means that it must be so too; a share or other number, 0 or
+            more; a text; some whole numbers.
+        name: of the setting.
+        where: its file.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(like, bool):
+        fits, what = isinstance(value, bool), "true or false"
+    elif isinstance(like, int):
+        fits, what = _is_whole(value) and (value > 0 or like == 0), "a whole number" + (", 1 or more" if like else "")
+    elif isinstance(like, float):
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        what = "a number, 0 or more"
+    elif isinstance(like, str):
+        fits, what = isinstance(value, str), "text"
+    else:
+        least = min(like)
+        fits = (
+            isinstance(value, (list, tuple))
+            and len(value) > 0
+            and all(_is_whole(n) and n >= min(least, 1) for n in value)
+        )
+        what = f"a list of whole numbers, {min(least, 1)} or more"
+    if not fits:
+        raise UsageError(f"{where}: {name} must be {what}, got {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ import torch
 
 from w2v2.checkpoint import CONFIG, VOCABULARY, WEIGHTS, check_fit, read_weights, run_config, save_weights
 from w2v2.config import FinetuneConfig, save_config
-from w2v2.convert.certificate import certify, has_transformers
+from w2v2.convert.certificate import Show, certify, has_transformers
 from w2v2.convert.contents import Contents, differing_fields, empty_model, kind_of, read_json, refuse_bad_values
 from w2v2.convert.fairseq import fairseq_misfits, read_fairseq, write_fairseq
 from w2v2.convert.folder import new_folder
@@ -109,13 +109,14 @@ def read(path: Path) -> Contents:
     return form.read(place)
 
 
-def convert(source: Path, out: Path, to: str) -> dict[str, Any]:
+def convert(source: Path, out: Path, to: str, show: Show = lambda stage, share: None) -> dict[str, Any]:
     """Write a checkpoint in another format, and compare both.
 
     Args:
         source: of any format.
         out: folder; new or empty.
         to: ``ours``, ``hf`` or ``fairseq``.
+        show: told how far it is.
 
     Returns:
         The certificate, as written to ``certificate.json``.
@@ -129,6 +130,7 @@ def convert(source: Path, out: Path, to: str) -> dict[str, Any]:
     if form is target:
         raise UsageError(f"{source} is {form.title}'s already; nothing to convert")
     contents = form.read(place)
+    show("read", 1.0)
     for note in contents.notes:
         log.warning("%s: %s", source, note)
     faults = target.misfits(contents)
@@ -141,8 +143,9 @@ def convert(source: Path, out: Path, to: str) -> dict[str, Any]:
         target.write(contents, folder)
         again = target.read(recognize(folder)[1])
         _check_round_trip(contents, again)
+        show("write", 1.0)
         with _transformers_folder(form, target, contents, source, folder) as theirs:
-            certificate = certify(again, theirs)
+            certificate = certify(again, theirs, show)
         certificate |= {
             "source": {"format": form.title, "files": _hashes(place)},
             "target": {"format": target.title, "files": _hashes(folder)},

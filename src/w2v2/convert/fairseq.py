@@ -17,6 +17,7 @@ import torch
 from w2v2.convert.contents import (
     Contents,
     Rules,
+    checked,
     differing_fields,
     empty_model,
     kind_of,
@@ -255,7 +256,7 @@ def conv_layers(text: Any, path: Path) -> list[tuple[int, ...]]:
     """
     try:
         layers = _sum_of_lists(ast.parse(str(text).strip(), mode="eval").body)
-    except (ValueError, SyntaxError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
         raise UsageError(
             f"{path}: conv_feature_layers must be such as [(512, 10, 5)] + [(512, 3, 2)] * 4, got {text!r}"
         ) from error
@@ -286,18 +287,8 @@ def _temperature(value: Any, path: Path) -> tuple[float, float, float]:
 
 
 def _value(settings: dict[str, Any], name: str, default: Any, path: Path) -> Any:
-    """A setting as what its default is: a yes or no, a share, or a count, which is more than 0 where its default is."""
     value = settings.get(name)
-    value = default if value is None else value
-    if isinstance(default, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(default, int):
-        fits = isinstance(value, int) and not isinstance(value, bool) and (value > 0 or default == 0)
-    else:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-    if not fits:
-        raise UsageError(f"{path}: {name} must be like {default!r}, got {value!r}")
-    return value
+    return checked(default if value is None else value, default, name, path)
 
 
 def _dictionary(checkpoint: dict[str, Any], path: Path) -> tuple[str, ...]:

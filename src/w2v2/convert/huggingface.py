@@ -20,6 +20,7 @@ from w2v2.checkpoint import CONFIG, WEIGHTS
 from w2v2.convert.contents import (
     Contents,
     Rules,
+    checked,
     differing_fields,
     empty_model,
     kind_of,
@@ -263,25 +264,7 @@ def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool,
 
 
 def _value(values: dict[str, Any], name: str, default: Any, where: Path) -> Any:
-    """A field as what its default is: a yes or no, a number (a count is more than 0), or some counts."""
-    value = values.get(name, default)
-    if isinstance(default, bool):
-        fits, what = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        fits, what = _is_count(value), "a whole number, 1 or more"
-    elif isinstance(default, float):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits, what = number and value >= 0, "a number, 0 or more"
-    else:
-        fits = isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_count, value))
-        what = "a list of whole numbers, 1 or more"
-    if not fits:
-        raise UsageError(f"{where}: {name} must be {what}, got {value!r}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return checked(values.get(name, default), default, name, where)
 
 
 def _normalize_audio(folder: Path, values: dict[str, Any]) -> tuple[bool, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,15 @@ import torch
 from w2v2.errors import UsageError
 
 _INERT = ("argparse", "enum", "fairseq", "numpy", "omegaconf", "pathlib", "typing")
-_LEFT_TO_TORCH = ("torch", "collections", "_codecs", "builtins", "__builtin__")
+_TENSORS = re.compile(
+    r"torch\.(_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|\w*Storage|storage\.\w+Storage|nn\.parameter\.Parameter"
+    r"|Size|device|Tensor|serialization\._get_layout|u?int\d+|bfloat16|float\w+|double|half|long|bool)"
+    r"|collections\.(OrderedDict|Counter|defaultdict)|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(set|bytearray|complex|bool|bytes|dict|float|int|list|object|str|tuple)"
+)
+"""What tensors and containers are made of; ``torch.load`` has the last word on it."""
+_PLAIN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")
+"""As values: omegaconf keeps the types of its keys and elements."""
 _LEGACY_PICKLES = 5
 """Before torch 1.6 a file was so many pickles, and then the storages: magic, version, system, object, storage keys."""
 
@@ -57,13 +66,14 @@ def read_pickle(path: Path) -> Any:
         names = sorted(set(_zipped_names(path) if zipped else _legacy_names(path)))
     except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise UsageError(f"{path} is damaged, or not a checkpoint of torch.save: {error}") from error
-    refused = [name for name in names if name.split(".")[0] not in (*_INERT, *_LEFT_TO_TORCH)]
+    refused = [name for name in names if name.split(".")[0] not in _INERT and not _TENSORS.fullmatch(name)]
     if refused:
         raise UsageError(
             f"{path} would run or build {', '.join(refused)} when read, which a checkpoint has no need of; "
             "nothing was run; do not use this file"
         )
     known: list[Any] = [(type(name, (Inert,), {}), name) for name in names if name.split(".")[0] in _INERT]
+    known += [(type(name, (Inert,), {}), f"builtins.{name}") for name in _PLAIN_TYPES]
     known.append((_plain_dict, "collections.defaultdict"))
     try:
         with torch.serialization.safe_globals(known):

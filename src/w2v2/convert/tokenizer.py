@@ -69,6 +69,8 @@ def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
         UsageError: no tokenizer, one of several languages, or labels that do not fit the outputs.
     """
     path = folder / TOKENS
+    if not path.is_file():
+        raise UsageError(f"no {path}: a CTC model needs its tokenizer's files, {TOKENS} and {SETTINGS}")
     settings = _optional(folder / SPECIAL) | _optional(folder / SETTINGS)
     labels = _labels(path, settings, _optional(folder / ADDED), n_labels)
     ids = {label: i for i, label in enumerate(labels)}

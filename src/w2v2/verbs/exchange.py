@@ -6,6 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from w2v2.progress import progress
 from w2v2.verbs.settings import AddVerb
 
 log = logging.getLogger("w2v2")
@@ -29,7 +30,8 @@ def add(verb: AddVerb) -> None:
 def _convert(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.convert.conversion import CERTIFICATE, convert
 
-    found = convert(args.source, args.out, args.to)
+    with progress("convert") as show:
+        found = convert(args.source, args.out, args.to, show)
     if found["compared_with"] is None:
         log.warning("not compared with another implementation: %s", found["why_not"])
     else:
