@@ -21,6 +21,7 @@ from w2v2.convert.fairseq import conv_layers
 from w2v2.convert.pickles import read_pickle
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.text import Vocabulary
 
 FIRST = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
 
@@ -374,6 +375,17 @@ def test_vocabularies_that_fairseq_cannot_have(models, tmp_path, capsys):
     folder = shutil.copytree(models / "ours" / "ctc", tmp_path / "run")
     shutil.copy(tmp_path / "vocab.json", folder)
     assert "without a word boundary" in refused(capsys, folder, tmp_path / "out", "hf")
+
+
+class Syllables(Vocabulary):
+    """A vocabulary of another kind."""
+
+
+def test_vocabularies_of_another_kind(models):
+    contents = conversion.read(models / "ours" / "ctc")
+    contents.vocabulary = Syllables(labels=OUR_LETTERS.labels)
+    for misfits in (huggingface.hf_misfits, fairseq.fairseq_misfits):
+        assert "its vocabulary is a Syllables" in misfits(contents)[0]
 
 
 def test_calls_that_make_no_sense(models, tmp_path, capsys):

@@ -72,6 +72,8 @@ def misfits(contents: Contents) -> list[str]:
     if type(config) is not Wav2Vec2Config:
         return [f"its configuration is a {type(config).__name__}, which may build modules of its own"]
     found = []
+    if contents.vocabulary is not None and type(contents.vocabulary) is not Vocabulary:
+        found.append(f"its vocabulary is a {type(contents.vocabulary).__name__}: theirs spell words by characters")
     if any(config.conv_paddings):
         found.append(f"conv_paddings {_listed(config.conv_paddings)}: their convolutions have none")
     if config.conv_norm not in ("layer", f"group:{config.conv_channels[0]}"):

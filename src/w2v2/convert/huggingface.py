@@ -199,8 +199,10 @@ def read_huggingface(folder: Path) -> Contents:
         # The default, of SpecAugment in fine-tuning; in pretraining transformers is given its masks from outside.
         config = replace(config, mask_prob=Wav2Vec2Config.mask_prob)
         notes.append(f"mask_time_prob 0.05 is transformers' default, not of pretraining: {config.mask_prob} here")
-    if kind is not Wav2Vec2ForPretraining and not any(name.endswith("masked_spec_embed") for name in found):
-        prefix = "" if kind is Wav2Vec2 else "wav2vec2."
+    prefix = "" if kind is Wav2Vec2 else "wav2vec2."
+    if not prefix:  # some encoders keep the names that they had inside a model with a head
+        found = {name.removeprefix("wav2vec2."): tensor for name, tensor in found.items()}
+    if kind is not Wav2Vec2ForPretraining and f"{prefix}masked_spec_embed" not in found:
         found[f"{prefix}masked_spec_embed"] = torch.zeros(config.n_embd)
         config = replace(config, mask_prob=0.0)
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")

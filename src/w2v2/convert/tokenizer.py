@@ -83,6 +83,7 @@ def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
     if blank is None:
         raise UsageError(f"{path} has no pad_token, which is the blank of CTC: expected one among its tokens")
     unknown, boundary = place("unk_token", "<unk>"), place("word_delimiter_token", "|")
+    unknown = None if unknown == blank else unknown
     silent = [place("bos_token", "<s>"), place("eos_token", "</s>")]
     return Vocabulary(
         labels=labels,
