@@ -585,12 +585,13 @@ def test_tokens_that_were_added_later_are_labels_where_the_model_was_widened_for
     """As many fine-tuned models on the Hub: ``<s>`` and ``</s>`` come after the letters, not from vocab.json."""
     hf = theirs("Wav2Vec2ForCTC", SHAPES[0], pad_token_id=7)
     folder = save_theirs(hf, tmp_path / "hf")
-    labels = ["|", "A", "B", "C", "D", "'", "[UNK]", "[PAD]"]
+    labels = ["|", "a", "b", "c", "d", "'", "[UNK]", "[PAD]"]
     (folder / "vocab.json").write_text(json.dumps({label: i for i, label in enumerate(labels)}))
     (folder / "added_tokens.json").write_text('{"<s>": 8, "</s>": 9}')
     (folder / "special_tokens_map.json").write_text('{"pad_token": "[PAD]", "unk_token": {"content": "[UNK]"}}')
     found = read(folder).vocabulary
     assert found == Vocabulary(labels=(*labels, "<s>", "</s>"), blank=7, unknown=6, boundary=0, silent=(8, 9))
+    assert found.encode("AB d") == [1, 2, 0, 4, 0]  # in the case of its labels
 
 
 # --- Starting from them -----------------------------------------------------------------------------------------------
@@ -624,6 +625,20 @@ def test_finetuning_takes_the_encoder_of_a_fairseq_file(tmp_path, monkeypatch):
     state = model.state_dict()
     assert all(torch.equal(state[name], contents.state[name]) for name in Wav2Vec2(contents.config).state_dict())
     assert torch.equal(state["lm_head.weight"], head)
+
+
+@pytest.mark.parametrize("to", ["hf", "fairseq"])
+def test_finetuning_goes_on_with_the_output_layer_of_a_ctc_model_of_theirs(tmp_path, corpus, to):
+    alphabet = ("<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    vocabulary = Vocabulary(labels=alphabet, blank=0, unknown=3, boundary=4, silent=(1, 2))
+    source = save_ours(ours("Wav2Vec2ForCTC", SHAPES[0], vocabulary), tmp_path / "ours", vocabulary)
+    assert main(["convert", str(source), str(tmp_path / "theirs"), "--to", to]) == 0
+    out = tmp_path / "run"
+    call = ["finetune", "tiny_ctc", "--init-from", str(tmp_path / "theirs"), "--data", str(corpus), "--out", str(out)]
+    assert main([*call, *FEW[:8], *FEW[14:]]) == 0
+    trained, expected = read_ours(out), read_ours(source)
+    assert trained.vocabulary == vocabulary
+    assert all(torch.equal(trained.state[name], tensor) for name, tensor in expected.state.items())  # at rate 0
 
 
 def test_a_converted_recognizer_is_one_of_ours(tmp_path):

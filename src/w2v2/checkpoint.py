@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from w2v2.config import FinetuneConfig, PretrainConfig, load_config
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForPretraining
+from w2v2.text import Vocabulary, load_vocabulary
 
 M = TypeVar("M", bound=torch.nn.Module)
 log = logging.getLogger(__name__)
@@ -133,6 +134,15 @@ def model_config(folder: Path) -> Wav2Vec2Config:
         return contents.config
     config = run_config(folder)
     return config if isinstance(config, Wav2Vec2Config) else config.model
+
+
+def vocabulary_of(path: Path) -> Vocabulary | None:
+    """The vocabulary of a CTC model of ours or of another format; None: a model without."""
+    if is_foreign(path):
+        from w2v2.convert.conversion import read
+
+        return read(path).vocabulary
+    return load_vocabulary(path / VOCABULARY) if (path / VOCABULARY).is_file() else None
 
 
 def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
