@@ -4,9 +4,9 @@
 
 Each round plans on noise, plans on the data, and pretrains for some steps. The run's time is that of training
 (``train/audio_seconds_per_second`` in metrics.csv; start-up and validation left out), its memory the peak resident set
-of the process, validation and report included. ``alone_seconds``, of one thread: of the plan, its time on a core; of the
-run, its time times its share of a core. So they are what either would take on a machine that nobody else uses, pauses
-left out. Errors are of the prediction: 0.1 is 10 % too much.
+of the process, validation and report included. ``alone_seconds``, of one thread: of the plan, its time on a core; of
+the run, its time times its share of a core. So they are what either would take on a machine that nobody else uses,
+pauses left out. Errors are of the prediction: 0.1 is 10 % too much.
 """
 
 from __future__ import annotations

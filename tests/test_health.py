@@ -106,7 +106,7 @@ def test_a_healthy_run_is_never_so_poor_in_codes_for_long_whatever_validation_sa
 
 
 def test_a_run_that_lives_on_ten_codes_but_reads_from_context_is_let_go_on() -> None:
-    """1,500 updates of ``small`` on real speech, diversity 0.35: with every frame masked, a third of its accuracy is left."""
+    """1,500 updates of ``small`` on real speech, diversity 0.35: a third of its accuracy is left with all masked."""
     judge = Judge()
     with (Path(__file__).parent / "curves" / "few-small.csv").open() as file:
         for row in csv.DictReader(file):

@@ -35,7 +35,8 @@ def measured(**values) -> Measured:
     """BASE on an imaginary H200: 1,000 audio-seconds per second."""
     usual = {
         "device": "NVIDIA H200", "steps": 20, "micro_seconds": 78.125, "plain": 1e-3, "updating": 1.2e-3,
-        "spread": 0.0, "cpu_plain": None, "cpu_updating": None, "memory_gb": 30.0, "reserved_gb": 32.0, "parameters": 95_044_608, "corpus_hours": 960.0,
+        "spread": 0.0, "cpu_plain": None, "cpu_updating": None, "memory_gb": 30.0, "reserved_gb": 32.0,
+        "parameters": 95_044_608, "corpus_hours": 960.0,
     }  # fmt: skip
     return Measured(**(usual | values))
 
