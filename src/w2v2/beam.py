@@ -24,7 +24,7 @@ from flashlight.lib.text.decoder.kenlm import KenLM
 from flashlight.lib.text.dictionary import Dictionary
 from torch import Tensor
 
-from w2v2.decode import BeamConfig, Decoder, Hypothesis, path_hypothesis
+from w2v2.decode import BeamConfig, Hypothesis, path_hypothesis
 from w2v2.errors import JobError, UsageError
 from w2v2.hot_words import HotLabels, HotWords
 from w2v2.lexicon import Entry, as_lm_writes, read_lexicon, single_words, spell, spelling_of
@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 _KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 _NEVER = -1e9
 """Log-probability of what a frame of ours does not allow: finite, so that an unfinished hypothesis outlives none."""
-_LONGEST = 3000
-"""Frames searched at once, 60 s: flashlight keeps every hypothesis of an utterance, up to 200 kB a frame."""
 _HOT_LABELS = 10
 """Labels tried at each frame with hot words but no lexicon: each is a call of Python, 3 million for 30 s with all."""
 
@@ -73,7 +71,10 @@ def make_beam(
 
 
 class FreeBeam:
-    """Any sequence of labels, whatever words it makes. With hot words, of the ten likeliest labels of each frame."""
+    """Any sequence of labels, whatever words it makes. With hot words, of the ten likeliest labels of each frame.
+
+    flashlight keeps every hypothesis of an utterance: 0.2 GB for 20 s with a beam of 50. Give it no long recordings.
+    """
 
     def __init__(self, vocabulary: Vocabulary, config: BeamConfig, hot_words: Sequence[str] = ()) -> None:
         self.vocabulary = vocabulary
@@ -103,10 +104,7 @@ class FreeBeam:
         self._decoder = LexiconFreeDecoder(options, self._lm, silence, vocabulary.blank, [])
 
     def __call__(self, log_probs: Tensor) -> Hypothesis:
-        """Decode (T, labels); more than a minute in parts, see ``in_parts``."""
-        return in_parts(self._decode, log_probs, self.vocabulary)
-
-    def _decode(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
         # flashlight begins as if a boundary had just been said; a blank in front makes a boundary at once a label.
         first = _frame(log_probs, self.vocabulary.blank)
         best = _best(self._decoder, torch.cat([first, log_probs]))
@@ -175,10 +173,7 @@ class LexiconBeam:
         return trie
 
     def __call__(self, log_probs: Tensor) -> Hypothesis:
-        """Decode (T, labels); more than a minute in parts, see ``in_parts``."""
-        return in_parts(self._decode, log_probs, self.vocabulary)
-
-    def _decode(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
         boundary = self.vocabulary.boundary
         assert boundary is not None
         # A boundary after the end, for nothing: otherwise flashlight drops a last word that has none.
@@ -216,44 +211,6 @@ def _load(lm: Path, words: list[str], asked: int) -> KenLM:
     if lost:
         log.info("%d of %d words of the lexicon are unknown to the LM, such as %s", len(lost), asked, lost[0])
     return model
-
-
-def in_parts(decode: Decoder, log_probs: Tensor, vocabulary: Vocabulary) -> Hypothesis:
-    """Decode a long recording part by part, in memory that does not grow with it; the LM takes each for a sentence.
-
-    A part ends, between two thirds of 60 s and all of them, where a word boundary is likeliest; without boundaries
-    among the labels, in the middle of the surest half second of blanks.
-    """
-    pauses = _pauses(log_probs, vocabulary)
-    at = 0
-    found: list[tuple[int, Hypothesis]] = []
-    while at < len(log_probs) or not found:
-        end = len(log_probs)
-        if end - at > _LONGEST:
-            first = at + 2 * _LONGEST // 3
-            end = first + int(pauses[first : at + _LONGEST].argmax()) + 1
-        found.append((at, decode(log_probs[at:end])))
-        at = end
-    if len(found) == 1:
-        return found[0][1]
-    ids = tuple(label for _, part in found for label in part.ids)
-    spelled = vocabulary.boundary is None
-    return Hypothesis(
-        text=vocabulary.decode(ids) if spelled else " ".join(part.text for _, part in found if part.text),
-        ids=ids,
-        starts=tuple(at + frame for at, part in found for frame in part.starts),
-        ends=tuple(at + frame for at, part in found for frame in part.ends),
-        score=sum(part.score for _, part in found),
-    )
-
-
-def _pauses(log_probs: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """(T,) how sure it is that nothing is cut after each frame."""
-    if vocabulary.boundary is not None:
-        return log_probs[:, vocabulary.boundary]
-    if len(log_probs) <= _LONGEST:
-        return log_probs[:, vocabulary.blank]
-    return torch.nn.functional.avg_pool1d(log_probs[None, :, vocabulary.blank], 25, 1, 12)[0]
 
 
 def _frame(like: Tensor, label: int) -> Tensor:
