@@ -128,12 +128,11 @@ def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
 def load_model(folder: Path) -> Wav2Vec2:
     """The model of a folder, of whatever kind its weights are, in evaluation mode: pretraining, CTC, encoder alone."""
     config, state = model_config(folder), _read(folder)
+    model = Wav2Vec2(config)
     if "lm_head.weight" in state:
-        model: Wav2Vec2 = Wav2Vec2ForCTC(config, len(state["lm_head.weight"]))
-    elif any(name.startswith(_HEADS) for name in state):
+        model = Wav2Vec2ForCTC(config, len(state["lm_head.weight"]))
+    elif state.keys() - model.state_dict().keys():
         model = config.build()
-    else:
-        model = Wav2Vec2(config)
     return load_weights(model, folder).eval()
 
 
