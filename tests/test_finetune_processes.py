@@ -16,8 +16,8 @@ from w2v2.tasks.finetune import evaluate_recognizer
 SMALL = (
     "--model.n-layer 2 --model.n-embd 48 --model.ffn-dim 64 --model.conv-channels 16 16 16 16 16 16 16 "
     "--model.conv-norm group:8 --model.mask-prob 0.4 --channel-mask-prob 0.2 --channel-mask-length 8 "
-    "--model.layer-drop 0.3 --data.batch-seconds 7 --data.num-buckets 1 --train.max-steps 2 --train.log-every 1 --train.val-every 2 "
-    "--train.checkpoint-every 2 --optim.clip-norm None"
+    "--model.layer-drop 0.3 --data.batch-seconds 7 --data.num-buckets 1 --train.max-steps 2 --train.log-every 1 "
+    "--train.val-every 2 --train.checkpoint-every 2 --optim.clip-norm None"
 )
 
 
