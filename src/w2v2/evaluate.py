@@ -114,17 +114,21 @@ def tune_weights(
         references: text of each utterance that has one, as the vocabulary spells it.
     """
 
+    lacking = {name for name in references if name not in cache}
+
     def missing() -> Iterator[tuple[str, Tensor]]:
+        done = 0
         for batch in batches:
-            wanted = [i for i, name in enumerate(batch.ids) if name in references and name not in cache]
+            wanted = [i for i, name in enumerate(batch.ids) if name in lacking]
             lengths = batch.lengths.tolist()
             rows = recognizer.emissions([batch.audio[i, : lengths[i]] for i in wanted])
             yield from zip((batch.ids[i] for i in wanted), rows, strict=True)
-            progress("emissions", min(1.0, (len(cache) + 1) / len(references)))
+            done += len(wanted)
+            progress("emissions", done / len(lacking))
 
     from w2v2.tuning import tune
 
-    if any(name not in cache for name in references):
+    if lacking:
         cache.fill(missing())
     return tune(make, cache, references, start=start, trials=trials, progress=progress)
 
