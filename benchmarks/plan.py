@@ -4,9 +4,9 @@
 
 Each round plans on noise, plans on the data, and pretrains for some steps. The run's time is that of training
 (``train/audio_seconds_per_second`` in metrics.csv; start-up and validation left out), its memory the peak resident set
-of the process, validation and report included. ``alone_seconds`` are the run's times its share of a core, of one
-thread: what it would take on a machine that nobody else uses, as the plan supposes, which leaves pauses out. Errors are
-of the prediction: 0.1 is 10 % too much.
+of the process, validation and report included. ``alone_seconds``, of one thread: of the plan, its time on a core; of
+the run, its time times its share of a core. So they are what either would take on a machine that nobody else uses,
+pauses left out. Errors are of the prediction: 0.1 is 10 % too much.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def planned(recipe: str, steps: int, data: str | None) -> dict[str, float]:
     plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return {
         "seconds": plan["seconds_per_update"] * steps,
-        "alone_seconds": plan["seconds_per_update"] * steps,
+        "alone_seconds": (plan["cpu_seconds_per_update"] or plan["seconds_per_update"]) * steps,
         "memory_gb": plan["memory_gb"],
         "spread": plan["measured"]["spread"],
     }

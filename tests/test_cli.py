@@ -28,7 +28,7 @@ def test_prepare_pretrain_finetune_evaluate_report_one_after_the_other(
     assert json.loads(capsys.readouterr().out).keys() >= {"contrastive", "accuracy", "accuracy_all_masked"}
     tune = ["finetune", "tiny_ctc", "--data", manifest, "--init-from", run, "--out", ctc, "--minutes", "0.3"]
     assert main([*tune, *NANO[:8]]) == 0
-    assert main(["evaluate", ctc, "--data", manifest]) == 0
+    assert main(["evaluate", ctc, "--data", manifest, "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() >= {"wer", "cer"}
     (tmp_path / "run" / "report.html").unlink()
     assert main(["report", run]) == 0

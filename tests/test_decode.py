@@ -207,10 +207,11 @@ def test_a_lexicon_decides_which_words_there_are(
     check_best(found, tuple(found.text.split()), scores)
 
 
+@pytest.mark.parametrize("kind", ["free", "lexicon", "lm"])
 @settings(max_examples=40, deadline=None)
-@given(seeds, lengths, st.sampled_from(["free", "lexicon", "lm"]), st.booleans(), weights, st.sampled_from([0.0, 1.5]))
+@given(seeds, lengths, st.booleans(), weights, st.sampled_from([0.0, 1.5]))
 def test_hot_words_add_exactly_their_boost(
-    lm: Path, lexicon: Path, seed: int, frames: int, kind: str, sum_paths: bool, boost: float, lm_weight: float
+    lm: Path, lexicon: Path, kind: str, seed: int, frames: int, sum_paths: bool, boost: float, lm_weight: float
 ) -> None:
     log_probs, hot = random_log_probs(seed, frames), ("BA", "A")  # BA is not in the lexicon: it joins
     config = replace(WIDE, sum_paths=sum_paths, hot_word_boost=boost, lm_weight=lm_weight)
@@ -370,7 +371,10 @@ def files(tmp_path: Path) -> None:
         ({"lm": "one.arpa"}, "assumes at least a bigram model"),
         ({"lm": "model.bin"}, "KenLM binary, which hides its words"),
         ({"lm": "model.bin", "lexicon": "others"}, "model.bin is not an LM"),
-        ({"lm": "good.arpa", "lexicon": "others"}, "knows none of the 2 words of the lexicon, such as AB"),
+        (
+            {"lm": "good.arpa", "lexicon": "others"},
+            "knows none of the 2 words of the lexicon, such as AB",
+        ),
         ({"lexicon": "empty"}, "none of the 0 words"),
         ({"lexicon": "bad"}, ":2: AX is spelled A X"),
         ({"lexicon": "inside"}, ":1: AB is spelled A . B"),
@@ -427,6 +431,11 @@ def test_a_kenlm_binary_decodes_as_its_arpa_file_does(tmp_path: Path, lm: Path, 
         log_probs = random_log_probs(seed, 6)
         a, b = (make_decoder(SMALL, lm=path, lexicon=lexicon)(log_probs) for path in (lm, tmp_path / "lm.bin"))
         assert a == b
+    (tmp_path / "lower").write_text("a A |\nb B |\n")
+    with pytest.raises(
+        UsageError, match="none of the 2 words of the lexicon, such as a; expected one of the same language and case"
+    ):
+        make_decoder(SMALL, lm=tmp_path / "lm.bin", lexicon=tmp_path / "lower")
 
 
 # --- Tuning -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ def test_the_demo_leaves_its_summary_report_and_runs(demo: Path) -> None:
         "accuracy", "accuracy_all_masked", "loss", "code_perplexity", "prob_perplexity", "codes_per_utterance",
     }  # fmt: skip
     for arm in ("finetuned", "scratch"):
-        assert summary[arm].keys() == {"wer", "cer"}
+        assert summary[arm].keys() == {"wer", "cer", "cer_interval"}
+        low, high = summary[arm]["cer_interval"] or (0, 1)
+        assert low <= summary[arm]["cer"] <= high
     stages = summary["seconds"]
     assert stages.keys() == {
         "synthesise", "prepare", "pretrain", "finetune", "scratch", "evaluate", "total",

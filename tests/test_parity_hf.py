@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from w2v2 import recipes
+from w2v2.convert.contents import Contents
+from w2v2.convert.huggingface import hf_config, hf_names
 from w2v2.losses import ctc_loss
 from w2v2.model.masking import Draws, sample_distractors
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
@@ -58,76 +60,13 @@ def ours(preset):
 
 
 def theirs(model):
-    """Their model of the same shape, and pairs of (our parameter's name, theirs)."""
-    config = model.config
-    layer_mode = config.conv_norm == "layer"
-    hf = transformers.Wav2Vec2ForPreTraining(
-        transformers.Wav2Vec2Config(
-            hidden_size=config.n_embd,
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            intermediate_size=config.ffn_dim,
-            hidden_act="gelu",
-            hidden_dropout=0.0,
-            activation_dropout=0.0,
-            attention_dropout=0.0,
-            feat_proj_dropout=0.0,
-            feat_quantizer_dropout=0.0,
-            layerdrop=0.0,
-            layer_norm_eps=1e-5,
-            feat_extract_norm="layer" if layer_mode else "group",
-            feat_extract_activation="gelu",
-            conv_dim=config.conv_channels,
-            conv_stride=config.conv_strides,
-            conv_kernel=config.conv_kernel_sizes,
-            conv_bias=config.conv_bias,
-            num_conv_pos_embeddings=config.pos_conv_kernel,
-            num_conv_pos_embedding_groups=config.pos_conv_groups,
-            do_stable_layer_norm=config.norm_first,
-            mask_time_prob=0.65,
-            num_codevectors_per_group=config.n_entries,
-            num_codevector_groups=config.n_groups,
-            codevector_dim=config.n_groups * config.codebook_dim,
-            proj_codevector_dim=config.similarity_dim,
-            contrastive_logits_temperature=config.logit_temperature,
-            num_negatives=config.num_distractors,
-            diversity_loss_weight=0.1,
-            attn_implementation="eager",
-        )
-    )
-    names = {
-        "mask_vector": "wav2vec2.masked_spec_embed",
-        "quantizer.codebook": "quantizer.codevectors",
-    }
-    modules = {
-        "feature_projection.norm": "wav2vec2.feature_projection.layer_norm",
-        "feature_projection.linear": "wav2vec2.feature_projection.projection",
-        "ln_f": "wav2vec2.encoder.layer_norm",
-        "quantizer.projector": "quantizer.weight_proj",
-        "project_q": "project_q",
-        "out_linear": "project_hid",
-    }
-    for i in range(len(config.conv_channels)):
-        modules[f"feature_encoder.conv_layers.{i}.0"] = f"wav2vec2.feature_extractor.conv_layers.{i}.conv"
-        if i == 0 or layer_mode:
-            modules[f"feature_encoder.conv_layers.{i}.1"] = f"wav2vec2.feature_extractor.conv_layers.{i}.layer_norm"
-    for i in range(config.n_layer):
-        parts = {
-            "attn.q_proj": "attention.q_proj",
-            "attn.k_proj": "attention.k_proj",
-            "attn.v_proj": "attention.v_proj",
-            "attn.out_proj": "attention.out_proj",
-            "ln_1": "layer_norm",
-            "mlp.fc_1": "feed_forward.intermediate_dense",
-            "mlp.fc_2": "feed_forward.output_dense",
-            "ln_2": "final_layer_norm",
-        }
-        modules |= {f"transformer.{i}.{a}": f"wav2vec2.encoder.layers.{i}.{b}" for a, b in parts.items()}
-    modules["positional_embedding.conv"] = "wav2vec2.encoder.pos_conv_embed.conv"
-    for name, _ in model.named_parameters():
-        for a, b in modules.items():
-            if name.startswith(a + "."):
-                names[name] = b + name.removeprefix(a)
+    """Their model of the same shape, and our name of each parameter with theirs."""
+    values = hf_config(Contents(config=model.config, state=model.state_dict()))
+    hf = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values, attn_implementation="eager"))
+    spelling = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    names = hf_names(model.state_dict(), type(model))
+    for old, new in spelling.items():
+        names = {ours: their.removesuffix(old) + new if their.endswith(old) else their for ours, their in names.items()}
     return hf, names
 
 

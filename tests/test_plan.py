@@ -35,7 +35,8 @@ def measured(**values) -> Measured:
     """BASE on an imaginary H200: 1,000 audio-seconds per second."""
     usual = {
         "device": "NVIDIA H200", "steps": 20, "micro_seconds": 78.125, "plain": 1e-3, "updating": 1.2e-3,
-        "spread": 0.0, "memory_gb": 30.0, "reserved_gb": 32.0, "parameters": 95_044_608, "corpus_hours": 960.0,
+        "spread": 0.0, "cpu_plain": None, "cpu_updating": None, "memory_gb": 30.0, "reserved_gb": 32.0,
+        "parameters": 95_044_608, "corpus_hours": 960.0,
     }  # fmt: skip
     return Measured(**(usual | values))
 
@@ -152,6 +153,15 @@ def test_memory_is_warned_of_with_the_batch_that_would_fit() -> None:
     assert found.largest_batch_seconds == pytest.approx(87.5 * (0.9 * 24 - fixed) / (32 - fixed), rel=0.02)
 
 
+def test_a_sharded_run_needs_its_part_of_what_does_not_depend_on_the_batch() -> None:
+    config = recipes.base()
+    config.train.shard = True
+    fixed = 16e-9 * 95_044_608
+    assert plan(recipes.base(), gpus=8).memory_gb == pytest.approx(32 + fixed / 4)  # DDP: the gradient a second time
+    assert plan(config, gpus=8).memory_gb == pytest.approx(32 - fixed * 7 / 8)
+    assert plan(config, gpus=1).memory_gb == pytest.approx(32)
+
+
 def test_the_published_table_is_read_at_its_rows_and_between_them() -> None:
     assert published_wer(66_667) == pytest.approx((8.95, 22.65))
     between = published_wer(100_000)
@@ -180,6 +190,9 @@ def test_what_is_measured_is_a_run_of_the_settings_given(corpus: Path) -> None:
     figures = measure(config, 4)
     assert figures.steps == 4
     assert figures.micro_seconds == 4.0
+    assert (
+        figures.cpu_updating is not None and 0 < figures.cpu_updating < 2 * torch.get_num_threads() * figures.updating
+    )
     assert figures.parameters == sum(p.numel() for p in config.model.build().parameters())
     assert figures.corpus_hours is None
     # a process that has torch, Lightning and matplotlib, but not this one's memory, whatever other tests left here

@@ -190,6 +190,14 @@ def test_figures_of_the_summary_are_rounded(page: Page) -> None:
         assert text in page.text
 
 
+def test_intervals_are_shown_where_the_summary_has_them(page: Page, folder: Path, tmp_path: Path) -> None:
+    assert "interval" not in page.text
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["finetuned"]["cer_interval"], summary["scratch"]["cer_interval"] = [0.3512, 0.4188], [0.5412, 0.6]
+    copy_runs(folder, tmp_path, summary)
+    assert "35.1% to 41.9% / 54.1% to 60.0%" in Page(write_demo_report(tmp_path)).text
+
+
 def test_both_arms_are_drawn_in_full(page: Page) -> None:
     for label in ("pretrained", "from-scratch"):
         for rate in ("character-error-rate-cer", "word-error-rate-wer"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -13,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from w2v2.config import FinetuneConfig, PretrainConfig, load_config
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+
+if TYPE_CHECKING:
+    from w2v2.text import Vocabulary
 
 M = TypeVar("M", bound=torch.nn.Module)
+log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.json"
 
@@ -39,18 +45,26 @@ def load_weights(model: M, folder: Path) -> M:
         UsageError: no such file, a damaged one, or tensors missing, left over or of another shape; all are listed.
     """
     state = _read(folder)
-    own = model.state_dict()
-    faults = [f"missing {name}" for name in own if name not in state]
-    faults += [f"unexpected {name}" for name in state if name not in own]
-    faults += [
-        f"{name} has {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if faults:
-        raise UsageError(f"{folder / WEIGHTS} does not fit the model: {'; '.join(faults)}")
+    check_fit(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
     model.load_state_dict(state)
     return model
+
+
+def check_fit(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Refuse tensors that are not exactly those a model has.
+
+    Raises:
+        UsageError: some missing, left over or of another shape; all are listed.
+    """
+    faults = [f"missing {name}" for name in shapes if name not in state]
+    faults += [f"unexpected {name}" for name in state if name not in shapes]
+    faults += [
+        f"{name} has {tuple(state[name].shape)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if faults:
+        raise UsageError(f"{where} does not fit the model: {'; '.join(faults)}")
 
 
 def load_encoder(model: Wav2Vec2, folder: Path) -> None:
@@ -73,6 +87,30 @@ _HEADS = ("quantizer.", "project_q.", "out_linear.", "lm_head.")
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
+    if is_foreign(folder):
+        from w2v2.convert.conversion import read
+
+        return read(folder).state
+    return read_weights(folder)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a checkpoint is for ``convert`` to read: a file of fairseq's, or a folder of transformers'."""
+    if not (path / CONFIG).is_file():
+        return path.is_file() or len(list(path.glob("*.pt"))) == 1
+    try:
+        values = json.loads((path / CONFIG).read_text())
+    except ValueError:
+        return False
+    return isinstance(values, dict) and "model_type" in values and "_type" not in values
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of ``FOLDER/model.safetensors``.
+
+    Raises:
+        UsageError: no such file, or a damaged one.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         raise UsageError(f"no {path}: expected a run folder of 'w2v2 pretrain' or 'w2v2 finetune'")
@@ -87,12 +125,47 @@ def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
     return load_weights(model_config(run).build(), run).eval()
 
 
+def load_model(folder: Path) -> Wav2Vec2:
+    """The model of a folder, of whatever kind its weights are, in evaluation mode: pretraining, CTC, encoder alone."""
+    config, state = model_config(folder), _read(folder)
+    model = Wav2Vec2(config)
+    if "lm_head.weight" in state:
+        model = Wav2Vec2ForCTC(config, len(state["lm_head.weight"]))
+    elif state.keys() - model.state_dict().keys():
+        model = config.build()
+    return load_weights(model, folder).eval()
+
+
 def model_config(folder: Path) -> Wav2Vec2Config:
-    """The model configuration of a run folder, or of a folder of weights, whose ``config.json`` is that alone."""
+    """The model configuration of a run folder, of a folder of weights, or of a checkpoint of another format."""
+    if is_foreign(folder):
+        from w2v2.convert.conversion import read
+
+        contents = read(folder)
+        for note in contents.notes:
+            log.warning("%s: %s", folder, note)
+        return contents.config
+    config = run_config(folder)
+    return config if isinstance(config, Wav2Vec2Config) else config.model
+
+
+def vocabulary_of(path: Path) -> Vocabulary | None:
+    """The vocabulary of a CTC model of ours or of another format; None: a model without."""
+    from w2v2.text import load_vocabulary
+
+    if is_foreign(path):
+        from w2v2.convert.conversion import read
+
+        return read(path).vocabulary
+    return load_vocabulary(path / VOCABULARY) if (path / VOCABULARY).is_file() else None
+
+
+def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
+    """The configuration of a run folder, or of a folder of weights, whose ``config.json`` is the model's alone."""
     expect_file(folder, CONFIG)
     config: Any = load_config(folder / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
-    model: Wav2Vec2Config = config if isinstance(config, Wav2Vec2Config) else config.model
-    return model
+    found: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
+    return found
 
 
 def expect_file(run: Path, name: str) -> None:

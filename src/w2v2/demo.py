@@ -26,11 +26,11 @@ from w2v2.data.datamodule import SpeechDataModule
 from w2v2.data.prepare import prepare
 from w2v2.data.synthetic import SyntheticConfig, synthesize
 from w2v2.errors import UsageError
-from w2v2.evaluate import error_rates
 from w2v2.model.masking import keyed_generator
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
 from w2v2.recognizer import Recognizer
 from w2v2.report import write_demo_report
+from w2v2.scoring import Tally
 from w2v2.tasks.finetune import finetune, transcripts
 from w2v2.text import normalize_text
 from w2v2.train import evaluate_pretrained, pretrain
@@ -86,13 +86,12 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         _write(out / "hypotheses.json", _spread(rows, 10))
         _write_codebook(out, pretrained, splits, config)
         _write_example(out, splits, config)
-    references = [row["reference"] for row in rows]
-    rates = {arm: error_rates(references, [row[arm] for row in rows]) for arm in ("finetuned", "scratch")}
+    rates = {arm: _rates(rows, arm) for arm in ("finetuned", "scratch")}
     names = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
     summary = {
         "schema": 1,
         "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in names}},
-        **{arm: {"wer": rate.wer, "cer": rate.cer} for arm, rate in rates.items()},
+        **rates,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "peak_memory_gib": _peak_memory_gib(),
         "command": f"w2v2 demo {source} --seed {seed} --shrink {shrink:g}",
@@ -103,7 +102,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     _write(out / "summary.json", summary)
     log.info(
         "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% from scratch",
-        100 * rates["finetuned"].cer, 100 * rates["scratch"].cer,
+        100 * rates["finetuned"]["cer"], 100 * rates["scratch"]["cer"],
     )  # fmt: skip
     return write_demo_report(out)
 
@@ -149,8 +148,19 @@ def _hypotheses(models: dict[str, Recognizer], splits: Splits, split: str) -> li
     for cut in splits[split]:
         text = normalize_text(cut.supervisions[0].text or "")
         if text and all(cut.id in by_id for by_id in said.values()):
-            rows.append({"id": cut.id, "reference": text, **{name: by_id[cut.id] for name, by_id in said.items()}})
+            who = cut.supervisions[0].speaker or ""
+            heard = {name: by_id[cut.id] for name, by_id in said.items()}
+            rows.append({"id": cut.id, "speaker": who, "reference": text, **heard})
     return rows
+
+
+def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
+    """Error rates of one model, and an interval over speakers where there are enough."""
+    tally = Tally()
+    for row in rows:
+        tally.add(row["reference"], row[arm], speaker=row["speaker"])
+    found = tally.summary()
+    return {"wer": found["wer"], "cer": found["cer"], "cer_interval": found["characters"]["interval"]}
 
 
 def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:

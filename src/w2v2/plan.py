@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -32,6 +32,8 @@ from w2v2.flops import peak_flops, training_flops, utilisation
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 
 WARM_UP_STEPS = 5
+LENGTHS = 16
+"""Batches of other crops that a CPU meets before the measured steps."""
 
 # Hours heard, greedy WER on test-clean and test-other after fine-tuning on 100 h; middles of the published ranges.
 _WER = (
@@ -60,6 +62,11 @@ class Measured:
     """The same with the update."""
     spread: float
     """Middle half of the same, its width over its middle."""
+    cpu_plain: float | None
+    """As ``plain``, of the process's own time on the CPU's cores, all its threads together, which others on the machine
+    hardly change; None on a GPU."""
+    cpu_updating: float | None
+    """The same with the update."""
     memory_gb: float
     """Peak, GB (1e9 bytes): resident set of the process on a CPU, allocated by tensors on a GPU."""
     reserved_gb: float
@@ -71,6 +78,12 @@ class Measured:
     def seconds_per_update(self, accumulate: int) -> float:
         """Of an optimiser step of so many micro-batches."""
         return self.micro_seconds * ((accumulate - 1) * self.plain + self.updating)
+
+    def cpu_seconds_per_update(self, accumulate: int) -> float | None:
+        """The same of the time on the CPU's cores; with one thread, what a step takes on a machine all of its own."""
+        if self.cpu_plain is None or self.cpu_updating is None:
+            return None
+        return self.micro_seconds * ((accumulate - 1) * self.cpu_plain + self.cpu_updating)
 
 
 def measure(config: PretrainConfig, steps: int = 20) -> Measured:
@@ -138,6 +151,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.marks: list[Any] = []
+        self.cpu_marks: list[float] = []
         self.audio: list[float] = []
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -150,15 +164,23 @@ class _Clock:
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
+            self.cpu_marks.append(time.process_time())
         lengths = args[2] if len(args) > 2 else None
         self.audio.append((audio.numel() if lengths is None else sum(lengths)) / SAMPLE_RATE)
 
-    def intervals(self) -> list[float]:
-        """Seconds from each mark to the next."""
-        if self.marks and not isinstance(self.marks[0], float):
-            torch.cuda.synchronize()
-            return [one.elapsed_time(two) / 1000 for one, two in pairwise(self.marks)]
-        return [two - one for one, two in pairwise(self.marks)]
+    def per_audio(self) -> list[float]:
+        """Seconds from each mark to the next, per second of audio."""
+        if self.cpu_marks:
+            return self._over_audio(two - one for one, two in pairwise(self.marks))
+        torch.cuda.synchronize()
+        return self._over_audio(one.elapsed_time(two) / 1000 for one, two in pairwise(self.marks))
+
+    def cpu_per_audio(self) -> list[float]:
+        """Seconds of the process on the CPU's cores, likewise; empty on a GPU."""
+        return self._over_audio(two - one for one, two in pairwise(self.cpu_marks))
+
+    def _over_audio(self, seconds: Iterable[float]) -> list[float]:
+        return [took / audio for took, audio in zip(seconds, self.audio, strict=False)]
 
 
 def _measure_here(folder: Path, kind: str) -> None:
@@ -176,9 +198,12 @@ def _measure_here(folder: Path, kind: str) -> None:
     hours = train.seconds / 3600 if kind == "data" else None
     few: Splits = {"train": train, "valid": Split.of(islice(splits["valid"], 32))}
     clock, build = _Clock(), config.model.build
+    cuda = torch.cuda.is_available() and config.train.accelerator != "cpu"
 
     def timed() -> Any:
         model = build()
+        if not cuda:
+            _meet_other_lengths(model, config.data)
         model.register_forward_pre_hook(clock)
         return model
 
@@ -187,10 +212,8 @@ def _measure_here(folder: Path, kind: str) -> None:
     write_run_report(folder / "run")
     every = config.train.accumulate
     skip = WARM_UP_STEPS * every
-    per_audio = [took / audio for took, audio in zip(clock.intervals(), clock.audio, strict=False)]
-    plain = [x for i, x in enumerate(per_audio) if i >= skip and (i + 1) % every]
-    updating = [x for i, x in enumerate(per_audio) if i >= skip and (i + 1) % every == 0]
-    cuda = next(model.parameters()).is_cuda or (torch.cuda.is_available() and config.train.accelerator != "cpu")
+    plain, updating = _by_kind(clock.per_audio(), every)
+    cpu_plain, cpu_updating = _by_kind(clock.cpu_per_audio(), every)
     low, high = np.quantile(updating, [0.25, 0.75])
     rss = _peak_rss()
     measured = Measured(
@@ -200,12 +223,32 @@ def _measure_here(folder: Path, kind: str) -> None:
         plain=middle_mean(plain or updating),
         updating=middle_mean(updating),
         spread=float((high - low) / middle_mean(updating)),
+        cpu_plain=middle_mean(cpu_plain or cpu_updating) if cpu_updating else None,
+        cpu_updating=middle_mean(cpu_updating) if cpu_updating else None,
         memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else rss,
         reserved_gb=torch.cuda.max_memory_reserved() / 1e9 if cuda else rss,
         parameters=sum(p.numel() for p in model.parameters()),
         corpus_hours=hours,
     )
     (folder / "measured.json").write_text(json.dumps(asdict(measured)))
+
+
+def _meet_other_lengths(model: Any, data: DataConfig) -> None:
+    """Passes over batches of crops of some lengths: kernels are kept for each, and gaps between buffers of each size.
+
+    Twenty steps meet few lengths, or one, a run meets many; what they add is a tenth of a small model's memory.
+    """
+    for seconds in np.linspace(data.min_seconds, data.max_seconds, LENGTHS):
+        samples = [round(seconds * SAMPLE_RATE)] * crops(data, data.max_seconds)
+        draws = model.draw(samples, [("length", i) for i in range(len(samples))], step_key=("length",))
+        torch.stack(list(model(torch.randn(len(samples), samples[0]), draws).losses.values())).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _by_kind(per_audio: Sequence[float], every: int) -> tuple[list[float], list[float]]:
+    """Figures of the micro-batches after the warm-up: those without an update, and those with one."""
+    warm = list(enumerate(per_audio))[WARM_UP_STEPS * every :]
+    return [x for i, x in warm if (i + 1) % every], [x for i, x in warm if (i + 1) % every == 0]
 
 
 def middle_mean(values: Sequence[float]) -> float:
@@ -243,6 +286,8 @@ class Plan:
     """The recipe's peak times the root of the ratio of the two batches."""
     updates: int
     seconds_per_update: float
+    cpu_seconds_per_update: float | None
+    """Of one device's process, on the CPU's cores; None on a GPU."""
     audio_seconds_per_second: float
     """Of all devices."""
     hours_to_finish: float
@@ -318,9 +363,12 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
     seconds = measured.seconds_per_update(train.accumulate)
     heard = measured.micro_seconds * train.accumulate * devices
     updates = train.max_steps or config.optim.schedule.total_steps
-    # Across processes DDP keeps the gradient a second time, in its buckets.
-    needed = measured.reserved_gb + (4e-9 * measured.parameters if devices > 1 else 0)
     fixed = 16e-9 * measured.parameters
+    if train.shard:
+        fixed /= devices
+    # Across processes DDP keeps the gradient a second time, in its buckets.
+    needed = measured.reserved_gb + (4e-9 * measured.parameters if devices > 1 and not train.shard else 0)
+    needed -= 16e-9 * measured.parameters - fixed
     largest = None
     if memory is not None:
         share = max(0.9 * memory - fixed, 0) / max(needed - fixed, 1e-9)
@@ -340,6 +388,7 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
         scaled_peak=_scaled_peak(recipe, config),
         updates=updates,
         seconds_per_update=seconds,
+        cpu_seconds_per_update=measured.cpu_seconds_per_update(train.accumulate),
         audio_seconds_per_second=speed,
         hours_to_finish=seconds * updates / 3600,
         hours_heard=hours,
@@ -444,6 +493,9 @@ def plan_table(plan: Plan) -> list[str]:
          "and transfers between devices not counted"),
         ("audio heard", f"{plan.hours_heard:,.1f} h" + (f", {plan.passes:.1f} passes" if plan.passes else "")),
     ]  # fmt: skip
+    if plan.cpu_seconds_per_update is not None:
+        busy = "on the CPU's cores: what one thread would take if nobody else used the machine"
+        rows.insert(5, ("of these", f"{plan.cpu_seconds_per_update:.4g} {busy}"))
     if plan.utilisation is not None:
         rows.append(("utilisation", f"{plan.utilisation:.1%} of the device's peak FLOP/s"))
     if plan.wer is not None:

@@ -34,7 +34,7 @@ class Recognizer:
         """
         config = self.model.config
         device = next(self.model.parameters()).device
-        rows = [_normalize(row) if config.normalize_audio and len(row) else row for row in audio]
+        rows = [normalize_waveform(row) if config.normalize_audio and len(row) else row for row in audio]
         frames = config.frames([len(row) for row in rows])
         usable = [row for row, count in zip(rows, frames, strict=True) if count]
         found: list[Tensor] = []
@@ -51,7 +51,7 @@ class Recognizer:
         return [row[:count].cpu() for row, count in zip(log_probs, frames, strict=True)]
 
 
-def _normalize(audio: Tensor) -> Tensor:
+def normalize_waveform(audio: Tensor) -> Tensor:
     """Zero mean and unit variance, as in training (``data/datamodule.py``)."""
     return (audio - audio.mean()) / torch.sqrt(audio.var(correction=0) + 1e-5)
 

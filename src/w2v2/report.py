@@ -247,6 +247,10 @@ def _key_figures(summary: dict[str, Any], model: dict[str, Any]) -> Markup:
             ("WER", "wer", "The same in words. One wrong letter spoils a word, so it falls later than the CER."),
         )
     ]
+    intervals = [summary[arm].get("cer_interval") for arm in ARMS]
+    if all(intervals):
+        said = " / ".join("{:.1%} to {:.1%}".format(*interval) for interval in intervals)
+        rows.insert(1, ("95 % interval of the CER", said, "Were others to speak, of the same kind, in the same rooms."))
     rows += [
         (name, form.format(figures[key]), remark.format(**words))
         for name, key, form, remark in READING

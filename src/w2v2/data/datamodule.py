@@ -54,6 +54,9 @@ class Batch:
     """(B, U) int64 labels, padded with zeros."""
     target_lengths: Tensor | None = None
     """(B,) int64 labels of each utterance."""
+    texts: list[str | None] = field(default_factory=list)
+    """Transcripts as they are; None: there is none."""
+    speakers: list[str | None] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
     """Utterances that could not be read and are left out: what was wrong, by id. B may be 0."""
 
@@ -107,11 +110,18 @@ class SpeechDataset(Dataset[Batch]):
         audio = torch.zeros(len(rows), max((len(row) for row in rows), default=0))
         for i, row in enumerate(rows):
             audio[i, : len(row)] = torch.from_numpy(row)
-        ids = [cuts[i].id for i in good]
-        batch = Batch(audio=audio, lengths=lengths, ids=ids, passes=[passes[i] for i in good], bad=bad)
+        said = [cuts[i].supervisions[0] for i in good]
+        batch = Batch(
+            audio=audio,
+            lengths=lengths,
+            ids=[cuts[i].id for i in good],
+            passes=[passes[i] for i in good],
+            texts=[supervision.text for supervision in said],
+            speakers=[supervision.speaker for supervision in said],
+            bad=bad,
+        )
         if self.encode is not None:
-            texts = [cuts[i].supervisions[0].text or "" for i in good]
-            labels = [torch.tensor(self.encode(text), dtype=torch.long) for text in texts]
+            labels = [torch.tensor(self.encode(text or ""), dtype=torch.long) for text in batch.texts]
             batch.targets = torch.nn.utils.rnn.pad_sequence(labels or [lengths], batch_first=True)[: len(labels)]
             batch.target_lengths = torch.tensor([len(row) for row in labels], dtype=torch.long)
         return batch
@@ -227,6 +237,18 @@ class _Passes:
         self.told = True
 
 
+@dataclass
+class _Every:
+    """All cuts of a split, in its order."""
+
+    name: str
+    split: Split
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[MonoCut]:
+        return iter(self.split)
+
+
 class _Steps(DynamicBucketingSampler):
     """Yields the batches of one step of all ranks together, not yet shared out; fewer than ranks at the end."""
 
@@ -288,7 +310,7 @@ class EpochSampler:
 
     def __init__(
         self,
-        cuts: _Passes,
+        cuts: _Passes | _Every,
         constraint: _CropConstraint,
         *,
         num_buckets: int = 10,
@@ -486,7 +508,10 @@ class SpeechDataModule(pl.LightningDataModule):
         )
         # Lightning takes the first batches of a resumed run before it says which pass that is in.
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        return self._loader(dataset, "train", max_seconds, shuffle=True, skip=self.skip, epoch=epoch)
+        passes = self._passes("train", shuffle=True)
+        return _loader(
+            dataset, passes, self.config, max_seconds, shuffle=True, seed=self.seed, skip=self.skip, epoch=epoch
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The valid split in a fixed order; its workers start at once, before training does."""
@@ -498,43 +523,52 @@ class SpeechDataModule(pl.LightningDataModule):
         """Any split in a fixed order; for pretraining, crops that depend on the utterance id alone."""
         max_seconds = self.config.max_seconds if self.encode is None else None
         dataset = SpeechDataset(max_seconds=max_seconds, normalize=self.normalize, encode=self.encode)
-        return self._loader(dataset, split, max_seconds, shuffle=False)
+        return _loader(dataset, self._passes(split), self.config, max_seconds, seed=self.seed)
 
-    def _loader(
-        self,
-        dataset: SpeechDataset,
-        split: str,
-        max_seconds: float | None,
-        *,
-        shuffle: bool,
-        skip: int = 0,
-        epoch: int = 0,
-    ) -> SpeechLoader:
-        rank, world_size = _ranks()
-        sampler = EpochSampler(
-            self._passes(split, shuffle=shuffle),
-            _CropConstraint(
-                max_duration=self.config.batch_seconds, max_seconds=max_seconds, same_length=dataset.same_length
-            ),
-            num_buckets=self.config.num_buckets,
-            buffer=self.config.shuffle_buffer,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            skip=skip,
-        )
-        sampler.set_epoch(epoch)
-        count = len(self.splits[split])
-        return SpeechLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.config.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            allowed=int(bad_share(self.config.max_bad) * count),
-            said=f"more than --data.max-bad {self.config.max_bad} of {count} allows",
-        )
+
+def whole_utterances(name: str, split: Split, config: DataConfig) -> SpeechLoader:
+    """Every utterance of a split exactly once, as it is: for evaluation and features.
+
+    Nothing is left out for its length or its transcript, nothing cropped or normalised, and there are no targets. Only
+    recordings that cannot be read are missing, named in ``bad``, as far as ``max_bad`` allows.
+    """
+    return _loader(SpeechDataset(), _Every(name, split), config, None)
+
+
+def _loader(
+    dataset: SpeechDataset,
+    cuts: _Passes | _Every,
+    config: DataConfig,
+    max_seconds: float | None,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    skip: int = 0,
+    epoch: int = 0,
+) -> SpeechLoader:
+    rank, world_size = _ranks()
+    sampler = EpochSampler(
+        cuts,
+        _CropConstraint(max_duration=config.batch_seconds, max_seconds=max_seconds, same_length=dataset.same_length),
+        num_buckets=config.num_buckets,
+        buffer=config.shuffle_buffer,
+        shuffle=shuffle,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        skip=skip,
+    )
+    sampler.set_epoch(epoch)
+    count = len(cuts.split)
+    return SpeechLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        allowed=int(bad_share(config.max_bad) * count),
+        said=f"more than --data.max-bad {config.max_bad} of {count} allows",
+    )
 
 
 def _ranks() -> tuple[int, int]:

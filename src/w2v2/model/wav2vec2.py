@@ -238,6 +238,27 @@ class Wav2Vec2(nn.Module):
         _, x = self.feature_projection(features, packed)
         return unpack(self.contextualize(self.feature_projection.dropout(x), packed), packed), frames
 
+    def hidden_states(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[list[Tensor], list[int]]:
+        """What each block is given and makes of it.
+
+        Args:
+            audio, lengths: as for ``encode``.
+
+        Returns:
+            n_layer + 1 tensors (B, T, D), zero after an utterance's end: [0] the input of the first block, [i] the
+            output of block i, the last one after ``ln_f`` where norms come first, so that it is what ``encode`` returns
+            (``hidden_states`` of transformers; 5.x has the last one before that norm, ``last_hidden_state`` after it);
+            and the frames T of each utterance.
+
+        Raises:
+            ValueError: as ``encode``.
+        """
+        frames, packed = self.frame_lengths(audio, lengths)
+        _, x = self.feature_projection(self.feature_encoder(audio, lengths if packed else None), packed)
+        states: list[Tensor] = []
+        states.append(self.contextualize(self.feature_projection.dropout(x), packed, inputs=states))
+        return [unpack(state, packed) for state in states], frames
+
     def frame_lengths(self, audio: Tensor, lengths: Sequence[int] | None) -> tuple[list[int], list[int] | None]:
         """Frames of each utterance of (B, S) audio, and the same again if they must be packed, else None."""
         samples = [audio.shape[1]] * audio.shape[0] if lengths is None else list(lengths)
@@ -260,6 +281,7 @@ class Wav2Vec2(nn.Module):
         covered: Tensor | None = None,
         channels: Tensor | None = None,
         keep_layers: Sequence[bool] | None = None,
+        inputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Run the context network.
 
@@ -270,6 +292,7 @@ class Wav2Vec2(nn.Module):
                 positional convolution, which would otherwise carry 64 frames of content into each of them.
             channels: (B, D) bool, True where a channel is set to zero for the whole utterance, after the time mask.
             keep_layers: which blocks run; None for all.
+            inputs: gets the input of each block appended, as x is.
         """
         if covered is not None:
             vector = self.mask_vector.to(x.dtype).expand(len(covered), -1)
@@ -283,6 +306,8 @@ class Wav2Vec2(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.transformer):
             assert isinstance(block, TransformerBlock)
+            if inputs is not None:
+                inputs.append(x)
             x = block(x, lengths) if keep_layers is None or keep_layers[i] else block.skip(x)
         return self.ln_f(x) if self.config.norm_first else x
 
@@ -357,8 +382,8 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         )
         context = self.out_linear(x.flatten(0, 1)[draws.masked])
 
-        source = projected if config.target_features == "projected" else normalised
-        source = F.dropout(source.flatten(0, 1)[draws.masked], config.dropout_features, self.training)
+        source = self._to_quantize(normalised, projected)[draws.masked]
+        source = F.dropout(source, config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
         masked = [sum(draws.counts[part]) for part in draws.parts()]
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
@@ -396,6 +421,26 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             },
             num_targets=len(draws.masked),
         )
+
+    def _to_quantize(self, normalised: Tensor, projected: Tensor) -> Tensor:
+        """(all frames laid end to end, width)."""
+        source = projected if self.config.target_features == "projected" else normalised
+        return source.flatten(0, 1)
+
+    def codes(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+        """The entry of each codebook for each frame, nothing masked: in evaluation mode the targets of ``forward``.
+
+        Args:
+            audio, lengths: as for ``encode``.
+
+        Returns:
+            (B, T, G) int64, zero after an utterance's end, and the frames T of each utterance.
+        """
+        frames, packed = self.frame_lengths(audio, lengths)
+        features = self.feature_projection(self.feature_encoder(audio, lengths if packed else None), packed)
+        codes = self.quantizer(self._to_quantize(*features), self.config.gumbel_end).codes
+        rows = codes[None] if packed else codes.unflatten(0, (len(frames), -1))
+        return unpack(rows, packed), frames
 
     def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Figures from metrics summed over batches and ranks; perplexities are of the whole, not means of parts.

@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from w2v2.checkpoint import CONFIG, VOCABULARY, load_encoder, load_weights
+from w2v2.checkpoint import CONFIG, VOCABULARY, load_encoder, load_weights, vocabulary_of
 from w2v2.config import FinetuneConfig, load_config
 from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import Batch, Fits, SpeechDataModule
@@ -303,9 +303,9 @@ def _settle_vocabulary(
         return (text for _, _, text in transcribed(splits["train"], config.data.min_seconds))
 
     own = given or config.units.vocabulary(texts())
-    if init_from is None or not (init_from / VOCABULARY).is_file():
+    theirs = None if init_from is None else vocabulary_of(init_from)
+    if theirs is None:
         return own, False
-    theirs = load_vocabulary(init_from / VOCABULARY)
     if given is not None:
         why = "" if theirs == given else "it has another vocabulary than the one given"
     elif type(theirs) is type(own):

@@ -6,10 +6,21 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from w2v2.errors import UsageError
-from w2v2.verbs.settings import AddVerb
+from w2v2.progress import progress
+from w2v2.verbs.settings import AddVerb, override, place
+
+if TYPE_CHECKING:
+    from w2v2.config import DataConfig
+    from w2v2.data.corpora import Splits
+    from w2v2.data.datamodule import Batch
+    from w2v2.decode import BeamConfig, Decoder
+    from w2v2.recognizer import Recognizer
 
 log = logging.getLogger("w2v2")
 
@@ -41,25 +52,152 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _add_evaluate(verb: AddVerb) -> None:
-    evaluate = verb("evaluate", _evaluate, "loss and accuracy of a pretraining run, or WER and CER of a fine-tuned one")
-    evaluate.add_argument("model", type=Path, help="run folder")
+    text = "WER and CER of a fine-tuned run, how sure and of which errors; loss and accuracy of a pretraining run"
+    epilog = (
+        "Settings of the beam search can follow, such as --beam-size 500 or --lm-weight 1.5; --beam-settings lists "
+        "them. Example: w2v2 evaluate RUN --data corpus --lm words.arpa --tune valid --against RUN/evaluation/test."
+    )
+    evaluate = verb("evaluate", _evaluate, text, epilog=epilog, overrides=True)
+    evaluate.add_argument("model", type=Path, help="run folder, or folder of weights")
     evaluate.add_argument("--data", required=True, help="prepared corpus, or folder of audio")
     evaluate.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
+    evaluate.add_argument("--lm", type=Path, help="n-gram of words, ARPA or KenLM binary (default: none)")
+    evaluate.add_argument("--lexicon", type=Path, help="words that can be heard, one a line, with spellings or without")
+    evaluate.add_argument("--hot-words", nargs="+", help="words to listen for")
+    evaluate.add_argument("--tune", metavar="SPLIT", help="split to tune the weights of LM and words on, such as valid")
+    evaluate.add_argument("--trials", type=int, help="weights to try with --tune (default: 64)")
+    evaluate.add_argument("--beam-settings", action="store_true", help="list the settings of the beam search")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    evaluate.add_argument("--out", type=Path, help="folder of results, replaced (default: RUN/evaluation/SPLIT)")
+    evaluate.add_argument(
+        "--against", type=Path, help="results of another system on the same utterances, a folder as of --out, to test"
+    )
+    evaluate.add_argument("--batch-seconds", type=float, help="audio in a batch at most, s (default: 87.5)")
+    evaluate.add_argument("--workers", type=int, help="processes that decode audio (default: 2)")
+    evaluate.add_argument("--max-bad", help="share of utterances that may be unreadable; named (default: 0.1%%)")
+    evaluate.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.checkpoint import VOCABULARY
+    from w2v2.checkpoint import CONFIG, VOCABULARY, expect_file
     from w2v2.data.corpora import read_corpus
 
+    if args.beam_settings:
+        rest = ["--help"]
     splits = read_corpus(args.data, training=False)
-    if args.split not in splits:
-        raise UsageError(f"--split must be one of {', '.join(splits)}, which {args.data} has; got {args.split!r}")
+    for name, split in (("--split", args.split), ("--tune", args.tune)):
+        if split is not None and split not in splits:
+            raise UsageError(f"{name} must be one of {', '.join(splits)}, which {args.data} has; got {split!r}")
     if (args.model / VOCABULARY).exists():
-        from w2v2.tasks.finetune import evaluate_recognizer as evaluate
-    else:
-        from w2v2.train import evaluate_pretrained as evaluate
-    figures = evaluate(args.model, splits, args.split)
-    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        _evaluate_recognizer(args, rest, splits)
+        return
+    from w2v2.train import evaluate_pretrained
+
+    expect_file(args.model, CONFIG)
+    given = [f"--{name.replace('_', '-')}" for name in _RECOGNIZERS_ONLY if getattr(args, name) is not None] + rest[:1]
+    if given:
+        raise UsageError(
+            f"{args.model} has no CTC head, so {', '.join(given)} cannot be used; name a run of 'w2v2 finetune'"
+        )
+    sys.stdout.write(json.dumps(evaluate_pretrained(args.model, splits, args.split), indent=2) + "\n")
+
+
+_RECOGNIZERS_ONLY = (
+    "lm", "lexicon", "hot_words", "tune", "trials", "out", "against", "batch_seconds", "workers", "max_bad", "device",
+)  # fmt: skip
+
+
+def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits) -> None:
+    from w2v2.config import DataConfig, TrainConfig, check_run
+    from w2v2.data.datamodule import whole_utterances
+    from w2v2.evaluate import evaluation_table, hypotheses_file, run_evaluation
+    from w2v2.recognizer import load_recognizer
+
+    given = {"batch_seconds": args.batch_seconds, "num_workers": args.workers, "max_bad": args.max_bad}
+    config = DataConfig(**{name: value for name, value in given.items() if value is not None})
+    check_run(config, TrainConfig())
+    if args.against is not None:
+        hypotheses_file(args.against)
+    recognizer = load_recognizer(args.model)
+    place(recognizer.model, args.device)
+    with progress("evaluate") as show:
+        decoder, settings = _decoder(args, rest, recognizer, splits, config, show)
+        split = splits[args.split]
+        found = run_evaluation(
+            recognizer,
+            decoder,
+            _watched(whole_utterances(args.split, split, config), split.seconds, show),
+            args.out or args.model / "evaluation" / args.split,
+            {"run": str(args.model), "data": args.data, "split": args.split, "decoder": settings},
+            against=args.against,
+        )
+    lines = [json.dumps(found, indent=2, ensure_ascii=False)] if args.json else evaluation_table(found)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _decoder(
+    args: argparse.Namespace,
+    rest: list[str],
+    recognizer: Recognizer,
+    splits: Splits,
+    data: DataConfig,
+    show: Callable[[str, float], None],
+) -> tuple[Decoder, dict[str, Any]]:
+    """The decoder that was asked for, tuned, and a record of it."""
+    from w2v2.decode import BeamConfig, Greedy, make_decoder
+
+    beam = override(BeamConfig(), rest, "w2v2 evaluate RUN --data CORPUS") if rest else None
+    files = {"lm": args.lm, "lexicon": args.lexicon, "hot_words": tuple(args.hot_words or ())}
+    made: Any = make_decoder(recognizer.vocabulary, beam=beam, **files)
+    if args.tune is None and args.trials is not None:
+        raise UsageError("--trials is of --tune SPLIT; name a split to tune on")
+    if args.tune is not None:
+        if args.lm is None and args.lexicon is None:
+            raise UsageError("--tune looks for weights of an LM and of words; name one with --lm, or a --lexicon")
+        if args.tune == args.split:
+            raise UsageError(f"--tune {args.tune} is what is scored; tune on another split than --split")
+        made = made.tuned(_tune(args, recognizer, made, splits, data, show))
+    if isinstance(made, Greedy):
+        return made, {}
+    paths = {name: None if files[name] is None else str(files[name]) for name in ("lm", "lexicon")}
+    return made, {**paths, "hot_words": files["hot_words"], "tuned_on": args.tune, **asdict(made.config)}
+
+
+def _tune(
+    args: argparse.Namespace,
+    recognizer: Recognizer,
+    decoder: Any,
+    splits: Splits,
+    data: DataConfig,
+    show: Callable[[str, float], None],
+) -> BeamConfig:
+    from w2v2.data.datamodule import whole_utterances
+    from w2v2.evaluate import tune_weights
+    from w2v2.tuning import EmissionCache, weights_key
+
+    split, key = splits[args.tune], weights_key(args.model)
+    said = {cut.id: cut.supervisions[0].text for cut in split}
+    found = tune_weights(
+        recognizer,
+        decoder.tuned,
+        whole_utterances(args.tune, split, data),
+        {name: recognizer.vocabulary.normalize(text) for name, text in said.items() if text is not None},
+        EmissionCache(args.model / "emissions" / f"{split.content}-{key[:16]}", key),
+        start=decoder.config,
+        trials=64 if args.trials is None else args.trials,
+        progress=show,
+    )
+    for line in found.table()[:6]:
+        log.info("%s", line)
+    return found.best
+
+
+def _watched(batches: Iterable[Batch], seconds: float, show: Callable[[str, float], None]) -> Iterator[Batch]:
+    heard = 0.0
+    for batch in batches:
+        yield batch
+        heard += batch.lengths.sum().item() / 16_000
+        show("evaluate", min(1.0, heard / seconds))
 
 
 def _report(args: argparse.Namespace, rest: list[str]) -> None:

@@ -9,9 +9,12 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from w2v2.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace, list[str]], None]
@@ -81,3 +84,19 @@ def run_folder(args: argparse.Namespace) -> Path:
         return Path(args.out)
     name = Path(args.recipe.rpartition(":")[0]).stem if ":" in args.recipe else args.recipe
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def place(model: torch.nn.Module, device: str | None) -> None:
+    """Move a model to the device of ``--device``; None: to a GPU if there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used: {reason}; expected cpu, or what is there") from None
