@@ -4,8 +4,8 @@
 
 MODEL is a fine-tuning run, CORPUS a folder of unseen speakers in LibriSpeech layout. Its utterances, end to end, make a
 recording of an hour; the other memory figures are of noise, with random weights. Memory is the largest resident set of
-a process that does nothing else. Fidelity: recordings of about three minutes, what a speaker says three times over, are
-transcribed in windows, in one piece, and utterance by utterance.
+a process that does nothing else. Fidelity: recordings of a minute or two, each the utterances of a chapter six times
+over, are transcribed in windows, in one piece, and utterance by utterance.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ from w2v2.text import Vocabulary
 from w2v2.transcribe import Layout, source_of, transcribe
 
 RATE = 16_000
+TIMES = 6
+"""How often a chapter is repeated, so that it is longer than several windows."""
 
 
-def utterances(corpus: Path) -> Iterator[tuple[str, str, Path]]:
-    """Speaker, text, file."""
+def utterances(corpus: Path) -> Iterator[tuple[str, Path]]:
+    """Text, file."""
     for table in sorted(corpus.rglob("*.trans.txt")):
         for line in table.read_text().splitlines():
             name, _, text = line.partition(" ")
-            yield name.split("-")[0], text, table.with_name(f"{name}.flac")
+            yield text, table.with_name(f"{name}.flac")
 
 
 def join(files: list[Path], out: Path) -> float:
@@ -67,35 +69,40 @@ def hear(run: Path, files: list[Path], layout: Layout | None = None, batch_size:
 
 
 def fidelity(run: Path, corpus: Path, folder: Path, groups: int) -> dict[str, Any]:
-    """Word error rates of and between ways to transcribe the same recordings, per cent."""
-    by_speaker: dict[str, list[tuple[str, Path]]] = {}
-    for speaker, text, file in utterances(corpus):
-        by_speaker.setdefault(speaker, []).append((text, file))
+    """Error rates of ways to transcribe the same recordings, and between them, per cent."""
+    chapters: dict[Path, list[tuple[str, Path]]] = {}
+    for text, file in utterances(corpus):
+        chapters.setdefault(file.parent, []).append((text, file))
     long, references, seconds, each = [], [], 0.0, []
-    for i, rows in enumerate(list(by_speaker.values())[:groups]):
-        # What a speaker of the corpus says is about a minute; three times that is longer than several windows.
-        rows = (3 * rows)[: 3 * len(rows)]
+    for i, rows in enumerate(list(chapters.values())[:groups]):
         long.append(folder / f"{i}.flac")
-        seconds += join([file for _, file in rows], long[-1])
-        references.append(" ".join(text for text, _ in rows))
-        each.append([file for _, file in rows[: len(rows) // 3]])
+        seconds += join([file for _, file in TIMES * rows], long[-1])
+        references.append(" ".join(text for text, _ in TIMES * rows))
+        each.append([file for _, file in rows])
     texts = {
-        "windows": hear(run, long),
+        "utterances": [" ".join(TIMES * hear(run, files)) for files in each],
+        "windows_of_15_s": hear(run, long, Layout(15.0, 2.0)),
+        "windows_of_30_s": hear(run, long),
         "one_piece": hear(run, long, Layout(3600.0)),
-        "utterances": [" ".join(3 * hear(run, files)) for files in each],
     }
     short = [file for files in each for file in files]
     batches = {n: (hear(run, short, batch_size=n), hear(run, long, batch_size=n)) for n in (1, 16)}
     return {
         "recordings": len(long),
         "seconds": round(seconds, 1),
-        "wer": {name: round(100 * jiwer.wer(references, said), 3) for name, said in texts.items()},
-        "wer_between": {
-            f"{a}_and_{b}": round(100 * jiwer.wer(texts[a], texts[b]), 3)
-            for a, b in (("one_piece", "windows"), ("utterances", "windows"), ("utterances", "one_piece"))
-        },
+        "of_references": {name: rates(references, said) for name, said in texts.items()},
+        "of_utterances": {name: rates(texts["utterances"], said) for name, said in list(texts.items())[1:]},
+        "of_one_piece": {"windows_of_30_s": rates(texts["one_piece"], texts["windows_of_30_s"])},
         "batch_1_is_batch_16": batches[1] == batches[16],
         "batch_texts": len(short) + len(long),
+    }
+
+
+def rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
+    """Per cent."""
+    return {
+        "wer": round(100 * jiwer.wer(references, hypotheses), 3),
+        "cer": round(100 * jiwer.cer(references, hypotheses), 3),
     }
 
 
@@ -141,15 +148,15 @@ def noise(path: Path, seconds: int, rate: int = RATE) -> Path:
     """Noise in 8 bits, written in parts."""
     rng = np.random.default_rng(0)
     with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
-        for _ in range(0, seconds, 60):
-            file.write(0.1 * rng.standard_normal(60 * rate))
+        for _ in range(0, seconds, 30):
+            file.write(0.1 * rng.standard_normal(30 * rate))
     return path
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    """Ten hours through a very small model, and three minutes through the published BASE."""
+    """Ten hours through a very small model, and 90 s, so that batches are full, through one of BASE's size."""
     small = recipes.tiny_ctc()
-    small.model.n_layer, small.model.conv_channels = 1, (8, 8, 8, 16, 16, 16, 16)
+    small.model.n_layer, small.model.conv_channels, small.model.conv_norm = 1, (8, 8, 8, 16, 16, 16, 16), "group:8"
     small.model.n_embd, small.model.ffn_dim = 48, 96
     base = recipes.tiny_ctc()
     base.model = recipes.base().model
@@ -157,9 +164,9 @@ def memory(folder: Path) -> dict[str, Any]:
     small_run, base_run = random_run(folder, "small", small), random_run(folder, "base", base)
     found = {"ten_hours_of_very_small": measured(small_run, ten)}
     ten.unlink()
-    three = noise(folder / "three-minutes.wav", 180)
+    short = noise(folder / "short.wav", 90)
     for size in (1, 4):
-        found[f"three_minutes_of_base_batch_{size}"] = measured(base_run, three, "--batch-size", str(size))
+        found[f"base_batch_{size}"] = measured(base_run, short, "--batch-size", str(size))
     return found
 
 
@@ -169,7 +176,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="fine-tuning run")
     parser.add_argument("corpus", type=Path, help="folder in LibriSpeech layout")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the long recording (default: %(default)s)")
-    parser.add_argument("--speakers", type=int, default=12, help="to compare the texts of (default: %(default)s)")
+    parser.add_argument("--chapters", type=int, default=36, help="to compare the texts of (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -180,9 +187,9 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        record["fidelity"] = fidelity(args.model, args.corpus, folder, args.speakers)
+        record["fidelity"] = fidelity(args.model, args.corpus, folder, args.chapters) if args.chapters else None
         print(json.dumps(record["fidelity"]), flush=True)
-        files, seconds = [file for _, _, file in utterances(args.corpus)], 0.0
+        files, seconds = [file for _, file in utterances(args.corpus)], 0.0
         lengths = [soundfile.info(file).duration for file in files]
         chosen: list[Path] = []
         while seconds < args.seconds:
