@@ -241,6 +241,13 @@ def test_a_run_with_low_rank_updates_changes_them_alone_resumes_exactly_and_leav
     assert best.vocabulary == recognizer.vocabulary
 
 
+def test_low_rank_updates_of_random_weights_are_refused(splits: Splits, tmp_path: Path) -> None:
+    for call in (lambda: finetune(lora(), splits, tmp_path / "run"), lambda: preflight(lora(), splits)):
+        with pytest.raises(UsageError, match=r"--lora-rank 4 keeps the weights of --init-from RUN"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
 # --- What a run starts from -------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from w2v2.config import FinetuneConfig, load_config
 from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import Batch, Fits, SpeechDataModule
 from w2v2.decode import Greedy
+from w2v2.errors import UsageError
 from w2v2.evaluate import error_rates
 from w2v2.losses import ctc_loss
 from w2v2.model.lora import add_lora, merge_lora, merged_state
@@ -268,6 +269,14 @@ class Start:
     fits: Fits
 
 
+def check_start(config: FinetuneConfig, init_from: Path | None) -> None:
+    """Refuse low-rank updates of weights that are random."""
+    if config.lora_rank and init_from is None:
+        raise UsageError(
+            f"--lora-rank {config.lora_rank} keeps the weights of --init-from RUN; name one, or leave it at 0"
+        )
+
+
 def begin(
     config: FinetuneConfig, splits: Splits, *, init_from: Path | None = None, vocabulary: Vocabulary | None = None
 ) -> Start:
@@ -351,6 +360,7 @@ def finetune(
     check_device(config.train)
     check_splits(splits, config.train)
     check_folder(out, resume)
+    check_start(config, init_from)
     if resume:
         init_from, vocabulary = None, load_vocabulary(out / VOCABULARY)
     start = begin(config, splits, init_from=init_from, vocabulary=vocabulary)

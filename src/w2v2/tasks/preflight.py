@@ -19,7 +19,7 @@ from w2v2.evaluate import error_rates
 from w2v2.losses import ctc_loss
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 from w2v2.progress import progress
-from w2v2.tasks.finetune import FinetuneTask, Start, begin
+from w2v2.tasks.finetune import FinetuneTask, Start, begin, check_start
 from w2v2.train import check_device, check_splits
 
 UTTERANCES, STEPS, WARM_UP, LOOK_EVERY = 8, 400, 20, 10
@@ -75,6 +75,7 @@ def preflight(config: FinetuneConfig, splits: Splits, *, init_from: Path | None 
     config.check()
     check_device(config.train)
     check_splits(splits, config.train)
+    check_start(config, init_from)
     start = begin(config, splits, init_from=init_from)
     batch = short_batch(config, splits["train"], start)
     cuda = config.train.accelerator != "cpu" and torch.cuda.is_available()
