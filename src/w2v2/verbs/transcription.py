@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from w2v2.errors import JobError, UsageError
 from w2v2.progress import progress
-from w2v2.verbs.settings import AddVerb, override
+from w2v2.verbs.settings import AddVerb, override, place
 
 if TYPE_CHECKING:
     from w2v2.formats import Transcript
@@ -117,17 +117,10 @@ def _layout(args: argparse.Namespace) -> Layout:
 
 
 def _recognizer(args: argparse.Namespace) -> Recognizer:
-    import torch
-
     from w2v2.recognizer import load_recognizer
 
     recognizer = load_recognizer(args.model)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        recognizer.model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used: {reason}; expected cpu, or what is there") from None
+    place(recognizer.model, args.device)
     return recognizer
 
 
