@@ -171,12 +171,12 @@ def _output_paths(sources: Sequence[Source], ending: str) -> dict[str, str]:
     Raises:
         UsageError: they clash all the same.
     """
-    places = {source.name: source.place for source in sources}
-    stems = Counter(os.path.splitext(place)[0] for place in places.values())
+    below = {source.name: source.place for source in sources}
+    stems = Counter(os.path.splitext(own)[0] for own in below.values())
     paths: dict[str, str] = {}
-    for name, place in places.items():
-        stem = os.path.splitext(place)[0]
-        paths[name] = f"{place if stems[stem] > 1 else stem}.{ending}"
+    for name, own in below.items():
+        stem = os.path.splitext(own)[0]
+        paths[name] = f"{own if stems[stem] > 1 else stem}.{ending}"
     path, count = Counter(paths.values()).most_common(1)[0] if paths else ("", 0)
     if count > 1:
         first, second = [name for name, own in paths.items() if own == path][:2]
