@@ -63,13 +63,31 @@ def test_load_gives_each_kind_as_it_was_saved_ready_to_use(tmp_path: Path, of: s
         assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_load_takes_a_model_of_hugging_face(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Wav2Vec2Model(
+        transformers.Wav2Vec2Config(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=(16,) * 7,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    audio = torch.from_numpy(sound(1.0, seed=0))[None]
+    with torch.no_grad():
+        vectors, frames = w2v2.load(tmp_path).encode(audio)
+        expected = theirs(audio).last_hidden_state
+    assert frames == [expected.shape[1]]
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: None, "no .*config.json"),
-        (lambda path: path.write_bytes(b"PK"), "w2v2 convert"),
+        (lambda path: path.write_bytes(b"PK"), "it"),
         (lambda path: path.mkdir(), "no .*config.json"),
-        (lambda path: (path.mkdir(), (path / "config.json").write_text('{"model_type": "wav2vec2"}')), "w2v2 convert"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text('{"model_type": "bert"}')), "bert"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text('{"model_type": "w2v2"}')), "w2v2"),
         (lambda path: (path.mkdir(), (path / "config.json").write_text("{")), "is not JSON"),
         (lambda path: (path.mkdir(), save_config(nano(), path / "config.json")), "no .*model.safetensors"),
     ],

@@ -240,8 +240,8 @@ def test_the_comparison_finds_nan_other_shapes_and_one_wrong_value() -> None:
     [
         ("nowhere", ["--to", "onnx"], "no nowhere/config.json"),
         ("corpus", ["--to", "onnx"], "config.json: expected a finished run folder"),
-        ("theirs", ["--to", "onnx"], "w2v2 convert"),
-        ("file", ["--to", "torch"], "w2v2 convert"),
+        ("theirs", ["--to", "onnx"], "theirs"),
+        ("file", ["--to", "torch"], "wav2vec_small.pt"),
         ("pre", ["--to", "onnx", "--data", "CORPUS"], "need a CTC model"),
         ("pre", ["--to", "torch", "--int8"], "--int8 and --data are for --to onnx, got --to torch"),
         ("ctc", ["--to", "onnx", "--data", "CORPUS", "--split", "none"], "--split must be one of train, valid, test"),
@@ -408,7 +408,7 @@ def test_a_card_has_its_facts_and_its_code_runs(
 
 
 VOCABULARIES = {
-    "labels": lambda: Vocabulary(labels=("<blank>", "<unk>", "|", "ING", "TH", "E")),
+    "labels": lambda: Vocabulary(labels=("<blank>", "<unk>", "S", "O"), boundary=None),
     "phonemes": lambda: PhonemeVocabulary(labels=("<blank>", "<unk>", "a", "t", "ŋ")),
     "pieces": lambda: PieceVocabulary.from_texts(["THE SUN AND THE MOON", "RAIN IN THE SKY"], size=30),
 }
@@ -442,26 +442,23 @@ def test_a_vocabulary_that_no_tokenizer_of_theirs_fits_is_exported_as_ours(
 
 
 def test_the_card_has_what_was_evaluated(
-    exports: dict[tuple[str, str], Path], runs: dict[str, Path], tmp_path: Path
+    exports: dict[tuple[str, str], Path], runs: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     run, folder = tmp_path / "run", tmp_path / "export"
     shutil.copytree(runs["ctc"], run)
     shutil.copytree(exports["ctc", "transformers"], folder)
-    rate = {"rate": 0.25, "interval": [0.125, 0.5]}
-    found = {
-        "schema": 1, "run": str(run), "data": "/home/me/secret/speech", "split": "valid", "decoder": {}, "wer": 0.25,
-        "cer": 0.125, "words": rate, "characters": rate | {"interval": None}, "sentence_error_rate": 0.5,
-        "intervals": {"level": 0.95, "over": "speakers"}, "utterances": 12, "seconds": 34.5,
-    }  # fmt: skip
-    (run / "evaluation" / "valid").mkdir(parents=True)
-    (run / "evaluation" / "valid" / "evaluation.json").write_text(json.dumps(found))
+    assert main(["evaluate", str(run), "--data", str(corpus), "--split", "valid"]) == 0
+    path = run / "evaluation" / "valid" / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["words"]["interval"] = [0.125, 0.5]  # of more speakers than these
+    path.write_text(json.dumps(found))
     write_card(run, folder, name="a")
     text = (folder / "README.md").read_text()
     section = text.split("## Evaluation: valid\n")[1].split("##")[0]
-    assert "`speech`, decoded greedily" in section and "secret" not in text
-    for line in ("| wer | 0.25 |", "| wer, 95% interval | 0.125 to 0.5 |", "| cer | 0.125 |", "| utterances | 12 |"):
-        assert line in section
-    assert "cer, 95%" not in section
+    assert f"`{corpus.name}`, decoded greedily" in section and str(corpus) not in text
+    for name, value in (("wer", found["wer"]), ("cer", found["cer"]), ("utterances", found["utterances"])):
+        assert f"| {name} | {value:.6g} |" in section
+    assert "| wer, 95% interval | 0.125 to 0.5 |" in section and "cer, 95%" not in section
 
 
 def test_the_last_validation_of_a_run(tmp_path: Path) -> None:

@@ -42,18 +42,29 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'w2v2' has no attribute {name!r}")
 
 
-def load(folder: str | PathLike[str]) -> Recognizer | Wav2Vec2ForPretraining:
-    """The model of a run folder, or of a folder of weights, on the CPU, in evaluation mode.
+def load(path: str | PathLike[str]) -> Recognizer | Wav2Vec2:
+    """The model of a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
 
     Returns:
-        Of a fine-tuning run a ``Recognizer``, the model with its vocabulary; of a pretraining run the model.
+        On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a pretraining
+        run a ``Wav2Vec2ForPretraining``; of an encoder alone a ``Wav2Vec2``.
 
     Raises:
-        UsageError: no such folder, one that holds something else, or weights that do not fit.
+        UsageError: nothing there, something else, or weights that do not fit.
     """
-    from w2v2.checkpoint import VOCABULARY, load_pretrained, refuse_foreign
-    from w2v2.recognizer import load_recognizer
+    from w2v2.checkpoint import is_foreign, load_model
+    from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
+    from w2v2.recognizer import Recognizer, load_recognizer
 
-    folder = Path(folder)
-    refuse_foreign(folder)
-    return load_recognizer(folder) if (folder / VOCABULARY).exists() else load_pretrained(folder)
+    path = Path(path)
+    if is_foreign(path):
+        from w2v2.convert.conversion import read
+
+        contents = read(path)
+        theirs = contents.build()
+        if not isinstance(theirs, Wav2Vec2ForCTC):
+            return theirs
+        assert contents.vocabulary is not None
+        return Recognizer(theirs, contents.vocabulary)
+    model = load_model(path)
+    return load_recognizer(path) if isinstance(model, Wav2Vec2ForCTC) else model

@@ -9,7 +9,6 @@ finetune``, not here.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from transformers import (
     AutoModelForCTC,
     PretrainedConfig,
     PreTrainedModel,
-    Wav2Vec2CTCTokenizer,
 )
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
@@ -33,9 +31,10 @@ from w2v2.checkpoint import VOCABULARY
 from w2v2.config import from_dict, to_dict
 from w2v2.convert.check import check_audio, check_lengths, compare, write_check, write_preprocessor
 from w2v2.convert.onnx import eager
+from w2v2.convert.tokenizer import tokenizer_misfits, write_tokenizer
 from w2v2.errors import JobError
 from w2v2.model.wav2vec2 import CTCHead, Wav2Vec2, Wav2Vec2Config, init_weights
-from w2v2.recognizer import Recognizer, normalize
+from w2v2.recognizer import Recognizer, normalize_waveform
 from w2v2.text import Vocabulary
 
 MODEL_TYPE = "w2v2"
@@ -163,7 +162,7 @@ class W2V2Model(W2V2PreTrainedModel):
         """
         lengths = self.frame_lengths(input_values, attention_mask)
         if self.model.config.normalize_audio:
-            rows = [normalize(row[:n]) for row, n in zip(input_values, lengths, strict=True)]
+            rows = [normalize_waveform(row[:n]) for row, n in zip(input_values, lengths, strict=True)]
             input_values = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         states: list[Tensor] | None = None
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
@@ -273,10 +272,12 @@ def export_transformers(source: Path, folder: Path) -> None:
     more: dict[str, str] = {}
     with _no_bars():
         model.save_pretrained(folder)
-        if isinstance(loaded, Recognizer) and save_tokenizer(loaded.vocabulary, folder):
-            more["processor_class"] = "Wav2Vec2Processor"
-        elif isinstance(loaded, Recognizer):
-            loaded.vocabulary.save(folder / VOCABULARY)
+        if isinstance(loaded, Recognizer):
+            if type(loaded.vocabulary) is Vocabulary and not tokenizer_misfits(loaded.vocabulary):
+                write_tokenizer(loaded.vocabulary, folder)
+                more["processor_class"] = "Wav2Vec2Processor"
+            else:
+                loaded.vocabulary.save(folder / VOCABULARY)
         write_preprocessor(folder, return_attention_mask=True, **more)
         again = type(model).from_pretrained(folder)
     for name, tensor in model.state_dict().items():
@@ -317,26 +318,3 @@ def _check_padding(model: W2V2Model | W2V2ForCTC) -> dict[str, Any]:
     if not difference <= 1e-4:
         raise JobError(f"an utterance differs by {difference:.2g} in a padded batch; nothing is written")
     return {"batch": 2, "samples": [16_000, 9_000], "difference": difference}
-
-
-def save_tokenizer(vocabulary: Vocabulary, folder: Path) -> bool:
-    """Write a vocabulary as transformers' ``Wav2Vec2CTCTokenizer`` reads it, blank as its padding.
-
-    Returns:
-        Whether that tokenizer decodes as the vocabulary does: labels that are single characters, with a word boundary.
-        Otherwise nothing is written.
-    """
-    if vocabulary.boundary is None or any(len(label) != 1 for label in vocabulary.ids):
-        return False
-    path = folder / VOCABULARY
-    path.write_text(json.dumps({label: i for i, label in enumerate(vocabulary.labels)}, ensure_ascii=False) + "\n")
-    unknown = None if vocabulary.unknown is None else vocabulary.labels[vocabulary.unknown]
-    Wav2Vec2CTCTokenizer(
-        str(path),
-        bos_token=None,
-        eos_token=None,
-        unk_token=unknown,
-        pad_token=vocabulary.labels[vocabulary.blank],
-        word_delimiter_token=vocabulary.labels[vocabulary.boundary],
-    ).save_pretrained(folder)
-    return True

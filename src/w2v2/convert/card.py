@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import w2v2
-from w2v2.checkpoint import CONFIG
-from w2v2.config import FinetuneConfig, PretrainConfig, load_config
+from w2v2.checkpoint import is_foreign, run_config
 from w2v2.convert.check import CHECK
 from w2v2.errors import JobError, UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -30,10 +29,10 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
         name: heading.
         license_id: of the hub's; None: the card says that none was given.
     """
-    config: Any = load_config(source / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
+    config = None if is_foreign(source) else run_config(source)
     loaded = w2v2.load(source)
     check = json.loads((folder / CHECK).read_text())
-    sources = () if isinstance(config, Wav2Vec2Config) else config.data.sources
+    sources = () if config is None or isinstance(config, Wav2Vec2Config) else config.data.sources
     validation = last_validation(source / "metrics.csv")
     sections = [
         _front_matter(isinstance(loaded, Recognizer), check["format"], sources, license_id),
@@ -192,8 +191,12 @@ def _versions(environment: dict[str, Any], check: dict[str, Any]) -> str:
     exported = ", ".join(f"{name} {version}" for name, version in check["packages"].items())
     lines = [f"Trained with Python {environment['python']}, {trained}."] if environment else []
     lines.append(f"Exported with Python {platform.python_version()}, {exported}.")
-    lines.append(f"Weights (SHA-256): `{check['weights_sha256']}`.")
+    lines += [f"Made of `{name}`, SHA-256 `{value}`." for name, value in check["source"].items() if _is_weights(name)]
     return "\n".join(lines)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt"))
 
 
 def _usage(loaded: Recognizer | Wav2Vec2, format_name: str, folder: Path) -> str:

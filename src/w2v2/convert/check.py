@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2v2.checkpoint import WEIGHTS
+from w2v2.convert.conversion import file_hashes
 from w2v2.errors import JobError
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 
@@ -68,7 +67,7 @@ def write_check(
     found = {
         "schema": 1,
         "format": format_name,
-        "weights_sha256": hashlib.sha256((source / WEIGHTS).read_bytes()).hexdigest(),
+        "source": file_hashes(source),
         "limit": LIMIT,
         "largest_difference": max(check["difference"] for check in checks),
         "checks": list(checks),

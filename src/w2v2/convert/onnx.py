@@ -29,7 +29,7 @@ from w2v2.convert.check import check_audio, check_lengths, compare, write_check,
 from w2v2.data.corpora import Splits
 from w2v2.errors import JobError, UsageError
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2ForCTC
-from w2v2.recognizer import Recognizer, normalize
+from w2v2.recognizer import Recognizer, normalize_waveform
 from w2v2.text import Vocabulary
 
 MODEL, INT8, TORCH = "model.onnx", "model.int8.onnx", "model.pt2"
@@ -48,7 +48,7 @@ class Graph(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         """As ``Wav2Vec2.encode`` and ``Wav2Vec2ForCTC.forward``, which count frames in Python, where a graph cannot."""
         model = self.model
-        audio = normalize(audio) if model.config.normalize_audio else audio
+        audio = normalize_waveform(audio) if model.config.normalize_audio else audio
         _, x = model.feature_projection(model.feature_encoder(audio))
         x = model.contextualize(x)
         return model.lm_head(x).float().log_softmax(-1) if isinstance(model, Wav2Vec2ForCTC) else x
@@ -58,7 +58,7 @@ def eager(model: Wav2Vec2) -> Runs:
     """What an export must agree with: the model itself, given audio as training gives it."""
 
     def run(audio: Tensor) -> Tensor:
-        audio = normalize(audio) if model.config.normalize_audio else audio
+        audio = normalize_waveform(audio) if model.config.normalize_audio else audio
         found: Tensor = model(audio)[0] if isinstance(model, Wav2Vec2ForCTC) else model.encode(audio)[0]
         return found
 
