@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from w2v2.errors import JobError, StoppedError, UsageError
-from w2v2.verbs import data, exchange, features, language, results, training, transcription
+from w2v2.verbs import data, exchange, export, features, language, results, training, transcription
 from w2v2.verbs.settings import Run
 
 log = logging.getLogger("w2v2")
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, overrides=overrides)
         return sub
 
-    for group in (data, training, language, transcription, results, features, exchange):
+    for group in (data, training, language, transcription, results, features, exchange, export):
         group.add(verb)
     return parser
 

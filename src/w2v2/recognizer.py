@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from w2v2.checkpoint import VOCABULARY, load_weights, model_config
+from w2v2.decode import Greedy
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2ForCTC
 from w2v2.text import Vocabulary, load_vocabulary
 
 
@@ -21,6 +25,22 @@ class Recognizer:
 
     model: Wav2Vec2ForCTC
     vocabulary: Vocabulary
+
+    def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> str:
+        """Text of one recording in one piece, greedily decoded; ``transcribe.py`` is for long ones.
+
+        Args:
+            audio: (S,) samples of one channel.
+            rate: of the samples, Hz; resampled to 16 kHz if it is another.
+        """
+        samples = np.asarray(audio, dtype=np.float32)
+        if samples.ndim != 1:
+            raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
+        if rate != SAMPLE_RATE:
+            from w2v2.data.audio import resample
+
+            samples = resample(samples, rate)
+        return Greedy(self.vocabulary)(self.emissions([torch.from_numpy(samples)])[0]).text
 
     @torch.no_grad()
     def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
@@ -52,8 +72,9 @@ class Recognizer:
 
 
 def normalize_waveform(audio: Tensor) -> Tensor:
-    """Zero mean and unit variance, as in training (``data/datamodule.py``)."""
-    return (audio - audio.mean()) / torch.sqrt(audio.var(correction=0) + 1e-5)
+    """(..., S) with zero mean and unit variance over S, as in training (``data/datamodule.py``)."""
+    mean, var = audio.mean(-1, keepdim=True), audio.var(-1, correction=0, keepdim=True)
+    return (audio - mean) / torch.sqrt(var + 1e-5)
 
 
 def load_recognizer(folder: Path) -> Recognizer:

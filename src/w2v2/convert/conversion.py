@@ -147,8 +147,8 @@ def convert(source: Path, out: Path, to: str, show: Show = lambda stage, share: 
         with _transformers_folder(form, target, contents, source, folder) as theirs:
             certificate = certify(again, theirs, show)
         certificate |= {
-            "source": {"format": form.title, "files": _hashes(place)},
-            "target": {"format": target.title, "files": _hashes(folder)},
+            "source": {"format": form.title, "files": file_hashes(place)},
+            "target": {"format": target.title, "files": file_hashes(folder)},
             "round_trip": "bitwise",
             "notes": contents.notes,
         }
@@ -186,7 +186,7 @@ def _transformers_folder(
             yield Path(made)
 
 
-def _hashes(place: Path) -> dict[str, str]:
+def file_hashes(place: Path) -> dict[str, str]:
     """SHA-256 of a file, or of each file of a folder that a format may consist of."""
     kinds = (".json", ".safetensors", ".bin", ".pt", ".txt")
     files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.suffix in kinds)

@@ -237,8 +237,9 @@ class NormalizedTask(pl.LightningModule):
         return figures
 
     def log_validation(self, figures: dict[str, float]) -> None:
-        """Give figures of a validation to the loggers, and keep them as ``valid_figures``."""
+        """Give figures of a validation to the loggers and to callbacks, and keep them as ``valid_figures``."""
         self.valid_figures = figures
+        self.log_dict({f"valid/{name}": value for name, value in figures.items()}, logger=False, sync_dist=True)
         for logger in self.trainer.loggers:
             logger.log_metrics({f"valid/{name}": value for name, value in figures.items()}, self.global_step)
 

@@ -1,0 +1,536 @@
+"""Exports against the models they were made from, in the programs that users run them with."""
+
+import base64
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import sound
+from torch import Tensor, nn
+
+import w2v2
+from w2v2.checkpoint import save_weights
+from w2v2.cli import main
+from w2v2.config import save_config
+from w2v2.convert.card import last_validation, write_card
+from w2v2.convert.check import compare
+from w2v2.convert.folder import new_folder
+from w2v2.errors import JobError
+from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.text import PhonemeVocabulary, PieceVocabulary, Vocabulary
+
+onnxruntime = pytest.importorskip("onnxruntime")
+transformers = pytest.importorskip("transformers")
+yaml = pytest.importorskip("yaml")
+
+NANO = [
+    "--train.max-steps", "2", "--train.log-every", "1", "--train.val-every", "2", "--train.checkpoint-every", "2",
+    "--data.num-workers", "0",
+]  # fmt: skip
+SHAPE = [
+    "--model.n-layer", "2", "--model.n-embd", "48", "--model.ffn-dim", "48", "--model.normalize-audio", "True",
+    "--model.pos-conv-groups", "4", "--model.pos-conv-kernel", "16", "--data.batch-seconds", "5",
+    "--data.max-seconds", "3",
+]  # fmt: skip
+LENGTHS = (9_999, 16_000, 20_480, 33_333, 100_001)  # none of those that the export itself is checked at
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A pretraining run, and a CTC run from it."""
+    root = tmp_path_factory.mktemp("runs")
+    pre, ctc = root / "pre", root / "ctc"
+    assert main(["pretrain", "tiny", "--data", str(corpus), "--out", str(pre), *NANO, *SHAPE]) == 0
+    tune = ["finetune", "tiny_ctc", "--data", str(corpus), "--init-from", str(pre), "--out", str(ctc)]
+    assert main([*tune, *NANO]) == 0
+    return {"pre": pre, "ctc": ctc}
+
+
+@pytest.fixture(scope="module")
+def exports(
+    runs: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    root = tmp_path_factory.mktemp("exports")
+    made = {}
+    for kind, to in (
+        ("pre", "onnx"),
+        ("ctc", "onnx"),
+        ("ctc", "torch"),
+        ("pre", "transformers"),
+        ("ctc", "transformers"),
+    ):
+        made[kind, to] = root / f"{kind}-{to}"
+        options = ["--int8", "--data", str(corpus)] if (kind, to) == ("ctc", "onnx") else []
+        command = ["export", str(runs[kind]), str(made[kind, to]), "--to", to, "--license", "cc-by-4.0", *options]
+        assert main(command) == 0
+    return made
+
+
+def speech(batch: int, samples: int) -> Tensor:
+    return torch.from_numpy(np.stack([sound(samples / 16_000, seed=i)[:samples] for i in range(batch)]))
+
+
+def original(run: Path, audio: Tensor) -> Tensor:
+    """What the run's model says, utterance by utterance, by the functions that everything else uses."""
+    loaded = w2v2.load(run)
+    if isinstance(loaded, w2v2.Recognizer):
+        return torch.stack([loaded.emissions([row])[0] for row in audio])
+    rows = [(row - row.mean()) / torch.sqrt(row.var(correction=0) + 1e-5) for row in audio]
+    with torch.no_grad():
+        return torch.cat([loaded.encode(row[None])[0] for row in rows])
+
+
+def squeeze(text: str) -> str:
+    """Single spaces: their tokenizer writes one for each boundary, however many come together."""
+    return " ".join(text.split())
+
+
+def graph(path: Path) -> Callable[[Tensor], Tensor]:
+    if path.suffix == ".pt2":
+        module = torch.export.load(path).module()
+        return lambda audio: module(audio).detach()
+    session = onnxruntime.InferenceSession(path)
+    return lambda audio: torch.from_numpy(session.run(None, {"audio": audio.numpy()})[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "name"),
+    [("pre", "onnx", "model.onnx"), ("ctc", "onnx", "model.onnx"), ("ctc", "torch", "model.pt2")],
+)
+def test_a_graph_gives_the_model_s_numbers_at_any_length_and_batch(
+    exports: dict[tuple[str, str], Path], runs: dict[str, Path], kind: str, to: str, name: str
+) -> None:
+    run = graph(exports[kind, to] / name)
+    for samples in LENGTHS:
+        for batch in (1, 2, 5):
+            audio = 10 ** -torch.arange(batch)[:, None] * speech(batch, samples)  # loud and quiet ones
+            expected = original(runs[kind], audio)
+            torch.testing.assert_close(run(audio), expected, atol=1e-4, rtol=1e-5)
+            assert expected.std() > 0.1
+
+
+def test_what_is_beside_a_graph_says_what_it_is(exports: dict[tuple[str, str], Path], runs: dict[str, Path]) -> None:
+    folder = exports["ctc", "onnx"]
+    check = json.loads((folder / "export.json").read_text())
+    assert len({case["samples"] for case in check["checks"]}) == 5
+    assert {case["batch"] for case in check["checks"]} == {1, 3}
+    assert 0 <= check["largest_difference"] <= check["limit"] == 1e-4
+    assert {"torch", "onnx", "onnxruntime"} <= check["packages"].keys()
+    assert w2v2.load(runs["ctc"]).model.config == w2v2.config.load_config(folder / "config.json", Wav2Vec2Config)
+    assert (folder / "vocab.json").read_text() == (runs["ctc"] / "vocab.json").read_text()
+    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
+    audio = speech(1, 16_000)
+    torch.testing.assert_close(  # the graph normalises: nothing may happen before it
+        extractor(audio[0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values, audio, atol=0, rtol=0
+    )
+
+
+def test_int8_is_smaller_and_near_and_its_error_rates_are_stated(
+    exports: dict[tuple[str, str], Path], runs: dict[str, Path], corpus: Path
+) -> None:
+    folder = exports["ctc", "onnx"]
+    check = json.loads((folder / "export.json").read_text())
+    whole, small = ((folder / name).stat().st_size for name in ("model.onnx", "model.int8.onnx"))
+    assert check["bytes"] == {"model.onnx": whole, "model.int8.onnx": small}
+    # What is saved is three of the four bytes of each weight of a linear layer.
+    linear = {m for m in w2v2.load(runs["ctc"]).model.modules() if isinstance(m, nn.Linear)}
+    saved = 3 * sum(m.weight.numel() for m in linear)
+    assert 0.6 * saved < whole - small < saved
+    assert str(Path(w2v2.__file__).parent).encode() not in (folder / "model.onnx").read_bytes()
+    assert str(Path(w2v2.__file__).parent).encode() not in (exports["ctc", "torch"] / "model.pt2").read_bytes()
+    audio = speech(1, 48_000)
+    a, b = graph(folder / "model.onnx")(audio), graph(folder / "model.int8.onnx")(audio)
+    assert 0 < (a - b).norm() / a.norm() < 0.05
+    assert 0 < check["int8"]["relative_difference"] < 0.05 and check["int8"]["same_label"] > 0.5
+    stated, recognizer = check["error_rates"], w2v2.load(runs["ctc"])
+    lines = [line for path in sorted(corpus.glob("test-clean/**/*.txt")) for line in path.read_text().splitlines()]
+    texts = dict(line.split(" ", 1) for line in lines)
+    heard = {path.stem: recognizer(*soundfile.read(path)) for path in sorted(corpus.glob("test-clean/**/*.flac"))}
+    assert texts.keys() == heard.keys() and stated["utterances"] == len(texts) == 4
+    pairs = list(texts.values()), [heard[name] for name in texts]
+    assert stated["model.onnx"] == {"wer": jiwer.wer(*pairs), "cer": jiwer.cer(*pairs)}
+    assert stated["model.int8.onnx"].keys() == {"wer", "cer"}
+
+
+# --- Refused ----------------------------------------------------------------------------------------------------------
+
+
+class TwoFaced(nn.Module):
+    """Positions that are others in a graph than in Python."""
+
+    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        return 0.01 * x.roll(1, -1) if torch.compiler.is_exporting() else torch.zeros_like(x)
+
+
+@dataclass(kw_only=True)
+class TwoFacedConfig(Wav2Vec2Config):
+    def build_positional_embedding(self) -> nn.Module:
+        return TwoFaced()
+
+
+class Dynamic(nn.Module):
+    """Positions that depend on what is said: no graph."""
+
+    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@dataclass(kw_only=True)
+class DynamicConfig(Wav2Vec2Config):
+    def build_positional_embedding(self) -> nn.Module:
+        return Dynamic()
+
+
+def weights(folder: Path, kind: type[Wav2Vec2Config], vocabulary: Vocabulary | None = None) -> Path:
+    """A folder of weights of a very small model."""
+    config = kind(
+        n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(16,) * 7, conv_norm="group:4", n_entries=8,
+        codebook_dim=4, pos_conv_kernel=8, pos_conv_groups=2,
+    )  # fmt: skip
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_weights(Wav2Vec2ForCTC(config, len(vocabulary.labels)) if vocabulary else config.build(), folder)
+    save_config(config, folder / "config.json")
+    if vocabulary:
+        vocabulary.save(folder / "vocab.json")
+    return folder
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize(
+    ("kind", "message"), [(TwoFacedConfig, "differs from the model by"), (DynamicConfig, "cannot be exported")]
+)
+def test_a_graph_that_is_not_the_model_is_refused_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, kind: type[Wav2Vec2Config], message: str
+) -> None:
+    run = weights(tmp_path / "run", kind)
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", to]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_comparison_finds_nan_other_shapes_and_one_wrong_value() -> None:
+    def off(audio: Tensor) -> Tensor:
+        wrong = audio.clone()
+        wrong[-1, -1] += 2e-4
+        return wrong
+
+    lengths = (100, 200, 300, 400, 500)
+    assert len(compare(torch.sin, torch.sin, lengths)) == 10
+    for fault in (off, lambda audio: audio[:, :-1], lambda audio: audio * torch.nan):
+        with pytest.raises(JobError):
+            compare(lambda audio: audio, fault, lengths)
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "message"),
+    [
+        ("nowhere", ["--to", "onnx"], "no nowhere/config.json"),
+        ("corpus", ["--to", "onnx"], "config.json: expected a finished run folder"),
+        ("theirs", ["--to", "onnx"], "theirs"),
+        ("file", ["--to", "torch"], "wav2vec_small.pt"),
+        ("pre", ["--to", "onnx", "--data", "CORPUS"], "need a CTC model"),
+        ("pre", ["--to", "torch", "--int8"], "--int8 and --data are for --to onnx, got --to torch"),
+        ("ctc", ["--to", "onnx", "--data", "CORPUS", "--split", "none"], "--split must be one of train, valid, test"),
+        ("ctc", ["--to", "transformers", "--push-to-hub", "a/b/c"], "must be OWNER/NAME, got 'a/b/c'"),
+        ("ctc", ["--to", "transformers", "--push-to-hub", "a/b"], "needs a token of the hub"),
+    ],
+)
+def test_a_wrong_folder_or_option_is_one_line_and_leaves_nothing(
+    runs: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    options: list[str],
+    message: str,
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    theirs, file = tmp_path / "theirs", tmp_path / "wav2vec_small.pt"
+    transformers.Wav2Vec2Config().save_pretrained(theirs)
+    file.write_bytes(b"PK")
+    places = {**runs, "nowhere": Path("nowhere"), "corpus": corpus, "theirs": theirs, "file": file}
+    options = [str(corpus) if option == "CORPUS" else option for option in options]
+    assert main(["export", str(places[what]), str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "wav2vec_small.pt"]
+
+
+def test_a_full_folder_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("all of it")
+    with pytest.raises(ValueError, match="is not an empty folder"), new_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def test_automodel_gives_the_run_s_states_alone_and_in_a_padded_batch(
+    exports: dict[tuple[str, str], Path], runs: dict[str, Path]
+) -> None:
+    for folder in (exports["pre", "transformers"], exports["ctc", "transformers"]):
+        kind = folder.name.split("-")[0]
+        model = transformers.AutoModel.from_pretrained(folder)
+        assert not model.training and model.config.hidden_size == 48 and model.config.num_hidden_layers == 2
+        ours = w2v2.load(runs[kind])
+        ours = ours if kind == "pre" else ours.model
+        rows = [speech(1, n)[0] * gain for n, gain in ((30_000, 1.0), (16_001, 0.01), (22_222, 0.3))]
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+        inputs = extractor([row.numpy() for row in rows], sampling_rate=16_000, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            out = model(**inputs, output_hidden_states=True)
+            assert len(out.hidden_states) == 3 and torch.equal(out.hidden_states[-1], out.last_hidden_state)
+            assert model(**inputs, return_dict=False)[0].equal(out.last_hidden_state)
+            assert model(**inputs).hidden_states is None
+            for i, row in enumerate(rows):
+                normal = (row - row.mean()) / torch.sqrt(row.var(correction=0) + 1e-5)
+                states, frames = ours.hidden_states(normal[None])
+                for mine, theirs in zip(states, out.hidden_states, strict=True):
+                    torch.testing.assert_close(theirs[i, : frames[0]], mine[0], atol=1e-5, rtol=1e-5)
+                    assert (theirs[i, frames[0] :] == 0).all()
+
+
+def test_automodel_for_ctc_recognizes_and_costs_what_the_run_does(
+    exports: dict[tuple[str, str], Path], runs: dict[str, Path]
+) -> None:
+    folder = exports["ctc", "transformers"]
+    recognizer = w2v2.load(runs["ctc"])
+    rows = [speech(1, n)[0] for n in (40_000, 21_000)]
+    asr = transformers.pipeline("automatic-speech-recognition", model=str(folder), device="cpu")
+    texts = [recognizer(row, 16_000) for row in rows]
+    assert [squeeze(asr(row.numpy())["text"]) for row in rows] == texts and all(texts)
+
+    model = transformers.AutoModelForCTC.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    inputs = extractor([row.numpy() for row in rows], sampling_rate=16_000, padding=True, return_tensors="pt")
+    labels = [torch.tensor(recognizer.vocabulary.encode(text)) for text in ("SUN MOON", "RAIN")]
+    padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    out = model(**inputs, labels=padded)
+    said = tokenizer.batch_decode(out.logits.argmax(-1))
+    assert [squeeze(text) for text in said] == texts  # nothing is heard in the padding
+    losses = [
+        nn.functional.ctc_loss(
+            emissions, label, torch.tensor(len(emissions)), torch.tensor(len(label)), reduction="sum"
+        )
+        for emissions, label in zip(recognizer.emissions(rows), labels, strict=True)
+    ]
+    torch.testing.assert_close(out.loss, torch.stack(losses).sum(), atol=1e-3, rtol=1e-5)
+    out.loss.backward()
+    silent = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert silent <= {"w2v2.model.mask_vector"}
+
+
+def test_weights_come_back_bit_by_bit_and_strictly(exports: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    model = transformers.AutoModelForCTC.from_pretrained(exports["ctc", "transformers"])
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCTC.from_pretrained(tmp_path / "again")
+    assert again.config.to_dict() == model.config.to_dict() | {"_name_or_path": again.config._name_or_path}
+    assert model.state_dict().keys() == again.state_dict().keys()
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="ones for samples, then zeros"):
+        model(torch.zeros(2, 800), attention_mask=torch.tensor([[0, 1], [1, 1]]).repeat_interleave(400, dim=1))
+    state = model.state_dict()
+    del state["w2v2.model.transformer.0.mlp.fc_1.weight"]
+    model.save_pretrained(tmp_path / "less", state_dict=state)
+    with pytest.raises(ValueError, match=r"missing \['w2v2.model.transformer.0.mlp.fc_1.weight'\]"):
+        transformers.AutoModelForCTC.from_pretrained(tmp_path / "less")
+
+
+# --- Cards and the hub ------------------------------------------------------------------------------------------------
+
+WITHOUT_US = "import sys; sys.modules['w2v2'] = None\n"  # importing it raises ImportError
+
+
+@pytest.mark.parametrize("kind", ["pre", "ctc"])
+@pytest.mark.parametrize("to", ["onnx", "torch", "transformers"])
+def test_a_card_has_its_facts_and_its_code_runs(
+    exports: dict[tuple[str, str], Path],
+    runs: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    to: str,
+) -> None:
+    if (kind, to) not in exports:
+        pytest.skip("the other kind's covers it")
+    folder = tmp_path / "export"
+    shutil.copytree(exports[kind, to], folder)
+    text = (folder / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "cc-by-4.0" and front["datasets"] == [corpus.name]
+    assert front["pipeline_tag"] == ("feature-extraction" if kind == "pre" else "automatic-speech-recognition")
+    assert str(corpus.parent) not in text and str(runs[kind].parent) not in text  # nothing about this machine
+    environment = json.loads((runs[kind] / "environment.json").read_text())
+    train = environment["data"]["train"]
+    assert f"| train | {train['hours']:.2f} | {train['utterances']} | {train['speakers']} |" in text
+    rows = (runs[kind] / "metrics.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert f"| loss | {float(last['valid/loss']):.6g} |" in text
+    assert f"Heard in training: {float(last['train/hours_heard']):.2f} h" in text
+
+    audio = sound(2.0, seed=3)
+    soundfile.write(folder / "speech.wav", audio, 16_000, subtype="FLOAT")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) == 1
+    if to == "transformers":
+        monkeypatch.chdir(folder)
+        capsys.readouterr()
+        exec(code[0], {})
+        said = capsys.readouterr().out
+    else:
+        command = [sys.executable, "-c", WITHOUT_US + code[0]]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    if kind == "ctc":
+        assert squeeze(said) == w2v2.load(runs["ctc"])(audio, 16_000) != ""
+    else:
+        assert re.search(r"\(?\[?100, 48", said)
+
+
+VOCABULARIES = {
+    "labels": lambda: Vocabulary(labels=("<blank>", "<unk>", "S", "O"), boundary=None),
+    "phonemes": lambda: PhonemeVocabulary(labels=("<blank>", "<unk>", "a", "t", "ŋ")),
+    "pieces": lambda: PieceVocabulary.from_texts(["THE SUN AND THE MOON", "RAIN IN THE SKY"], size=30),
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_vocabulary_that_no_tokenizer_of_theirs_fits_is_exported_as_ours(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = weights(tmp_path / "run", Wav2Vec2Config, VOCABULARIES[kind]())
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--to", "transformers"]) == 0
+    assert not (out / "tokenizer_config.json").exists()
+    audio, recognizer = sound(2.0, seed=3), w2v2.load(run)
+    soundfile.write(out / "speech.wav", audio, 16_000, subtype="FLOAT")
+    text = (out / "README.md").read_text()
+    assert "No licence was given" in text and "license" not in yaml.safe_load(text.split("---\n")[1])
+    monkeypatch.chdir(out)
+    capsys.readouterr()
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})
+    assert capsys.readouterr().out.strip() == recognizer(audio, 16_000) != ""
+
+    # The code of a graph's card, from where it has log-probabilities.
+    check = json.loads((out / "export.json").read_text())
+    (out / "export.json").write_text(json.dumps(check | {"format": "onnx"}))
+    write_card(run, out, name="a")
+    code = re.findall(r"# \(frames, labels\)\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+    log_probs = recognizer.emissions([torch.from_numpy(audio)])[0].numpy()
+    exec(code, {"json": json, "log_probs": log_probs})
+    assert capsys.readouterr().out.strip() == recognizer(audio, 16_000)
+
+
+def test_the_card_has_what_was_evaluated(
+    exports: dict[tuple[str, str], Path], runs: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    run, folder = tmp_path / "run", tmp_path / "export"
+    shutil.copytree(runs["ctc"], run)
+    shutil.copytree(exports["ctc", "transformers"], folder)
+    assert main(["evaluate", str(run), "--data", str(corpus), "--split", "valid"]) == 0
+    path = run / "evaluation" / "valid" / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["words"]["interval"] = [0.125, 0.5]  # of more speakers than these
+    path.write_text(json.dumps(found))
+    write_card(run, folder, name="a")
+    text = (folder / "README.md").read_text()
+    section = text.split("## Evaluation: valid\n")[1].split("##")[0]
+    assert f"`{corpus.name}`, decoded greedily" in section and str(corpus) not in text
+    for name, value in (("wer", found["wer"]), ("cer", found["cer"]), ("utterances", found["utterances"])):
+        assert f"| {name} | {value:.6g} |" in section
+    assert "| wer, 95% interval | 0.125 to 0.5 |" in section and "cer, 95%" not in section
+
+
+def test_the_last_validation_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    assert last_validation(path) == {}
+    path.write_text(
+        "step,train/loss,train/hours_heard,valid/loss,valid/wer\n1,5,0.5,,\n2,,,4,0.9\n3,3,1.5,,\n4,,,2,0.5\n5,1,2.5,,\n"
+    )
+    assert last_validation(path) == {"step": 4, "hours_heard": 1.5, "loss": 2, "wer": 0.5}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub's interface as an upload needs; keeps what it was given."""
+
+    address: str
+    files: dict[str, bytes]
+    made: list[dict[str, object]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/api/repos/create":
+            self.made.append({**json.loads(body), "authorization": self.headers["Authorization"]})
+            answer: dict[str, object] = {"url": f"{self.address}/me/nano", "name": "me/nano"}
+        elif self.path.startswith("/api/models/me/nano/preupload/"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+        elif self.path.startswith("/api/models/me/nano/commit/"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.address}/me/nano/commit/{'0' * 40}"}
+        else:
+            answer = {"warnings": [], "errors": []}  # of the card's front matter
+        self._say(answer)
+
+    def do_GET(self) -> None:
+        self._say({"id": "me/nano", "sha": "0" * 40, "siblings": []})
+
+    def _say(self, answer: dict[str, object]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_push_uploads_the_folder_to_a_private_repository(tmp_path: Path) -> None:
+    run = weights(tmp_path / "run", Wav2Vec2Config)
+    Hub.files, Hub.made = {}, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.address = f"http://127.0.0.1:{server.server_port}"
+    own = {
+        "HF_ENDPOINT": Hub.address,
+        "HF_TOKEN": "hf_none",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "-m", "w2v2.cli", "export", str(run), str(tmp_path / "out"), "--to", "transformers"]
+    command += ["--push-to-hub", "me/nano"]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    made = Hub.made[0]
+    assert len(Hub.made) == 1 and made["authorization"] == "Bearer hf_none"
+    assert made.get("visibility", "private" if made.get("private") else "public") == "private"
+    assert Hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+    gone = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)  # nobody listens
+    assert gone.returncode == 1
+    assert "is written, but not pushed to me/nano" in gone.stderr.splitlines()[-1]
+    assert (tmp_path / "out" / "model.safetensors").exists()
