@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from w2v2.errors import UsageError
 from w2v2.progress import progress
-from w2v2.verbs.settings import AddVerb, override, place
+from w2v2.verbs.decoding import SETTINGS, add_decoder_options, decoder_asked_for, show_beam_settings
+from w2v2.verbs.settings import AddVerb, place
 
 if TYPE_CHECKING:
     from w2v2.config import DataConfig
@@ -53,20 +54,15 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _add_evaluate(verb: AddVerb) -> None:
     text = "WER and CER of a fine-tuned run, how sure and of which errors; loss and accuracy of a pretraining run"
-    epilog = (
-        "Settings of the beam search can follow, such as --beam-size 500 or --lm-weight 1.5; --beam-settings lists "
-        "them. Example: w2v2 evaluate RUN --data corpus --lm words.arpa --tune valid --against RUN/evaluation/test."
-    )
+    example = "w2v2 evaluate RUN --data corpus --lm words.arpa --tune valid --against RUN/evaluation/test"
+    epilog = f"{SETTINGS} Example: {example}."
     evaluate = verb("evaluate", _evaluate, text, epilog=epilog, overrides=True)
     evaluate.add_argument("model", type=Path, help="run folder, or folder of weights")
     evaluate.add_argument("--data", required=True, help="prepared corpus, or folder of audio")
     evaluate.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
-    evaluate.add_argument("--lm", type=Path, help="n-gram of words, ARPA or KenLM binary (default: none)")
-    evaluate.add_argument("--lexicon", type=Path, help="words that can be heard, one a line, with spellings or without")
-    evaluate.add_argument("--hot-words", nargs="+", help="words to listen for")
+    add_decoder_options(evaluate)
     evaluate.add_argument("--tune", metavar="SPLIT", help="split to tune the weights of LM and words on, such as valid")
     evaluate.add_argument("--trials", type=int, help="weights to try with --tune (default: 64)")
-    evaluate.add_argument("--beam-settings", action="store_true", help="list the settings of the beam search")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.add_argument("--out", type=Path, help="folder of results, replaced (default: RUN/evaluation/SPLIT)")
     evaluate.add_argument(
@@ -82,8 +78,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.checkpoint import CONFIG, VOCABULARY, expect_file
     from w2v2.data.corpora import read_corpus
 
-    if args.beam_settings:
-        rest = ["--help"]
+    show_beam_settings(args, _USAGE)
     splits = read_corpus(args.data, training=False)
     for name, split in (("--split", args.split), ("--tune", args.tune)):
         if split is not None and split not in splits:
@@ -102,6 +97,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     sys.stdout.write(json.dumps(evaluate_pretrained(args.model, splits, args.split), indent=2) + "\n")
 
 
+_USAGE = "w2v2 evaluate RUN --data CORPUS"
 _RECOGNIZERS_ONLY = (
     "lm", "lexicon", "hot_words", "tune", "trials", "out", "against", "batch_seconds", "workers", "max_bad", "device",
 )  # fmt: skip
@@ -144,11 +140,9 @@ def _decoder(
     show: Callable[[str, float], None],
 ) -> tuple[Decoder, dict[str, Any]]:
     """The decoder that was asked for, tuned, and a record of it."""
-    from w2v2.decode import BeamConfig, Greedy, make_decoder
+    from w2v2.decode import Greedy
 
-    beam = override(BeamConfig(), rest, "w2v2 evaluate RUN --data CORPUS") if rest else None
-    files = {"lm": args.lm, "lexicon": args.lexicon, "hot_words": tuple(args.hot_words or ())}
-    made: Any = make_decoder(recognizer.vocabulary, beam=beam, **files)
+    made = decoder_asked_for(args, rest, recognizer.vocabulary, _USAGE)
     if args.tune is None and args.trials is not None:
         raise UsageError("--trials is of --tune SPLIT; name a split to tune on")
     if args.tune is not None:
@@ -159,8 +153,8 @@ def _decoder(
         made = made.tuned(_tune(args, recognizer, made, splits, data, show))
     if isinstance(made, Greedy):
         return made, {}
-    paths = {name: None if files[name] is None else str(files[name]) for name in ("lm", "lexicon")}
-    return made, {**paths, "hot_words": files["hot_words"], "tuned_on": args.tune, **asdict(made.config)}
+    paths = {name: None if path is None else str(path) for name, path in (("lm", args.lm), ("lexicon", args.lexicon))}
+    return made, {**paths, "hot_words": tuple(args.hot_words or ()), "tuned_on": args.tune, **asdict(made.config)}
 
 
 def _tune(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from w2v2.errors import JobError, UsageError
 from w2v2.progress import progress
-from w2v2.verbs.settings import AddVerb, override, place
+from w2v2.verbs.decoding import SETTINGS, add_decoder_options, decoder_asked_for, show_beam_settings
+from w2v2.verbs.settings import AddVerb, place
 
 if TYPE_CHECKING:
     from w2v2.formats import Transcript
@@ -34,21 +35,14 @@ def add(verb: AddVerb) -> None:
 
 def _add_transcribe(verb: AddVerb) -> None:
     text = "recordings of any length to text, subtitles, word times"
-    epilog = (
-        "Settings of the beam search can follow, such as --beam-size 500 --lm-weight 1.5; any of them asks for one."
-    )
-    sub = verb("transcribe", _transcribe, text, epilog=epilog, overrides=True)
+    sub = verb("transcribe", _transcribe, text, epilog=SETTINGS, overrides=True)
     sub.add_argument("model", type=Path, help="fine-tuning run, or folder of weights of a CTC model")
     sub.add_argument("audio", nargs="+", help="files, URLs, folders of audio, or - for standard input")
     _add_output(sub, "txt")
     sub.add_argument(
         "--timestamps", choices=("none", "word", "char"), help="times to write (default: none in txt, otherwise word)"
     )
-    sub.add_argument("--lm", type=Path, help="n-gram language model of words: ARPA, or KenLM binary with --lexicon")
-    sub.add_argument(
-        "--lexicon", type=Path, help="words to choose from, one a line, with a spelling if it is not plain"
-    )
-    sub.add_argument("--hot-words", nargs="+", default=(), metavar="WORD", help="words to expect, such as names")
+    add_decoder_options(sub)
     _add_windows(sub)
 
 
@@ -77,15 +71,15 @@ def _add_windows(sub: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.decode import BeamConfig, make_decoder
     from w2v2.transcribe import Failure, find_sources, transcribe
 
+    usage = "w2v2 transcribe MODEL AUDIO"
+    show_beam_settings(args, usage)
     timestamps = args.timestamps or ("none" if args.format == "txt" else "word")
     _check_output(args, timestamps)
     layout = _layout(args)
-    beam = override(BeamConfig(), rest, "w2v2 transcribe MODEL AUDIO") if rest else None
     recognizer = _recognizer(args)
-    decoder = make_decoder(recognizer.vocabulary, lm=args.lm, lexicon=args.lexicon, hot_words=args.hot_words, beam=beam)
+    decoder = decoder_asked_for(args, rest, recognizer.vocabulary, usage)
     sources, failures = find_sources(args.audio)
     for failure in failures:
         log.warning("%s: %s", failure.name, failure.reason)
