@@ -130,7 +130,7 @@ def align_labels(log_probs: Tensor, ids: Sequence[int], vocabulary: Vocabulary) 
 
 
 def align(
-    recognizer: Recognizer, source: Source, text: str, *, layout: Layout | None = None, batch_size: int = 4
+    recognizer: Recognizer, source: Source, text: str, *, layout: Layout | None = None, batch_size: int = 1
 ) -> Transcript | Failure:
     """When each word of a known text is said in a recording of any length, which is aligned as a whole.
 

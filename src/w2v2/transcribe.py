@@ -247,7 +247,7 @@ def transcribe(
     decoder: Decoder,
     *,
     layout: Layout | None = None,
-    batch_size: int = 4,
+    batch_size: int = 1,
     stretch: float = STRETCH_SECONDS,
     show: Callable[[float], None] | None = None,
 ) -> Iterator[Transcript | Failure]:

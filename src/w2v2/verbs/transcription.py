@@ -53,7 +53,7 @@ def _add_output(sub: argparse.ArgumentParser, default: str) -> None:
 
 def _add_windows(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--batch-size", type=int, default=4, help="windows that are worked on together (default: %(default)s)"
+        "--batch-size", type=int, default=1, help="windows that are worked on together (default: %(default)s)"
     )
     sub.add_argument(
         "--window-seconds",
