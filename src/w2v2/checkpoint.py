@@ -44,7 +44,10 @@ def load_weights(model: M, folder: Path) -> M:
     Raises:
         UsageError: no such file, a damaged one, or tensors missing, left over or of another shape; all are listed.
     """
-    state = _read(folder)
+    return _fill(model, _read(folder), folder)
+
+
+def _fill(model: M, state: Mapping[str, torch.Tensor], folder: Path) -> M:
     check_fit(state, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
     model.load_state_dict(state)
     return model
@@ -133,7 +136,7 @@ def load_model(folder: Path) -> Wav2Vec2:
         model = Wav2Vec2ForCTC(config, len(state["lm_head.weight"]))
     elif state.keys() - model.state_dict().keys():
         model = config.build()
-    return load_weights(model, folder).eval()
+    return _fill(model, state, folder).eval()
 
 
 def model_config(folder: Path) -> Wav2Vec2Config:
