@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import shutil
@@ -15,14 +16,16 @@ from w2v2 import recipes
 from w2v2.checkpoint import load_pretrained
 from w2v2.config import FinetuneConfig, PretrainConfig, from_dict, load_config, to_dict
 from w2v2.data.corpora import Split, read_corpus
-from w2v2.data.datamodule import SpeechDataModule
+from w2v2.data.datamodule import SpeechDataModule, whole_utterances
+from w2v2.decode import Greedy
 from w2v2.errors import UsageError
+from w2v2.evaluate import evaluate
 from w2v2.model.masking import keyed_generator
 from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2ForCTC
 from w2v2.optim import OptimConfig, WarmupLinear
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.recognizer import load_recognizer
-from w2v2.tasks.finetune import FinetuneTask, evaluate_recognizer, finetune
+from w2v2.tasks.finetune import FinetuneTask, finetune
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
 from w2v2.text import Vocabulary
 from w2v2.train import check_precision, evaluate_pretrained, pretrain, tune
@@ -220,8 +223,10 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     config.train.val_every = config.train.log_every = config.train.checkpoint_every = 100
     finetune(config, splits, tmp_path / "ctc", init_from=run)
     assert column(tmp_path / "ctc", "valid/cer")[-1] < 0.2
-    assert column(tmp_path / "ctc", "valid/cer")[-1] == evaluate_recognizer(tmp_path / "ctc", splits, "test")["cer"]
     recognizer = load_recognizer(tmp_path / "ctc")
+    heard = whole_utterances("test", few, config.data)
+    scored = evaluate(recognizer, Greedy(recognizer.vocabulary), heard, io.StringIO()).summary()
+    assert column(tmp_path / "ctc", "valid/cer")[-1] == pytest.approx(scored["cer"])
     assert recognizer.vocabulary.labels[:3] == ("<blank>", "<unk>", "|")
 
 
@@ -265,6 +270,15 @@ def test_every_recipe_builds_round_trips_through_json_and_passes_its_checks(kind
         assert from_dict(json.loads(json.dumps(to_dict(config))), kind) == config
         with torch.device("meta"):
             config.model.build()
+
+
+def test_a_configuration_of_an_older_version_gets_defaults_and_one_of_a_newer_is_refused() -> None:
+    values = to_dict(recipes.tiny())
+    del values["train"]["shard"], values["model"]["sub_batch_seconds"]
+    assert from_dict(values, PretrainConfig) == recipes.tiny()
+    values["model"]["warp"] = 9
+    with pytest.raises(UsageError, match=r"Wav2Vec2Config has fields that this version does not know: warp; use"):
+        from_dict(values, PretrainConfig)
 
 
 @pytest.mark.parametrize("name", recipe_names(PretrainConfig))

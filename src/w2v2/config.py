@@ -325,19 +325,19 @@ def to_dict(config: Any) -> Any:
 def from_dict(values: Any, kinds: type[T] | tuple[type[T], ...]) -> T:
     """Inverse of ``to_dict``, for one of some dataclasses or a subclass of theirs.
 
-    No code is imported for it: a type must be this package's or already loaded.
+    No code is imported for it: a type must be this package's or already loaded. A field that an older version did not
+    have yet gets its default, which therefore has to mean what that version did.
 
     Raises:
-        UsageError: an unknown type, or a field that the type does not have, or lacks.
+        UsageError: an unknown type, or a field that the type does not have.
     """
     kind = _resolve(values.get("_type", ""), kinds)
     hints = typing.get_type_hints(kind)
     given = {name: value for name, value in values.items() if name != "_type"}
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if given.keys() != names:
-        unknown, missing = sorted(given.keys() - names), sorted(names - given.keys())
+    if unknown := given.keys() - {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
         raise UsageError(
-            f"saved {kind.__name__} does not fit this version: unknown fields {unknown}, missing {missing}"
+            f"saved {kind.__name__} has fields that this version does not know: {', '.join(sorted(unknown))}; "
+            "use the version that wrote it, or a newer one"
         )
     made: T = kind(**{name: _from_value(value, hints[name]) for name, value in given.items()})
     return made

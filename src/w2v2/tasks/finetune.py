@@ -15,8 +15,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from w2v2.checkpoint import CONFIG, VOCABULARY, load_encoder, load_weights, vocabulary_of
-from w2v2.config import FinetuneConfig, load_config
+from w2v2.checkpoint import VOCABULARY, load_encoder, load_weights, vocabulary_of
+from w2v2.config import FinetuneConfig
 from w2v2.data.corpora import Splits
 from w2v2.data.datamodule import Batch, Fits, SpeechDataModule
 from w2v2.decode import Greedy
@@ -26,12 +26,12 @@ from w2v2.losses import ctc_loss
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import equalize_masks, keyed_generator, sample_channel_masks, sample_layers
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config, Wav2Vec2ForCTC
-from w2v2.recognizer import Recognizer, load_recognizer
+from w2v2.recognizer import Recognizer
 from w2v2.tasks.plateau import Plateau
 from w2v2.tasks.pretrain import NormalizedTask, Sums, step_seed
 from w2v2.text import Vocabulary, frames_needed, load_vocabulary
 from w2v2.text_check import check_transcripts, missing_labels, transcribed
-from w2v2.train import check_device, check_folder, check_splits, fit_task, start_folder, validate_task
+from w2v2.train import check_device, check_folder, check_splits, fit_task, start_folder
 
 log = logging.getLogger(__name__)
 
@@ -377,16 +377,6 @@ def finetune(
     fit_task(FinetuneTask(start.model, start.vocabulary, config), data, config, out, resume)
     merge_lora(start.model)
     return Recognizer(start.model, start.vocabulary)
-
-
-def evaluate_recognizer(run: Path, splits: Splits, split: str) -> dict[str, float]:
-    """Loss, ``wer`` and ``cer`` of a finished fine-tuning run on a split, greedily decoded."""
-    recognizer = load_recognizer(run)
-    config = load_config(run / CONFIG, FinetuneConfig)
-    encode = recognizer.vocabulary.encode
-    fits = label_fit(config.model, recognizer.vocabulary)
-    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio, encode=encode, fits=fits)
-    return validate_task(FinetuneTask(recognizer.model, recognizer.vocabulary, config), data, split)
 
 
 def transcripts(recognizer: Recognizer, batches: Iterable[Batch]) -> dict[str, str]:
