@@ -11,11 +11,12 @@ import json
 import math
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import soundfile
 import torch
 
-from w2v2.config import DataConfig, PretrainConfig, load_config, save_config
+from w2v2.config import DataConfig, PretrainConfig, load_config, save_config, to_dict
 from w2v2.data.corpora import Split, Splits, read_corpora
 from w2v2.errors import JobError, UsageError
 from w2v2.flops import peak_flops, training_flops, utilisation
@@ -461,19 +462,25 @@ def _warnings(
 
 
 def _command(recipe: PretrainConfig, config: PretrainConfig) -> str:
+    """What starts the run that was planned: every setting in which it differs from its recipe."""
     words = ["w2v2", "pretrain", config.recipe]
-    changed = {
-        "--data.batch-seconds": (recipe.data.batch_seconds, config.data.batch_seconds),
-        "--train.devices": (recipe.train.devices, config.train.devices),
-        "--train.num-nodes": (recipe.train.num_nodes, config.train.num_nodes),
-        "--train.accumulate": (recipe.train.accumulate, config.train.accumulate),
-        "--optim.schedule.peak": (recipe.optim.schedule.peak, config.optim.schedule.peak),
-    }
     for source in config.data.sources or ("DIR",):
         words += ["--data", source]
-    for name, (old, new) in changed.items():
-        words += [name, f"{new:g}"] if new != old else []
-    return " ".join(words)
+    usual = dict(_settings(to_dict(recipe)))
+    for name, value in _settings(to_dict(config)):
+        if value != usual[name] and name not in ("--recipe", "--data.sources"):
+            words += [name, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _settings(values: dict[str, Any], under: str = "--") -> Iterator[tuple[str, Any]]:
+    """Flag and value of each field of a configuration, as ``to_dict`` gives it."""
+    for name, value in values.items():
+        flag = under + name.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _settings(value, f"{flag}.")
+        elif name != "_type":
+            yield flag, value
 
 
 def plan_table(plan: Plan) -> list[str]:
