@@ -4,8 +4,8 @@
 
 MODEL is a fine-tuning run, CORPUS a folder of unseen speakers in LibriSpeech layout. Its utterances, end to end, make a
 recording of an hour; the other memory figures are of noise, with random weights. Memory is the largest resident set of
-a process that does nothing else. Fidelity: recordings of a minute or two, each the utterances of a chapter six times
-over, are transcribed in windows, in one piece, and utterance by utterance.
+a process that does nothing else. Fidelity: recordings of a minute or two, each the utterances of a chapter some times
+over, are transcribed in windows, in one piece, and utterance by utterance; with --lm by a language model too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,14 @@ import torch
 from w2v2 import recipes
 from w2v2.checkpoint import save_weights
 from w2v2.config import save_config
-from w2v2.decode import Greedy
+from w2v2.decode import BeamConfig, Decoder, Greedy, make_decoder
 from w2v2.formats import Transcript
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
-from w2v2.recognizer import load_recognizer
+from w2v2.recognizer import Recognizer, load_recognizer
 from w2v2.text import Vocabulary
 from w2v2.transcribe import Layout, source_of, transcribe
 
 RATE = 16_000
-TIMES = 6
-"""How often a chapter is repeated, so that it is longer than several windows."""
 
 
 def utterances(corpus: Path) -> Iterator[tuple[str, Path]]:
@@ -59,34 +58,40 @@ def join(files: list[Path], out: Path) -> float:
     return len(audio) / RATE
 
 
-def hear(run: Path, files: list[Path], layout: Layout | None = None, batch_size: int = 1) -> list[str]:
-    """Text of each recording."""
-    model = load_recognizer(run)
-    found = transcribe(
-        model, [source_of(str(file)) for file in files], Greedy(model.vocabulary), layout=layout, batch_size=batch_size
-    )
-    return [transcript.text for transcript in found if isinstance(transcript, Transcript)]
+@dataclass(frozen=True)
+class Listener:
+    """A model and how it decodes."""
+
+    recognizer: Recognizer
+    decoder: Decoder
+
+    def hear(self, files: list[Path], layout: Layout | None = None, batch_size: int = 1) -> list[str]:
+        """Text of each recording."""
+        sources = [source_of(str(file)) for file in files]
+        found = transcribe(self.recognizer, sources, self.decoder, layout=layout, batch_size=batch_size)
+        return [transcript.text for transcript in found if isinstance(transcript, Transcript)]
 
 
-def fidelity(run: Path, corpus: Path, folder: Path, groups: int) -> dict[str, Any]:
+def fidelity(listener: Listener, corpus: Path, folder: Path, groups: int, times: int) -> dict[str, Any]:
     """Error rates of ways to transcribe the same recordings, and between them, per cent."""
+    hear = listener.hear
     chapters: dict[Path, list[tuple[str, Path]]] = {}
     for text, file in utterances(corpus):
         chapters.setdefault(file.parent, []).append((text, file))
     long, references, seconds, each = [], [], 0.0, []
     for i, rows in enumerate(list(chapters.values())[:groups]):
         long.append(folder / f"{i}.flac")
-        seconds += join([file for _, file in TIMES * rows], long[-1])
-        references.append(" ".join(text for text, _ in TIMES * rows))
+        seconds += join([file for _, file in times * rows], long[-1])
+        references.append(" ".join(text for text, _ in times * rows))
         each.append([file for _, file in rows])
     texts = {
-        "utterances": [" ".join(TIMES * hear(run, files)) for files in each],
-        "windows_of_15_s": hear(run, long, Layout(15.0, 2.0)),
-        "windows_of_30_s": hear(run, long),
-        "one_piece": hear(run, long, Layout(3600.0)),
+        "utterances": [" ".join(times * hear(files)) for files in each],
+        "windows_of_15_s": hear(long, Layout(15.0, 2.0)),
+        "windows_of_30_s": hear(long),
+        "one_piece": hear(long, Layout(3600.0)),
     }
     short = [file for files in each for file in files]
-    batches = {n: (hear(run, short, batch_size=n), hear(run, long, batch_size=n)) for n in (1, 16)}
+    batches = {n: (hear(short, batch_size=n), hear(long, batch_size=n)) for n in (1, 16)}
     return {
         "recordings": len(long),
         "seconds": round(seconds, 1),
@@ -168,6 +173,18 @@ def memory(folder: Path) -> dict[str, Any]:
     return found
 
 
+def speed_and_memory(run: Path, corpus: Path, seconds: float, folder: Path) -> dict[str, Any]:
+    """A recording of so many seconds of speech, ten hours of noise, and a model of BASE's size."""
+    files, chosen, length = [file for _, file in utterances(corpus)], list[Path](), 0.0
+    while length < seconds:
+        chosen.append(files[len(chosen) % len(files)])
+        length += soundfile.info(chosen[-1]).duration
+    join(chosen, folder / "long.flac")
+    found = {"long_recording": measured(run, folder / "long.flac"), "memory": memory(folder)}
+    print(json.dumps(found), flush=True)
+    return found
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,6 +192,11 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help="folder in LibriSpeech layout")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of the long recording (default: %(default)s)")
     parser.add_argument("--chapters", type=int, default=36, help="to compare the texts of (default: %(default)s)")
+    parser.add_argument("--times", type=int, default=6, help="that a chapter is repeated (default: %(default)s)")
+    parser.add_argument("--lm", type=Path, help="ARPA file to compare the texts with too")
+    parser.add_argument("--lm-weight", type=float, default=BeamConfig().lm_weight, help="(default: %(default)s)")
+    parser.add_argument("--word-score", type=float, default=BeamConfig().word_score, help="(default: %(default)s)")
+    parser.add_argument("--texts-only", action="store_true", help="no measurements of memory")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -183,21 +205,23 @@ def main() -> None:
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "soundfile", "soxr")}},
         "threads": torch.get_num_threads(),
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        record["fidelity"] = fidelity(args.model, args.corpus, folder, args.chapters) if args.chapters else None
-        print(json.dumps(record["fidelity"]), flush=True)
-        files, seconds = [file for _, file in utterances(args.corpus)], 0.0
-        lengths = [soundfile.info(file).duration for file in files]
-        chosen: list[Path] = []
-        while seconds < args.seconds:
-            chosen.append(files[len(chosen) % len(files)])
-            seconds += lengths[(len(chosen) - 1) % len(files)]
-        join(chosen, folder / "long.flac")
-        record["long_recording"] = measured(args.model, folder / "long.flac")
-        print(json.dumps(record["long_recording"]), flush=True)
-        record["memory"] = memory(folder)
-        print(json.dumps(record["memory"]), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if args.chapters:
+            model = load_recognizer(args.model)
+            decoders: dict[str, Decoder] = {"greedy": Greedy(model.vocabulary)}
+            if args.lm:
+                beam = BeamConfig(lm_weight=args.lm_weight, word_score=args.word_score)
+                decoders["lm"] = make_decoder(model.vocabulary, lm=args.lm, beam=beam)
+                record["beam"] = asdict(beam)
+            record["fidelity"] = {}
+            for name, decoder in decoders.items():
+                record["fidelity"][name] = fidelity(
+                    Listener(model, decoder), args.corpus, folder, args.chapters, args.times
+                )
+                print(json.dumps(record["fidelity"][name]), flush=True)
+        if not args.texts_only:
+            record |= speed_and_memory(args.model, args.corpus, args.seconds, folder)
     if args.out:
         args.out.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -76,6 +76,8 @@ def test_a_run_folder_holds_what_the_contract_says(run: Path) -> None:
         "config.json", "environment.json", "checkpoints", "metrics.csv", "tensorboard", "model.safetensors",
     }  # fmt: skip
     assert [int(row["step"]) for row in rows(run)] == list(range(1, 11))
+    assert "train/wait_share" in rows(run)[0]
+    assert "train/flops_utilisation" not in rows(run)[0]  # a CPU's peak is not known
     assert all(repr(float(row["train/loss"])) == row["train/loss"] for row in rows(run))
     assert json.loads((run / "environment.json").read_text())["data"]["train"]["utterances"] == 16
 
