@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ from w2v2 import recipes
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
 from w2v2.config import FinetuneConfig, save_config
-from w2v2.data.audio import AudioFile, mix_down, resample, stream_audio
-from w2v2.decode import Greedy
+from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
+from w2v2.decode import BeamConfig, Greedy, make_decoder
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
 from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
@@ -230,6 +231,44 @@ def test_a_file_that_breaks_in_the_middle_is_a_failure_and_the_others_are_not(ru
     found = list(transcribe(model, sources, Greedy(model.vocabulary), layout=Layout(1.0, 0.2), batch_size=2))
     assert [type(result) for result in found] == [Transcript, Failure, Failure, Transcript]
     assert isinstance(found[2], Failure) and "not finite" in found[2].reason
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav", "mp3", "ogg", "opus"])
+def test_half_a_file_is_a_failure_by_name_and_from_standard_input_and_a_whole_one_is_not(
+    run: Path, tmp_path: Path, suffix: str
+) -> None:
+    model, path = load_recognizer(run), tmp_path / f"a.{suffix}"
+    soundfile.write(path, sound(4.0, 3), RATE, **({"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}))
+    whole = path.read_bytes()
+    for share, kind in ((1.0, Transcript), (0.5, Failure)):
+        path.write_bytes(whole[: round(share * len(whole))])
+        (found,) = transcribe(model, [source_of(str(path))], Greedy(model.vocabulary))
+        assert type(found) is kind
+        with path.open("rb") as stream, AudioFile(stream) as file:
+            if kind is Failure:
+                with pytest.raises(AudioError):
+                    list(stream_audio(file))
+            else:
+                assert sum(map(len, stream_audio(file))) == pytest.approx(4 * RATE, rel=0.05)
+
+
+def test_audio_that_the_model_cannot_bear_is_a_failure_and_the_others_are_not(run: Path, tmp_path: Path) -> None:
+    model = load_recognizer(run)
+    soundfile.write(tmp_path / "a.wav", 1e38 * sound(4.0, 3), RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "b.wav", sound(4.0, 3), RATE)
+    sources, _ = find_sources([str(tmp_path)])
+    for decoder in (Greedy(model.vocabulary), make_decoder(model.vocabulary, beam=BeamConfig(beam_size=4))):
+        found = list(transcribe(model, sources, decoder, layout=Layout(1.0, 0.2)))
+        assert [type(result) for result in found] == [Failure, Transcript]
+        assert isinstance(found[0], Failure) and "not finite" in found[0].reason
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode there")
+def test_a_file_name_need_not_be_utf_8(run: Path, tmp_path: Path) -> None:
+    model, name = load_recognizer(run), os.fsdecode(bytes(tmp_path) + b"/a\xff.wav")
+    soundfile.write(tmp_path / "a.wav", sound(1.0, 3), RATE)
+    (tmp_path / "a.wav").rename(name)
+    assert [type(found) for found in transcribe(model, [source_of(name)], Greedy(model.vocabulary))] == [Transcript]
 
 
 def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:

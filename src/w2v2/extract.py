@@ -95,7 +95,8 @@ def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
     """A whole file as (S,) float32 at 16 kHz, channels averaged.
 
     Raises:
-        AudioError: it cannot be decoded, or is longer than ``max_seconds``, of which no more is read.
+        AudioError: it cannot be decoded, lacks its end, holds samples that are not finite, or is longer than
+            ``max_seconds``, of which no more is read.
         OSError: it cannot be read at all.
     """
     with AudioFile(str(path)) as file:
@@ -103,6 +104,9 @@ def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
         samples = mix_down(file.read(-1 if limit is None else limit + 1))
         if limit is not None and len(samples) > limit:
             raise AudioError(f"longer than {max_seconds:g} s; {_CUT_IT}")
+        if not np.isfinite(samples).all():
+            raise AudioError("samples that are not finite")
+        file.check_end()
         return torch.from_numpy(resample(samples, file.rate))
 
 

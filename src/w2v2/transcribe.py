@@ -193,7 +193,12 @@ class _Recording:
         return min(self.samples / self.expected, 1.0) if self.expected else 1.0
 
     def add(self, log_probs: Tensor) -> None:
-        """Take the next frames (T, labels)."""
+        """Take the next frames (T, labels); of a recording that has failed already, nothing."""
+        if log_probs.isnan().any():
+            # A model that has diverged does this to every recording, and each is then named.
+            self.failure = Failure(self.source.name, "the model's output is not finite: is it far beyond full scale?")
+        if self.failure is not None:
+            return
         self.parts.append(log_probs)
         while sum(map(len, self.parts)) > self.longest:
             held = torch.cat(self.parts)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -93,9 +94,12 @@ class AudioFile:
 
     def __init__(self, source: str | BinaryIO) -> None:
         opened = open_binary(source) if isinstance(source, str) and is_remote(source) else source
+        # As bytes, since a name need not be UTF-8 on a POSIX system, whatever soundfile thinks.
+        named = os.fsencode(opened) if isinstance(opened, str) and os.name == "posix" else opened
+        self.source = source
         try:
             with _silence:
-                self.file: Any = soundfile.SoundFile(opened)
+                self.file: Any = soundfile.SoundFile(named)
             self.format: str = self.file.format
         except soundfile.LibsndfileError as error:
             if not isinstance(opened, str):
@@ -141,6 +145,18 @@ class AudioFile:
         self.position += len(samples)
         return samples
 
+    def check_end(self) -> None:
+        """Refuse a file that lacks its end, once all of it has been read.
+
+        Raises:
+            AudioError: it announces more than it holds.
+        """
+        slack = 4096 if self.format == "M4A" else 0  # its padding is announced too
+        if self.position < self.frames - slack and says_length(self.source, self.format):
+            raise AudioError(f"it breaks off: {self.position} samples of {self.frames}")
+        if missing := announced_but_missing(self.source, self.format):
+            raise AudioError(f"it breaks off: {missing}")
+
 
 def mix_down(samples: FloatArray) -> FloatArray:
     """(samples, channels) to (samples,): the mean over channels."""
@@ -160,7 +176,7 @@ def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]
         seconds: of a block; what is in memory at a time.
 
     Raises:
-        AudioError: it cannot be decoded, or holds samples that are not finite.
+        AudioError: it cannot be decoded, lacks its end, or holds samples that are not finite.
     """
     stream = soxr.ResampleStream(file.rate, SAMPLE_RATE, 1) if file.rate != SAMPLE_RATE else None
     count = max(1, round(seconds * file.rate))
@@ -170,6 +186,8 @@ def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]
         ended = len(samples) < count
         if not np.isfinite(samples).all():
             raise AudioError(f"samples that are not finite within {seconds:g} s before {file.position / file.rate:g} s")
+        if ended:
+            file.check_end()
         yield samples if stream is None else stream.resample_chunk(samples, last=ended)
 
 
@@ -185,7 +203,7 @@ def load_audio(
         data: the encoded file, where it has been read already, as of a shard.
 
     Raises:
-        AudioError: it cannot be read, or is not what the manifest says.
+        AudioError: it cannot be read, is not what the manifest says, or holds samples that are not finite.
         UnreachableError: its server does not answer.
     """
     rate = cut.recording.sampling_rate
@@ -205,7 +223,56 @@ def load_audio(
     # Decoders' versions differ in how they count the last samples of compressed formats; a rounding is no loss.
     if len(samples) < count - max(1, rate // 1000):
         raise AudioError(f"{path} ({cut.id}): it ends early, {len(samples)} samples of {count} from {start}")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path} ({cut.id}): samples that are not finite")
     return resample(mix_down(samples), rate)
+
+
+def says_length(source: str | BinaryIO, container: str) -> bool:
+    """Whether a file says how long it is; of MP3 without a Xing header the decoder guesses it."""
+    if container != "MP3":
+        return True
+    with _bytes_of(source) as file:
+        head = file.read(10)
+        tag = head[:3] == b"ID3"  # its size has seven bits in each byte
+        file.seek(10 + sum((byte & 127) << 7 * i for i, byte in enumerate(head[:5:-1])) if tag else 0)
+        first = file.read(2048)
+    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def announced_but_missing(source: str | BinaryIO, container: str) -> str:
+    """What a WAV or Ogg file lacks at its end, where the decoder takes the shorter file for the whole; or nothing."""
+    if isinstance(source, str) and is_remote(source):
+        return ""
+    with _bytes_of(source) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if container in ("WAV", "WAVEX"):
+            head = file.read(12)
+            while len(head) >= 8 and (chunk := file.read(8)):
+                name, length = chunk[:4], struct.unpack("<I", chunk[4:].ljust(4, b"\0"))[0]
+                if name == b"data":  # writers to a pipe leave a length near 2^31 (SoX) or 2^32, or of 0
+                    left = size - file.tell()
+                    return f"{left} bytes of {length}" if left < length < 0x7FFF_0000 else ""
+                file.seek(length + length % 2, os.SEEK_CUR)
+        elif container == "OGG":
+            file.seek(max(0, size - 65_307))  # the largest page
+            tail = file.read()
+            at = tail.rfind(b"OggS")
+            if at < 0 or len(tail) < at + 27 or not tail[at + 5] & 4:
+                return "the last page does not end the stream"
+            sizes = tail[at + 27 : at + 27 + tail[at + 26]]
+            if len(tail) < at + 27 + len(sizes) + sum(sizes):
+                return "the last page is cut off"
+    return ""
+
+
+def _bytes_of(source: str | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    """The encoded file from its start; one that was given open stays open."""
+    if isinstance(source, str):
+        return open_binary(source)
+    source.seek(0)
+    return nullcontext(source)
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:

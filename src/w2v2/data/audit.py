@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 import stat
-import struct
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,16 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from w2v2.data.audio import FORMATS, SAMPLE_RATE, AudioError, AudioFile, FloatArray, mix_down
+from w2v2.data.audio import (
+    FORMATS,
+    SAMPLE_RATE,
+    AudioError,
+    AudioFile,
+    FloatArray,
+    announced_but_missing,
+    mix_down,
+    says_length,
+)
 from w2v2.data.segment import FRAME_SECONDS, quiet_points
 from w2v2.data.storage import is_remote, open_binary
 from w2v2.text import normalize_text
@@ -188,7 +196,7 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
         if not is_remote(location) and not stat.S_ISREG(os.stat(location).st_mode):
             raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
-            missing = _announced_but_missing(location, file.format)
+            missing = announced_but_missing(location, file.format)
             for part, found in zip(parts, findings, strict=True):
                 _audit_part(file, location, part, found, config)
                 if missing and not any(reason == "truncated" for reason, _ in found.reasons):
@@ -224,7 +232,7 @@ def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, conf
     slack = 4096 if file.format == "M4A" else 0 if whole else round(0.1 * file.rate)
     if scan.samples == 0:
         found.add("empty", "no samples")
-    elif scan.samples < expected - slack and (part.end is not None or _says_length(location, file.format)):
+    elif scan.samples < expected - slack and (part.end is not None or says_length(location, file.format)):
         found.add("truncated", f"{scan.samples} samples of {expected}")
     else:
         scan.judge(found, config)
@@ -253,44 +261,6 @@ def _check_extension(location: str, container: str, found: Finding) -> None:
         found.add("wrong_extension", f"{container} in a file named {suffix}")
 
 
-def _says_length(location: str, container: str) -> bool:
-    """Whether a file says how long it is; of MP3 without a Xing header the decoder guesses it."""
-    if container != "MP3":
-        return True
-    with open_binary(location) as file:
-        head = file.read(10)
-        tag = head[:3] == b"ID3"  # its size has seven bits in each byte
-        file.seek(10 + sum((byte & 127) << 7 * i for i, byte in enumerate(head[:5:-1])) if tag else 0)
-        first = file.read(2048)
-    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
-
-
-def _announced_but_missing(location: str, container: str) -> str:
-    """What a WAV or Ogg file lacks at its end, where the decoder takes the shorter file for the whole; or nothing."""
-    if is_remote(location):
-        return ""
-    size = os.path.getsize(location)
-    with open(location, "rb") as file:
-        if container in ("WAV", "WAVEX"):
-            head = file.read(12)
-            while len(head) >= 8 and (chunk := file.read(8)):
-                name, length = chunk[:4], struct.unpack("<I", chunk[4:].ljust(4, b"\0"))[0]
-                if name == b"data":  # writers to a pipe leave a length near 2^31 (SoX) or 2^32, or of 0
-                    left = size - file.tell()
-                    return f"{left} bytes of {length}" if left < length < 0x7FFF_0000 else ""
-                file.seek(length + length % 2, os.SEEK_CUR)
-        elif container == "OGG":
-            file.seek(max(0, size - 65_307))  # the largest page
-            tail = file.read()
-            at = tail.rfind(b"OggS")
-            if at < 0 or len(tail) < at + 27 or not tail[at + 5] & 4:
-                return "the last page does not end the stream"
-            sizes = tail[at + 27 : at + 27 + tail[at + 26]]
-            if len(tail) < at + 27 + len(sizes) + sum(sizes):
-                return "the last page is cut off"
-    return ""
-
-
 def _why_undecodable(location: str) -> str:
     """``truncated`` if the decoder ran out of bytes, ``empty`` if there are none, else ``unreadable``."""
     if not is_remote(location) and not os.path.isfile(location):
@@ -301,7 +271,7 @@ def _why_undecodable(location: str) -> str:
             raw.seek(0)
             if size == 0:
                 return "empty"
-            if raw.read(4) == b"OggS" and _announced_but_missing(location, "OGG"):
+            if raw.read(4) == b"OggS" and announced_but_missing(location, "OGG"):
                 return "truncated"
             raw.seek(0)
             with AudioFile(raw) as file:
