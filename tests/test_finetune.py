@@ -241,6 +241,22 @@ def test_a_run_with_low_rank_updates_changes_them_alone_resumes_exactly_and_leav
     assert best.vocabulary == recognizer.vocabulary
 
 
+def test_a_frozen_encoder_is_left_to_itself_even_by_weight_decay_and_learns_afterwards(
+    splits: Splits, pretrained: Path, tmp_path: Path
+) -> None:
+    def changed(steps: int) -> set[str]:
+        config = thin(max_steps=steps)
+        config.freeze_encoder_steps, config.optim.weight_decay, config.optim.schedule.peak = 2, 0.5, 0.1
+        recognizer = finetune(config, splits, tmp_path / str(steps), init_from=pretrained)
+        start = Wav2Vec2ForCTC(config.model, len(recognizer.vocabulary.labels))
+        load_encoder(start, pretrained)
+        after = recognizer.model.state_dict()
+        return {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, after[name])}
+
+    assert changed(2) == {"lm_head.weight", "lm_head.bias"}
+    assert len(changed(4)) > 20
+
+
 def test_low_rank_updates_of_random_weights_are_refused(splits: Splits, tmp_path: Path) -> None:
     for call in (lambda: finetune(lora(), splits, tmp_path / "run"), lambda: preflight(lora(), splits)):
         with pytest.raises(UsageError, match=r"--lora-rank 4 keeps the weights of --init-from RUN"):

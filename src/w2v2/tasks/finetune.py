@@ -173,6 +173,14 @@ class FinetuneTask(NormalizedTask):
         self.sums.add(counts)
         return self.sum_loss(loss, len(frames))
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave a frozen encoder to itself, beside what every task does."""
+        if self.global_step < self.config.freeze_encoder_steps:
+            for name, parameter in self.model.named_parameters():
+                if not name.startswith("lm_head."):
+                    parameter.grad = None  # weight decay would follow a gradient of zero
+        super().on_before_optimizer_step(optimizer)
+
     def train_figures(self) -> dict[str, float]:
         """Figures since the last call, and ``seconds`` of audio; a plateau is named in the log."""
         sums = self.sums.take()
