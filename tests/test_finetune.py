@@ -2,7 +2,10 @@
 
 import csv
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +126,34 @@ def test_settings_that_cannot_work_are_refused(field: str, value: float, said: s
     config.channel_mask_prob, config.channel_mask_length = 0.1, 8
     config.check()
     setattr(config, field, value)
+    with pytest.raises(UsageError, match=said):
+        config.check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("model.dropout", 1.5, "--model.dropout must be 0 or more, less than 1, got 1.5"),
+        ("model.layer_drop", 1.0, "--model.layer-drop must be 0 or more, less than 1, got 1"),
+        ("model.mask_length", 0, "--model.mask-length must be 1 or more, got 0"),
+        ("model.mask_prob", 1.7, "--model.mask-prob must be 0 to 1, got 1.7"),
+        ("model.logit_temperature", 0.0, "--model.logit-temperature must be more than 0, got 0"),
+        ("optim.schedule.peak", -1.0, "--optim.schedule.peak must be 0 or more, got -1"),
+        ("optim.schedule.peak", math.nan, "--optim.schedule.peak must be 0 or more, got nan"),
+        ("optim.schedule.total_steps", 0, "--optim.schedule.total-steps must be 1 or more, got 0"),
+        ("optim.clip_norm", -1.0, "--optim.clip-norm must be more than 0, or None, got -1"),
+        ("optim.weight_decay", -0.1, "--optim.weight-decay must be 0 or more, got -0.1"),
+    ],
+)
+@pytest.mark.parametrize("recipe", [recipes.tiny, recipes.tiny_ctc])
+def test_impossible_numbers_of_model_and_optimiser_are_refused_in_both_tasks(
+    recipe: Callable[[], Any], field: str, value: float, said: str
+) -> None:
+    owner = config = recipe()
+    *path, name = field.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, value)
     with pytest.raises(UsageError, match=said):
         config.check()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,6 +126,7 @@ class PretrainConfig:
         """
         check_model(self.model)
         check_run(self.data, self.train)
+        check_optim(self.optim)
         frames = self.model.frames([int(self.data.max_seconds * SAMPLE_RATE)])[0]
         if frames > self.model.max_seq_len:
             raise UsageError(
@@ -196,22 +199,18 @@ class FinetuneConfig:
                 f"--data.min-seconds must leave {least} frames or more of every utterance, such as 0.1, "
                 f"got {self.data.min_seconds:g}"
             )
+        check_optim(self.optim)
         width = self.model.n_embd
         if self.channel_mask_prob > 0 and not 0 < self.channel_mask_length <= width // 2:
             raise UsageError(
                 f"--channel-mask-length must be at most half of the {width} channels, got {self.channel_mask_length}; "
                 "give a shorter one, or --channel-mask-prob 0"
             )
-        ranges = {
-            "--channel-mask-prob": (self.channel_mask_prob, 0 <= self.channel_mask_prob < 1, "0 to 1"),
-            "--freeze-encoder-steps": (self.freeze_encoder_steps, self.freeze_encoder_steps >= 0, "0 or more"),
-            "--layer-decay": (self.layer_decay, 0 < self.layer_decay <= 1, "more than 0, at most 1"),
-            "--lora-rank": (self.lora_rank, 0 <= self.lora_rank <= width, f"0 to {width}"),
-            "--lora-alpha": (self.lora_alpha, self.lora_alpha > 0, "more than 0"),
-        }
-        for name, (value, fine, expected) in ranges.items():
-            if not fine:
-                raise UsageError(f"{name} must be {expected}, got {value:g}")
+        _expect(self, "", "channel_mask_prob", lambda x: 0 <= x < 1, "0 to 1")
+        _expect(self, "", "freeze_encoder_steps", lambda x: x >= 0, "0 or more")
+        _expect(self, "", "layer_decay", lambda x: 0 < x <= 1, "more than 0, at most 1")
+        _expect(self, "", "lora_rank", lambda x: 0 <= x <= width, f"0 to {width}")
+        _expect(self, "", "lora_alpha", lambda x: x > 0, "more than 0")
 
 
 _OF_A_PRETRAINING_RECIPE = (
@@ -240,7 +239,17 @@ _REGULARISATION = (
 
 
 def check_model(model: Wav2Vec2Config) -> None:
-    """Refuse a model that cannot be built; :class:`UsageError` names the field."""
+    """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
+    for name in ("n_layer", "n_head", "n_embd", "ffn_dim", "pos_conv_groups", "mask_length", "n_groups", "n_entries",
+                 "codebook_dim", "num_distractors"):  # fmt: skip
+        _expect(model, "--model", name, lambda x: x >= 1, "1 or more")
+    for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "dropout_features",
+                 "layer_drop"):  # fmt: skip
+        _expect(model, "--model", name, lambda x: 0 <= x < 1, "0 or more, less than 1")
+    for name in ("conv_init_smoothing", "mask_prob"):
+        _expect(model, "--model", name, lambda x: 0 <= x <= 1, "0 to 1")
+    for name in ("logit_temperature", "gumbel_start", "gumbel_end", "gumbel_decay"):
+        _expect(model, "--model", name, lambda x: x > 0, "more than 0")
     shape = [model.conv_kernel_sizes, model.conv_strides, model.conv_paddings]
     if any(len(part) != len(model.conv_channels) for part in shape):
         raise UsageError(
@@ -263,6 +272,27 @@ def check_model(model: Wav2Vec2Config) -> None:
         )
     if model.target_features not in ("projected", "encoder"):
         raise UsageError(f"--model.target-features must be 'projected' or 'encoder', got {model.target_features!r}")
+
+
+def check_optim(optim: OptimConfig) -> None:
+    """Refuse impossible numbers; :class:`UsageError` names the field."""
+    schedule = optim.schedule
+    _expect(schedule, "--optim.schedule", "peak", lambda x: 0 <= x < math.inf, "0 or more")
+    _expect(schedule, "--optim.schedule", "total_steps", lambda x: x >= 1, "1 or more")
+    for name in ("warmup_steps", "warmup", "hold", "floor", "initial_scale"):
+        if hasattr(schedule, name):
+            _expect(schedule, "--optim.schedule", name, lambda x: x >= 0, "0 or more")
+    _expect(optim, "--optim", "weight_decay", lambda x: x >= 0, "0 or more")
+    _expect(optim, "--optim", "eps", lambda x: x > 0, "more than 0")
+    if optim.clip_norm is not None:
+        _expect(optim, "--optim", "clip_norm", lambda x: x > 0, "more than 0, or None")
+
+
+def _expect(owner: Any, under: str, name: str, fine: Callable[[Any], bool], expected: str) -> None:
+    value = getattr(owner, name)
+    if not fine(value):
+        flag = f"{under}.{name}" if under else f"--{name}"
+        raise UsageError(f"{flag.replace('_', '-')} must be {expected}, got {value:g}")
 
 
 def check_run(data: DataConfig, train: TrainConfig) -> None:

@@ -105,11 +105,12 @@ def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
         if limit is not None and len(samples) > limit:
             raise AudioError(f"longer than {max_seconds:g} s; {_CUT_IT}")
         if not np.isfinite(samples).all():
-            raise AudioError("samples that are not finite")
+            raise AudioError(_NOT_FINITE)
         file.check_end()
         return torch.from_numpy(resample(samples, file.rate))
 
 
+_NOT_FINITE = "samples that are not finite"
 _CUT_IT = "cut it with 'w2v2 prepare', or raise --max-seconds"
 
 
@@ -152,8 +153,9 @@ def corpus_items(batches: Iterable[Batch], source: str, max_seconds: float) -> I
     """Utterances of a loader (``data/datamodule.py: whole_utterances``)."""
     for batch in batches:
         for name, audio, count in zip(batch.ids, batch.audio, batch.lengths.tolist(), strict=True):
+            audio = audio[:count]
             fault = f"longer than {max_seconds:g} s; {_CUT_IT}" if count > max_seconds * SAMPLE_RATE else ""
-            yield Item(name, source, audio[:count].clone(), fault)
+            yield Item(name, source, audio.clone(), fault if audio.isfinite().all() else _NOT_FINITE)
         yield from (Item(name, source, fault=why) for name, why in batch.bad.items())
 
 

@@ -203,7 +203,7 @@ def load_audio(
         data: the encoded file, where it has been read already, as of a shard.
 
     Raises:
-        AudioError: it cannot be read, is not what the manifest says, or holds samples that are not finite.
+        AudioError: it cannot be read, or is not what the manifest says.
         UnreachableError: its server does not answer.
     """
     rate = cut.recording.sampling_rate
@@ -223,8 +223,6 @@ def load_audio(
     # Decoders' versions differ in how they count the last samples of compressed formats; a rounding is no loss.
     if len(samples) < count - max(1, rate // 1000):
         raise AudioError(f"{path} ({cut.id}): it ends early, {len(samples)} samples of {count} from {start}")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path} ({cut.id}): samples that are not finite")
     return resample(mix_down(samples), rate)
 
 
