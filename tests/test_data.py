@@ -183,6 +183,14 @@ def test_validation_crops_depend_on_the_utterance_alone(corpus: Path) -> None:
     assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_an_utterance_longer_than_a_batch_is_alone_in_one_without_a_complaint(corpus: Path) -> None:
+    config = DataConfig(batch_seconds=2.0, min_seconds=0.1, num_buckets=1, num_workers=0)
+    batches = list(SpeechDataModule(read_corpus(corpus), config, encode=lambda _: [0]).train_dataloader())
+    assert [len(batch.ids) for batch in batches] == [1] * 16
+    assert all(batch.lengths[0] > 2.0 * RATE for batch in batches)
+
+
 def test_fine_tuning_batches_hold_whole_utterances_with_their_labels(corpus: Path) -> None:
     splits = read_corpus(corpus)
     encode = lambda text: [ord(c) for c in text]  # noqa: E731

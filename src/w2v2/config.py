@@ -33,7 +33,7 @@ class DataConfig:
     train_split: str = "train"
     """Split to train on, such as a labelled subset that ``prepare`` made: ``train-10m``."""
     batch_seconds: float = 87.5
-    """Audio in one micro-batch at most, seconds (fairseq ``max_tokens`` 1.4M samples)."""
+    """Audio in one micro-batch at most, seconds (fairseq ``max_tokens`` 1.4M samples); a longer utterance is alone."""
     max_seconds: float = 15.625
     """Crop of an utterance in pretraining at most, seconds (``max_sample_size`` 250,000 samples)."""
     min_seconds: float = 2.0

@@ -161,7 +161,7 @@ def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:
 
 @dataclass
 class _CropConstraint(TimeConstraint):
-    """Batch size in seconds, where no utterance counts for more than its crop."""
+    """Batch size in seconds, where no utterance counts for more than its crop; a longer one is alone."""
 
     max_seconds: float | None = None
     same_length: bool = False
@@ -174,6 +174,10 @@ class _CropConstraint(TimeConstraint):
     def add(self, example: Cut) -> None:
         self.longest_seen: float = max(self.longest_seen, self.measure_length(example))
         self.num_cuts += 1
+
+    def exceeded(self) -> bool:
+        """Never by one utterance alone, of which lhotse would warn."""
+        return self.num_cuts > 1 and bool(super().exceeded())
 
     def too_large(self, batch: list[MonoCut]) -> bool:
         """Whether some cuts, padded to the longest, are more than a batch may hold; one alone never is."""
