@@ -363,17 +363,26 @@ def test_align_writes_the_given_words(
     assert code == 0 and out.count('text = "B"') == 2
 
 
-def test_align_takes_a_corpus_and_leaves_out_what_does_not_fit(
+def test_align_takes_a_corpus_and_says_what_does_not_fit(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, text in (("a", "ABBA"), ("b", "ZEBRA"), ("c", "CAFE " * 100), ("d", "")):
+    texts = (("a", b"ABBA"), ("b", b"ZEBRA"), ("c", b"CAFE " * 100), ("d", b""), ("e", b"\xff"), ("f", None))
+    for name, text in texts:
         soundfile.write(tmp_path / f"{name}.wav", sound(2.0, 1), RATE)
-        (tmp_path / f"{name}.txt").write_text(text)
+        if text is not None:
+            (tmp_path / f"{name}.txt").write_bytes(text)
     code, out, err = call(capsys, "align", run, tmp_path, "--format", "ctm")
     assert code == 1 and [line.split()[4] for line in out.splitlines()] == ["ABBA"]
-    assert "2 of 3 could not be aligned" in err
+    assert "5 of 6 could not be aligned" in err
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "b.wav: no label for R Z" in lines[0] and "c.wav: a text of 500 labels needs" in lines[1]
+    expected = [
+        "b.wav: no label for R Z",
+        "c.wav: a text of 500 labels needs",
+        "d.wav: no text to align",
+        f"e.wav: {tmp_path / 'e.txt'} is not UTF-8 text",
+        "f.wav: no transcript: expected",
+    ]
+    assert len(lines) == 5 and all(said in line for said, line in zip(expected, lines, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,12 @@ def _align(args: argparse.Namespace, rest: list[str]) -> None:
     layout = _layout(args)
     pairs = _texts(args)
     recognizer = _recognizer(args)
-    failed, writer = 0, _Writer(args, args.timestamps, [source for source, _ in pairs])
+    failed, writer = 0, _Writer(args, args.timestamps, [source for source, text in pairs if isinstance(text, str)])
     with progress("align") as show:
         for done, (source, text) in enumerate(pairs, 1):
             try:
+                if isinstance(text, UsageError):
+                    raise text
                 found = align(recognizer, source, text, layout=layout, batch_size=args.batch_size)
             except UsageError as error:
                 if args.text is not None:
@@ -219,9 +221,9 @@ def _align(args: argparse.Namespace, rest: list[str]) -> None:
         raise JobError(f"{failed} of {len(pairs)} could not be aligned; the lines above say why")
 
 
-def _texts(args: argparse.Namespace) -> list[tuple[Source, str]]:
-    """Recordings and what is said in them."""
-    from w2v2.data.sources import folder_rows
+def _texts(args: argparse.Namespace) -> list[tuple[Source, str | UsageError]]:
+    """Recordings and what is said in them, or why that is not known."""
+    from w2v2.data.sources import folder_texts
     from w2v2.transcribe import Source, source_of
 
     if not os.path.isdir(args.audio):
@@ -232,13 +234,15 @@ def _texts(args: argparse.Namespace) -> list[tuple[Source, str]]:
         raise UsageError(
             f"{args.audio} is a folder, whose transcripts lie beside the audio; name a file, or leave the text out"
         )
-    rows = [row for row in folder_rows(Path(args.audio)) if row.text]
-    if not rows:
-        raise UsageError(f"no transcripts in {args.audio}: expected *.trans.txt, or a .txt beside each recording")
-    return [
-        (Source(os.path.join(args.audio, row.path), os.path.join(args.audio, row.path), row.path), row.text or "")
-        for row in rows
-    ]
+    found = list(folder_texts(Path(args.audio)))
+    expected = "expected *.trans.txt, or a .txt beside each recording"
+    if not any(text is not None for _, text in found):
+        raise UsageError(f"no transcripts in {args.audio}: {expected}")
+    pairs: list[tuple[Source, str | UsageError]] = []
+    for below, text in found:
+        path = os.path.join(args.audio, below)
+        pairs.append((Source(path, path, below), UsageError(f"no transcript: {expected}") if text is None else text))
+    return pairs
 
 
 def _read_text(text: str) -> str:
