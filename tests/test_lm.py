@@ -1,5 +1,6 @@
 """n-gram models against the formula written out, against KenLM's reader, and, where they are installed, other tools."""
 
+import gzip
 import logging
 import math
 import random
@@ -402,3 +403,16 @@ def test_lm_refuses_in_one_line_and_leaves_nothing_behind(
     assert len(said) == 1 and said[0].startswith("w2v2: error: ")
     assert message in said[0]
     assert not list(tmp_path.glob("*lm.arpa*"))
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.txt.gz", "b.arpa.gz"])
+def test_lm_replaces_a_model_and_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text, out = lines(tmp_path / "a.txt", [["A", "B"], ["B"]]), tmp_path / name
+    own = b"not even gzip\n" if name == "b.arpa.gz" else gzip.compress(b"C D\n") if name == "b.txt.gz" else b"C D\n"
+    out.write_bytes(own)
+    assert main(["lm", str(text), str(out)]) == 2
+    assert f"{out} exists and is no ARPA file to replace" in capsys.readouterr().err
+    assert out.read_bytes() == own
+    estimate([["C", "D"]], 2).save(out)
+    assert main(["lm", str(text), str(out)]) == 0
+    assert arpa_words(out) == ["A", "B"]

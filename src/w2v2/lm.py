@@ -196,6 +196,15 @@ def open_text(path: Path) -> Iterator[TextIO]:
         ) from error
 
 
+def is_arpa(path: Path) -> bool:
+    """Whether an existing file, gzipped if it ends in .gz, begins as an ARPA file does."""
+    try:
+        with open_text(path) as file:
+            return next(filter(None, map(str.strip, file)), None) == _BEGIN
+    except UsageError:
+        return False
+
+
 def arpa_words(path: Path) -> list[str]:
     """The words of an ARPA file, without ``<s>``, ``</s>`` and ``<unk>``.
 
