@@ -313,6 +313,26 @@ def test_a_folder_becomes_a_folder_and_names_do_not_clash(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_transcript_beside_its_audio_is_not_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        soundfile.write(tmp_path / f"{name}.wav", sound(1.0, 5), RATE)
+    text = tmp_path / "deep" / "b.txt"
+    text.write_text("ABBA")
+    monkeypatch.chdir(tmp_path / "deep")
+    for call_of in (["transcribe", run, tmp_path], ["transcribe", run, "b.wav"], ["align", run, "b.wav", "ABBA"]):
+        out = tmp_path if tmp_path in call_of else "."
+        code, _, err = call(capsys, *call_of, "--out", out, "--format", "txt")
+        assert code == 2 and len(err.strip().splitlines()) == 1 and "b.txt is beside its audio" in err
+    assert text.read_text() == "ABBA" and not (tmp_path / "a.txt").exists()
+    assert call(capsys, "transcribe", run, tmp_path, "--out", tmp_path, "--format", "json")[0] == 0
+    assert call(capsys, "transcribe", run, tmp_path, "--out", tmp_path / "out")[0] == 0
+    assert call(capsys, "transcribe", run, tmp_path, "--out", tmp_path / "out")[0] == 0  # its own it may replace
+    assert text.read_text() == "ABBA"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

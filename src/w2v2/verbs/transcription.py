@@ -141,6 +141,10 @@ class _Writer:
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; expected a folder")
         self.paths = _output_paths(sources, self.format)
+        for source in sources:
+            path = self.out / self.paths[source.name]
+            if path.exists() and _is_beside(path, source.path):
+                raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another --out")
 
     def write(self, transcript: Transcript) -> None:
         from w2v2.formats import FORMATS
@@ -157,6 +161,10 @@ class _Writer:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+
+
+def _is_beside(path: Path, audio: str) -> bool:
+    return os.path.isfile(audio) and path.parent.samefile(os.path.dirname(audio) or ".")
 
 
 def _output_paths(sources: Sequence[Source], ending: str) -> dict[str, str]:
