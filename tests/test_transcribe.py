@@ -297,6 +297,21 @@ def test_standard_input_is_a_file_like_any_other(
     assert call(capsys, "transcribe", run, "-")[:2] == (0, expected)
 
 
+def test_names_and_texts_of_any_language_are_written_whatever_the_locale(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio = tmp_path / "ünï 文件 name.flac"
+    soundfile.write(audio, sound(1.0, 5), RATE)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="latin-1") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["transcribe", str(run), str(audio), "--format", "json"]) == 0
+    assert main(["transcribe", str(tmp_path / "文"), str(audio)]) == 2
+    err.flush()
+    assert json.loads(out.buffer.getvalue().decode())["path"] == str(audio)
+    assert f"no {tmp_path}/文/config.json" in err.buffer.getvalue().decode()
+
+
 def test_a_folder_becomes_a_folder_and_names_do_not_clash(
     run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,6 +360,7 @@ def test_a_transcript_beside_its_audio_is_not_replaced(
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--out", __file__], "is a file; expected a folder"),
         (["--wrong", "1"], "--wrong"),
+        (["--beam", "50"], "Unrecognized options: --beam, 50; did you mean --beam-size?"),
     ],
 )
 def test_a_wrong_call_is_one_line(
