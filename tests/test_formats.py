@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2.decode import Word
-from w2v2.formats import FORMATS, Transcript, cues
+from w2v2.formats import FORMATS, Transcript, ctm_names, cues
 
 CLOCK = r"(\d\d):(\d\d):(\d\d)"
 
@@ -96,6 +96,19 @@ def test_ctm_has_a_line_for_each_word_or_character(transcript: Transcript, unit:
         assert float(start) + float(length) == pytest.approx(word.end, abs=2e-3)
         assert len(confidence) == (word.score is not None)
         assert all(0 <= float(value) <= 1 for value in confidence)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["in/a/x.wav", "in/b/y z.wav", "stdin"], ["x", "y_z", "stdin"]),
+        (["in/a/x.wav", "/in/b/x.wav", "in/b/y.v1.wav"], ["a_x", "b_x", "b_y.v1"]),
+        (["/a/1/x.wav", "/b/1/x.wav", "x.wav"], ["a_1_x", "b_1_x", "x"]),
+        (["a/x.wav", "a/x.flac", "a/y.wav"], ["x.wav", "x.flac", "y.wav"]),
+    ],
+)
+def test_recordings_are_told_apart_in_a_ctm(names: list[str], expected: list[str]) -> None:
+    assert ctm_names(names) == dict(zip(names, expected, strict=True))
 
 
 def read_textgrid(text: str) -> tuple[float, dict[str, list[tuple[float, float, str]]]]:

@@ -328,6 +328,16 @@ def test_a_folder_becomes_a_folder_and_names_do_not_clash(
     assert not (tmp_path / "other").exists()
 
 
+def test_recordings_of_the_same_name_have_names_of_their_own_in_a_ctm(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "x.wav", sound(2.0, 5), RATE)
+    code, out, _ = call(capsys, "transcribe", run, tmp_path / "a", tmp_path / "b", "--format", "ctm")
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"a_x", "b_x"}
+
+
 def test_a_transcript_beside_its_audio_is_not_replaced(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

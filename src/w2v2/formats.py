@@ -123,13 +123,34 @@ def _clock(seconds: float, point: str) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
 
 
-def to_ctm(transcript: Transcript, timestamps: str) -> str:
-    """NIST's CTM: recording, channel, start, duration, word, and how probable its labels are, 0 to 1."""
-    stem = "_".join(PurePosixPath(transcript.name).stem.split())
+def to_ctm(transcript: Transcript, timestamps: str, recording: str | None = None) -> str:
+    """NIST's CTM: recording, channel, start, duration, word, and how probable its labels are, 0 to 1.
+
+    Args:
+        recording: its name in the CTM, of ``ctm_names``; None: the stem of its file.
+    """
+    recording = recording or ctm_names([transcript.name])[transcript.name]
     return "".join(
-        f"{stem} 1 {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
+        f"{recording} 1 {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
         for w in _units(transcript, timestamps)
     )
+
+
+def ctm_names(names: Sequence[str]) -> dict[str, str]:
+    """A word for each recording: the stem of its file, with as many folders before it as tell all of them apart.
+
+    Files of one folder that differ in nothing but their endings keep these.
+    """
+    paths = {name: PurePosixPath(name) for name in names}
+    found: dict[str, str] = {}
+    for ending in (False, True):
+        for above in range(1, max((len(path.parts) for path in paths.values()), default=1) + 1):
+            for name, path in paths.items():
+                parts = (*path.parts[:-1], path.name if ending else path.stem)[-above:]
+                found[name] = "_".join("_".join(parts).replace("/", "").split())
+            if len(set(found.values())) == len(found):
+                return found
+    return found
 
 
 def _confidence(word: Word) -> str:

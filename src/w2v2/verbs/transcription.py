@@ -130,7 +130,10 @@ class _Writer:
     """Writes transcripts as they are made: to a file each, or all to standard output."""
 
     def __init__(self, args: argparse.Namespace, timestamps: str, sources: Sequence[Source]) -> None:
+        from w2v2.formats import ctm_names
+
         self.format, self.timestamps, self.out, self.several = args.format, timestamps, args.out, len(sources) > 1
+        self.ctm_names = ctm_names([source.name for source in sources])
         self.stdout: TextIO = sys.stdout  # a progress bar would send to standard error what is printed while it moves
         if self.out is None:
             if self.several and self.format in ONE_FILE_EACH:
@@ -147,9 +150,12 @@ class _Writer:
                 raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another --out")
 
     def write(self, transcript: Transcript) -> None:
-        from w2v2.formats import FORMATS
+        from w2v2.formats import FORMATS, to_ctm
 
-        text = FORMATS[self.format](transcript, self.timestamps)
+        if self.format == "ctm":
+            text = to_ctm(transcript, self.timestamps, self.ctm_names[transcript.name])
+        else:
+            text = FORMATS[self.format](transcript, self.timestamps)
         if self.out is None:
             if self.several and self.format == "txt":
                 text = "".join(f"{transcript.name}\t{line}\n" for line in text.splitlines())
