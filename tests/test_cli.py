@@ -168,6 +168,9 @@ def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys
     assert "not of an earlier demo" in refuse(capsys, "demo", "--out", str(corpus))
     assert "Unrecognized options: --fast" in refuse(capsys, "prepare", str(corpus), str(tmp_path / "out"), "--fast")
     assert "metrics.csv" in refuse(capsys, "report", str(empty))
+    for minutes in ("0", "-1", "nan"):
+        line = refuse(capsys, "finetune", "tiny_ctc", "--data", str(corpus), "--minutes", minutes)
+        assert f"--minutes must be more than 0, got {minutes}" in line
     assert not (tmp_path / "out").exists()
 
 
