@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from w2v2.decode import Word
@@ -131,16 +131,17 @@ def read_textgrid(text: str) -> tuple[float, dict[str, list[tuple[float, float, 
 
 @settings(deadline=None, max_examples=60)
 @given(transcripts(), st.sampled_from(["word", "char"]))
+@example(Transcript("empty.wav", 0.0, "", ()), "char")
 def test_textgrid_tiers_cover_the_recording_without_gap_or_overlap(transcript: Transcript, unit: str) -> None:
     end, tiers = read_textgrid(written(transcript, "TextGrid", unit))
-    assert end == pytest.approx(transcript.seconds, abs=1e-6)
+    assert end == pytest.approx(transcript.seconds, abs=1e-6) and end > 0
     assert set(tiers) == {"words", "characters"} if unit == "char" else {"words"}
     for name, intervals in tiers.items():
         expected = [u for w in transcript.words for u in ([w] if name == "words" else w.characters)]
         assert [text for _, _, text in intervals if text] == [word.text for word in expected]
         assert intervals[0][0] == 0 and intervals[-1][1] == end
         assert all(a[1] == b[0] for a, b in itertools.pairwise(intervals))
-        assert all(start < stop for start, stop, _ in intervals) or not transcript.seconds
+        assert all(start < stop for start, stop, _ in intervals)
         said = [(start, stop) for start, stop, text in intervals if text]
         assert said == [pytest.approx((word.start, word.end), abs=2e-6) for word in expected]
 

@@ -160,20 +160,21 @@ def _confidence(word: Word) -> str:
 
 def to_textgrid(transcript: Transcript, timestamps: str) -> str:
     """Praat's TextGrid, long form: a tier of words and, with ``char``, one of characters; silence is an empty label."""
-    tiers = [("words", list(_spread(transcript.words, transcript.seconds)))]
+    seconds = max(transcript.seconds, 1e-6)  # Praat knows no empty time: an empty file gets the least we can write
+    tiers = [("words", list(_spread(transcript.words, seconds)))]
     if timestamps == "char":
-        tiers.append(("characters", list(_spread(list(_units(transcript, "char")), transcript.seconds))))
+        tiers.append(("characters", list(_spread(list(_units(transcript, "char")), seconds))))
     lines = [
         'File type = "ooTextFile"',
         'Object class = "TextGrid"',
         "",
         "xmin = 0",
-        f"xmax = {transcript.seconds:.6f}",
+        f"xmax = {seconds:.6f}",
     ]
     lines += ["tiers? <exists>", f"size = {len(tiers)}", "item []:"]
     for i, (name, intervals) in enumerate(tiers, 1):
         lines += [f"    item [{i}]:", '        class = "IntervalTier"', f'        name = "{name}"']
-        lines += ["        xmin = 0", f"        xmax = {transcript.seconds:.6f}"]
+        lines += ["        xmin = 0", f"        xmax = {seconds:.6f}"]
         lines += [f"        intervals: size = {len(intervals)}"]
         for j, word in enumerate(intervals, 1):
             text = word.text.replace('"', '""')
@@ -193,7 +194,7 @@ def _spread(words: Sequence[Word], seconds: float) -> Iterator[Word]:
             yield Word("", at, start)
         yield Word(word.text, start, end)
         at = end
-    if at < seconds or not words:
+    if at < seconds:
         yield Word("", at, seconds)
 
 
