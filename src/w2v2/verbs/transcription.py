@@ -261,7 +261,12 @@ def _texts(args: argparse.Namespace) -> list[tuple[Source, str | UsageError]]:
 
 def _read_text(text: str) -> str:
     """The words themselves, or what a file of that name holds."""
+    expected = "expected the words that are said, or a file of them"
+    if os.path.isdir(text):
+        raise UsageError(f"{text} is a folder; {expected}")
     if not os.path.isfile(text):
+        if text.endswith(".txt") or (os.sep in text and len(text.split()) == 1):
+            raise UsageError(f"no such file: {text}; {expected}")
         return text
     try:
         return Path(text).read_text(encoding="utf-8-sig")
