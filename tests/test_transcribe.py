@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2 import recipes
+from w2v2.align import align
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
 from w2v2.config import FinetuneConfig, save_config
@@ -453,6 +454,16 @@ def test_a_text_that_cannot_be_aligned_is_one_line(
     code, out, err = call(capsys, "align", run, recordings / audio, *text)
     assert (code, out) == (2, "")
     assert len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_a_recording_too_long_to_align_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, sound(2.0, 1), RATE)
+    content = bytearray(path.read_bytes())
+    content[22:26] = (20 * 3600 * RATE).to_bytes(4, "big")  # STREAMINFO: samples in all
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="3600000 frames times 5000 labels would take too long"):
+        align(recognizer(), source_of(str(path)), "ABCD " * 1000)
 
 
 def test_windows_too_short_for_their_context_are_refused() -> None:
