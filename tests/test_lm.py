@@ -1,5 +1,6 @@
 """n-gram models against the formula written out, against KenLM's reader, and, where they are installed, other tools."""
 
+import contextlib
 import gzip
 import logging
 import math
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from w2v2.cli import main
 from w2v2.errors import UsageError
 from w2v2.kneser_ney import FALLBACK_DISCOUNTS, estimate
-from w2v2.lm import NGram, arpa_words, read_arpa
+from w2v2.lm import ORDERS, NGram, arpa_words, read_arpa
 
 Sentence = Sequence[str]
 
@@ -190,6 +191,18 @@ def test_another_order_of_lines_and_no_unknown_word_are_read_too(tmp_path: Path)
     np.testing.assert_allclose(model.log_probs(["A", "B", "C"]), [-0.75, -0.5, -0.1 - 100, -0.3])
     np.testing.assert_allclose(model.log_probs(["B"]), [-0.2 - 0.5, -0.25])
     assert model.score([["A", "C"], []]).unknown == 1
+
+
+def test_kenlm_reads_the_orders_that_lm_writes_and_no_others(tmp_path: Path) -> None:
+    kenlm = pytest.importorskip("flashlight.lib.text.decoder.kenlm")
+    dictionary = pytest.importorskip("flashlight.lib.text.dictionary").Dictionary
+    readable = []
+    for order in range(1, 9):
+        estimate(story(20), order).save(tmp_path / "lm.arpa")
+        with contextlib.suppress(RuntimeError):
+            kenlm.KenLM(str(tmp_path / "lm.arpa"), dictionary(["W1"]))
+            readable.append(order)
+    assert readable == list(ORDERS)
 
 
 @pytest.mark.parametrize(("order", "prune"), [(2, ()), (3, ()), (4, (0, 0, 1))])
@@ -375,8 +388,9 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
         (["folder", "lm.arpa"], "cannot read folder: Is a directory"),
         (["noise.bin", "lm.arpa"], "cannot read noise.bin"),
         (["noise.gz", "lm.arpa"], "cannot read noise.gz"),
-        (["good.txt", "lm.arpa", "--order", "0"], "--order must be 1 or more, got 0"),
-        (["good.txt", "lm.arpa", "--order", "9"], "use --order 4 or less"),
+        (["good.txt", "lm.arpa", "--order", "1"], "--order must be 2 to 6, which beam search can read, got 1"),
+        (["good.txt", "lm.arpa", "--order", "7"], "--order must be 2 to 6, which beam search can read, got 7"),
+        (["good.txt", "lm.arpa", "--order", "6"], "use --order 4 or less"),
         (["good.txt", "lm.arpa", "--prune", "1"], "0 first"),
         (["good.txt", "folder"], "cannot write folder"),
         (["good.txt", "nowhere/lm.arpa"], "cannot write nowhere/lm.arpa"),

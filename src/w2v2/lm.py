@@ -31,6 +31,8 @@ NO_PROBABILITY = -99.0
 """log10 of zero, as SRILM writes it: of ``<s>``, which is never predicted."""
 _KENLM_UNKNOWN = -100.0
 """log10 that KenLM gives unknown words where the file has no ``<unk>``."""
+ORDERS = range(2, 7)
+"""N that KenLM's reader in flashlight takes."""
 _BEGIN, _FINISH = "\\data\\", "\\end\\"
 _SENTENCES_AT_ONCE = 50_000
 
