@@ -367,6 +367,7 @@ def test_a_transcript_beside_its_audio_is_not_replaced(
         (["--format", "ctm", "--timestamps", "none"], "is made of times"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--window-seconds", "5"], "longer than its two contexts"),
+        (["--window-seconds", "inf"], "a window must be a finite number of seconds, got inf"),
         (["--context-seconds", "nan"], "longer than its two contexts"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--out", __file__], "is a file; expected a folder"),
