@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -43,9 +45,13 @@ class Cue:
 
 
 def cues(words: Sequence[Word]) -> list[Cue]:
-    """Subtitles of at most two lines and seven seconds, split at pauses; each word is in exactly one."""
+    """Subtitles of at most two lines and seven seconds, split at pauses.
+
+    Each word is in exactly one; but one that is longer than a line or than seven seconds, as where a script has no
+    spaces, is cut between its characters.
+    """
     groups: list[list[Word]] = []
-    for word in words:
+    for word in itertools.chain.from_iterable(map(_pieces, words)):
         if groups and _fits(groups[-1], word):
             groups[-1].append(word)
         else:
@@ -57,6 +63,35 @@ def cues(words: Sequence[Word]) -> list[Cue]:
         end = max(group[-1].end, min(start + MIN_CUE_SECONDS, following))
         made.append(Cue(start, end, tuple(_wrap(group))))
     return made
+
+
+def _pieces(word: Word) -> Iterator[Word]:
+    """A word in as few pieces as fit a line and the time of a cue: no two of them ever share a line, or a space."""
+    if len(word.text) <= LINE and word.end - word.start <= CUE_SECONDS:
+        yield word
+        return
+    text, start, end = "", word.start, word.start
+    for character in _characters(word):
+        if text and (len(text) + len(character.text) > LINE or character.end - start > CUE_SECONDS):
+            yield Word(text, start, end)
+            text, start = "", end
+        text, end = text + character.text, character.end
+    yield Word(text, start, word.end)
+
+
+def _characters(word: Word) -> list[Word]:
+    """What a word can be cut between: its labels, or, where these spell something else, characters of equal length."""
+    parts = word.characters
+    if "".join(part.text for part in parts) != word.text:
+        step = (word.end - word.start) / len(word.text)
+        parts = tuple(Word(c, word.start + i * step, word.start + (i + 1) * step) for i, c in enumerate(word.text))
+    whole: list[Word] = []
+    for part in parts:
+        if whole and unicodedata.category(part.text[:1] or " ").startswith("M"):  # a mark stays on its letter
+            whole[-1] = Word(whole[-1].text + part.text, whole[-1].start, part.end)
+        else:
+            whole.append(part)
+    return whole
 
 
 def _fits(group: Sequence[Word], word: Word) -> bool:
