@@ -77,6 +77,8 @@ def test_what_cannot_be_aligned_is_said() -> None:
             spell(text, VOCABULARY)
     with pytest.raises(UsageError, match="no label for 'C'"):
         spell("C", Vocabulary(labels=("<blank>", "|", "A"), unknown=None, boundary=1))
+    with pytest.raises(UsageError, match="200000 frames times 60000 labels would take too long"):
+        forced_align(torch.zeros(1).expand(200_000, LABELS), [1, 2] * 30_000, blank=0)
     never = torch.zeros(4, 5)
     never[:, 3] = -torch.inf
     with pytest.raises(UsageError, match="no probability at all"):

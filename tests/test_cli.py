@@ -62,6 +62,9 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             ["tiny", "--train.max-step", "2"],
             "Unrecognized options: --train.max-step, 2; did you mean --train.max-steps",
         ),
+        (["--train.max-steps", "5", "tiny"], "put --train.max-steps 5 last, or write --train.max-steps=5"),
+        (["--train.max-steps=two", "tiny"], "Error parsing --train.max-steps"),
+        (["tiny", "--train.max-steps", "5", "--train.max-steps", "-1"], "must be more than 0, got -1"),
         (["tiny", "--train.max-steps", "two"], "Error parsing --train.max-steps"),
         (["tiny", "--train.max-steps", "-1"], "--train.max-steps must be more than 0, got -1"),
         (["tiny", "--train.precision", "fp8"], "--train.precision must be one of"),
@@ -165,6 +168,9 @@ def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys
     assert "not of an earlier demo" in refuse(capsys, "demo", "--out", str(corpus))
     assert "Unrecognized options: --fast" in refuse(capsys, "prepare", str(corpus), str(tmp_path / "out"), "--fast")
     assert "metrics.csv" in refuse(capsys, "report", str(empty))
+    for minutes in ("0", "-1", "nan"):
+        line = refuse(capsys, "finetune", "tiny_ctc", "--data", str(corpus), "--minutes", minutes)
+        assert f"--minutes must be more than 0, got {minutes}" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,7 @@
 """n-gram models against the formula written out, against KenLM's reader, and, where they are installed, other tools."""
 
+import contextlib
+import gzip
 import logging
 import math
 import random
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from w2v2.cli import main
 from w2v2.errors import UsageError
 from w2v2.kneser_ney import FALLBACK_DISCOUNTS, estimate
-from w2v2.lm import NGram, arpa_words, read_arpa
+from w2v2.lm import ORDERS, NGram, arpa_words, read_arpa
 
 Sentence = Sequence[str]
 
@@ -189,6 +191,18 @@ def test_another_order_of_lines_and_no_unknown_word_are_read_too(tmp_path: Path)
     np.testing.assert_allclose(model.log_probs(["A", "B", "C"]), [-0.75, -0.5, -0.1 - 100, -0.3])
     np.testing.assert_allclose(model.log_probs(["B"]), [-0.2 - 0.5, -0.25])
     assert model.score([["A", "C"], []]).unknown == 1
+
+
+def test_kenlm_reads_the_orders_that_lm_writes_and_no_others(tmp_path: Path) -> None:
+    kenlm = pytest.importorskip("flashlight.lib.text.decoder.kenlm")
+    dictionary = pytest.importorskip("flashlight.lib.text.dictionary").Dictionary
+    readable = []
+    for order in range(1, 9):
+        estimate(story(20), order).save(tmp_path / "lm.arpa")
+        with contextlib.suppress(RuntimeError):
+            kenlm.KenLM(str(tmp_path / "lm.arpa"), dictionary(["W1"]))
+            readable.append(order)
+    assert readable == list(ORDERS)
 
 
 @pytest.mark.parametrize(("order", "prune"), [(2, ()), (3, ()), (4, (0, 0, 1))])
@@ -374,8 +388,9 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
         (["folder", "lm.arpa"], "cannot read folder: Is a directory"),
         (["noise.bin", "lm.arpa"], "cannot read noise.bin"),
         (["noise.gz", "lm.arpa"], "cannot read noise.gz"),
-        (["good.txt", "lm.arpa", "--order", "0"], "--order must be 1 or more, got 0"),
-        (["good.txt", "lm.arpa", "--order", "9"], "use --order 4 or less"),
+        (["good.txt", "lm.arpa", "--order", "1"], "--order must be 2 to 6, which beam search can read, got 1"),
+        (["good.txt", "lm.arpa", "--order", "7"], "--order must be 2 to 6, which beam search can read, got 7"),
+        (["good.txt", "lm.arpa", "--order", "6"], "use --order 4 or less"),
         (["good.txt", "lm.arpa", "--prune", "1"], "0 first"),
         (["good.txt", "folder"], "cannot write folder"),
         (["good.txt", "nowhere/lm.arpa"], "cannot write nowhere/lm.arpa"),
@@ -402,3 +417,16 @@ def test_lm_refuses_in_one_line_and_leaves_nothing_behind(
     assert len(said) == 1 and said[0].startswith("w2v2: error: ")
     assert message in said[0]
     assert not list(tmp_path.glob("*lm.arpa*"))
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.txt.gz", "b.arpa.gz"])
+def test_lm_replaces_a_model_and_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text, out = lines(tmp_path / "a.txt", [["A", "B"], ["B"]]), tmp_path / name
+    own = b"not even gzip\n" if name == "b.arpa.gz" else gzip.compress(b"C D\n") if name == "b.txt.gz" else b"C D\n"
+    out.write_bytes(own)
+    assert main(["lm", str(text), str(out)]) == 2
+    assert f"{out} exists and is no ARPA file to replace" in capsys.readouterr().err
+    assert out.read_bytes() == own
+    estimate([["C", "D"]], 2).save(out)
+    assert main(["lm", str(text), str(out)]) == 0
+    assert arpa_words(out) == ["A", "B"]

@@ -737,6 +737,11 @@ def not_utf8(root: Path) -> list[str]:
     return [str(root / "in")]
 
 
+def unreadable_text(root: Path) -> list[str]:
+    next((root / "in").rglob("*.trans.txt")).write_bytes(b"101-1-0000 M\xdcLLER\n")
+    return [str(root / "in")]
+
+
 def neither(root: Path) -> list[str]:
     return [str(next(root.rglob("*.flac")))]
 
@@ -776,6 +781,7 @@ def no_list(root: Path) -> list[str]:
         (link_loop, "symbolic link loop"),
         (self_link, "symbolic link loop"),
         (not_utf8, "not UTF-8"),
+        (unreadable_text, "101-1.trans.txt is not UTF-8 text; convert it"),
         (neither, "expected a folder, or a table"),
         (nothing, "no folder or table"),
         (no_audio, "no audio in"),

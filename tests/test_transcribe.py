@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2 import recipes
+from w2v2.align import align
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
 from w2v2.config import FinetuneConfig, save_config
@@ -336,6 +337,21 @@ def test_standard_input_is_a_file_like_any_other(
     assert call(capsys, "transcribe", run, "-")[:2] == (0, expected)
 
 
+def test_names_and_texts_of_any_language_are_written_whatever_the_locale(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio = tmp_path / "ünï 文件 name.flac"
+    soundfile.write(audio, sound(1.0, 5), RATE)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="latin-1") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["transcribe", str(run), str(audio), "--format", "json"]) == 0
+    assert main(["transcribe", str(tmp_path / "文"), str(audio)]) == 2
+    err.flush()
+    assert json.loads(out.buffer.getvalue().decode())["path"] == str(audio)
+    assert f"no {tmp_path}/文/config.json" in err.buffer.getvalue().decode()
+
+
 def test_a_folder_becomes_a_folder_and_names_do_not_clash(
     run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +368,36 @@ def test_a_folder_becomes_a_folder_and_names_do_not_clash(
     assert not (tmp_path / "other").exists()
 
 
+def test_recordings_of_the_same_name_have_names_of_their_own_in_a_ctm(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "x.wav", sound(2.0, 5), RATE)
+    code, out, _ = call(capsys, "transcribe", run, tmp_path / "a", tmp_path / "b", "--format", "ctm")
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"a_x", "b_x"}
+
+
+def test_a_transcript_beside_its_audio_is_not_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        soundfile.write(tmp_path / f"{name}.wav", sound(1.0, 5), RATE)
+    text = tmp_path / "deep" / "b.txt"
+    text.write_text("ABBA")
+    monkeypatch.chdir(tmp_path / "deep")
+    for call_of in (["transcribe", run, tmp_path], ["transcribe", run, "b.wav"], ["align", run, "b.wav", "ABBA"]):
+        out = tmp_path if tmp_path in call_of else "."
+        code, _, err = call(capsys, *call_of, "--out", out, "--format", "txt")
+        assert code == 2 and len(err.strip().splitlines()) == 1 and "b.txt is beside its audio" in err
+    assert text.read_text() == "ABBA" and not (tmp_path / "a.txt").exists()
+    assert call(capsys, "transcribe", run, tmp_path, "--out", tmp_path, "--format", "json")[0] == 0
+    assert call(capsys, "transcribe", run, tmp_path, "--out", tmp_path / "out")[0] == 0
+    assert call(capsys, "transcribe", run, tmp_path, "--out", tmp_path / "out")[0] == 0  # its own it may replace
+    assert text.read_text() == "ABBA"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -360,10 +406,12 @@ def test_a_folder_becomes_a_folder_and_names_do_not_clash(
         (["--format", "ctm", "--timestamps", "none"], "is made of times"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--window-seconds", "5"], "longer than its two contexts"),
+        (["--window-seconds", "inf"], "a window must be a finite number of seconds, got inf"),
         (["--context-seconds", "nan"], "longer than its two contexts"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--out", __file__], "is a file; expected a folder"),
         (["--wrong", "1"], "--wrong"),
+        (["--beam", "50"], "Unrecognized options: --beam, 50; did you mean --beam-size?"),
     ],
 )
 def test_a_wrong_call_is_one_line(
@@ -402,17 +450,26 @@ def test_align_writes_the_given_words(
     assert code == 0 and out.count('text = "B"') == 2
 
 
-def test_align_takes_a_corpus_and_leaves_out_what_does_not_fit(
+def test_align_takes_a_corpus_and_says_what_does_not_fit(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, text in (("a", "ABBA"), ("b", "ZEBRA"), ("c", "CAFE " * 100), ("d", "")):
+    texts = (("a", b"ABBA"), ("b", b"ZEBRA"), ("c", b"CAFE " * 100), ("d", b""), ("e", b"\xff"), ("f", None))
+    for name, text in texts:
         soundfile.write(tmp_path / f"{name}.wav", sound(2.0, 1), RATE)
-        (tmp_path / f"{name}.txt").write_text(text)
+        if text is not None:
+            (tmp_path / f"{name}.txt").write_bytes(text)
     code, out, err = call(capsys, "align", run, tmp_path, "--format", "ctm")
     assert code == 1 and [line.split()[4] for line in out.splitlines()] == ["ABBA"]
-    assert "2 of 3 could not be aligned" in err
+    assert "5 of 6 could not be aligned" in err
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "b.wav: no label for R Z" in lines[0] and "c.wav: a text of 500 labels needs" in lines[1]
+    expected = [
+        "b.wav: no label for R Z",
+        "c.wav: a text of 500 labels needs",
+        "d.wav: no text to align",
+        f"e.wav: {tmp_path / 'e.txt'} is not UTF-8 text",
+        "f.wav: no transcript: expected",
+    ]
+    assert len(lines) == 5 and all(said in line for said, line in zip(expected, lines, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -422,6 +479,10 @@ def test_align_takes_a_corpus_and_leaves_out_what_does_not_fit(
         ("a.wav", ["A" * 500], "needs at least 1000 frames, the audio has 65"),
         ("f.wav", ["CAFE"], "frames, the audio has"),
         ("a.wav", [""], "no text to align"),
+        ("a.wav", ["no file.txt"], "no such file: no file.txt; expected the words"),
+        ("a.wav", ["nowhere/words"], "no such file: nowhere/words; expected the words"),
+        ("a.wav", ["ABBA / CAFE"], "no label for /"),
+        ("a.wav", ["/"], "/ is a folder; expected the words"),
         ("a.wav", [], "name the text of"),
         ("", ["A"], "is a folder, whose transcripts lie beside the audio"),
         ("deep", [], "no transcripts in"),
@@ -433,6 +494,16 @@ def test_a_text_that_cannot_be_aligned_is_one_line(
     code, out, err = call(capsys, "align", run, recordings / audio, *text)
     assert (code, out) == (2, "")
     assert len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_a_recording_too_long_to_align_is_refused_by_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, sound(2.0, 1), RATE)
+    content = bytearray(path.read_bytes())
+    content[22:26] = (20 * 3600 * RATE).to_bytes(4, "big")  # STREAMINFO: samples in all
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="3600000 frames times 5000 labels would take too long"):
+        align(recognizer(), source_of(str(path)), "ABCD " * 1000)
 
 
 def test_windows_too_short_for_their_context_are_refused() -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2v2.data.audio import SAMPLE_RATE, AudioError
 from w2v2.decode import Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
 from w2v2.recognizer import Recognizer
 from w2v2.text import Vocabulary
 from w2v2.transcribe import Failure, Layout, Source, transcribe
+
+MOST_STEPS = 10**10
+"""Frames times labels that are aligned at most: an hour of speech, some minutes of a CPU core."""
 
 
 def forced_align(log_probs: Tensor, ids: Sequence[int], blank: int) -> Tensor:
@@ -34,7 +40,7 @@ def forced_align(log_probs: Tensor, ids: Sequence[int], blank: int) -> Tensor:
         (T,) int64: for each frame the place in ``ids`` of its label, or -1 where it is blank.
 
     Raises:
-        UsageError: fewer frames than the labels need, or labels that the model rules out.
+        UsageError: fewer frames than the labels need, labels that the model rules out, or more than ``MOST_STEPS``.
     """
     frames, needed = len(log_probs), len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
     if frames < needed:
@@ -42,6 +48,7 @@ def forced_align(log_probs: Tensor, ids: Sequence[int], blank: int) -> Tensor:
             f"a text of {len(ids)} labels needs at least {needed} frames, the audio has {frames}; "
             "check that text and audio belong together"
         )
+    _refuse_endless(frames, len(ids))
     if not ids:
         return torch.full((frames,), -1)
     trellis = _Trellis(log_probs, ids, blank)
@@ -65,6 +72,14 @@ def forced_align(log_probs: Tensor, ids: Sequence[int], blank: int) -> Tensor:
             path.append(path[-1] - int(row[path[-1]]))
     states = torch.tensor(path[::-1])
     return torch.where(states % 2 == 1, states // 2, -1)
+
+
+def _refuse_endless(frames: int, labels: int) -> None:
+    if frames * labels > MOST_STEPS:
+        raise UsageError(
+            f"{frames} frames times {labels} labels would take too long to align, expected {MOST_STEPS:.0e} at most; "
+            "cut recording and text into parts of an hour or less"
+        )
 
 
 class _Trellis:
@@ -138,6 +153,11 @@ def align(
         UsageError: a text that cannot be aligned with it.
     """
     ids = spell(text, recognizer.vocabulary)
+    if os.path.isfile(source.path):  # what else there is may be read but once
+        with contextlib.suppress(AudioError, OSError), source.open() as file:  # transcribe says what is wrong with it
+            if file.frames < 2**62:  # more where the header of a stream leaves it open
+                samples = round(file.frames * SAMPLE_RATE / file.rate)
+                _refuse_endless(recognizer.model.config.frames([samples])[0], len(ids))
 
     def decoder(log_probs: Tensor) -> Hypothesis:
         return align_labels(log_probs, ids, recognizer.vocabulary)

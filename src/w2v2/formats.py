@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -43,9 +45,13 @@ class Cue:
 
 
 def cues(words: Sequence[Word]) -> list[Cue]:
-    """Subtitles of at most two lines and seven seconds, split at pauses; each word is in exactly one."""
+    """Subtitles of at most two lines and seven seconds, split at pauses.
+
+    Each word is in exactly one; but one that is longer than a line or than seven seconds, as where a script has no
+    spaces, is cut between its characters.
+    """
     groups: list[list[Word]] = []
-    for word in words:
+    for word in itertools.chain.from_iterable(map(_pieces, words)):
         if groups and _fits(groups[-1], word):
             groups[-1].append(word)
         else:
@@ -57,6 +63,35 @@ def cues(words: Sequence[Word]) -> list[Cue]:
         end = max(group[-1].end, min(start + MIN_CUE_SECONDS, following))
         made.append(Cue(start, end, tuple(_wrap(group))))
     return made
+
+
+def _pieces(word: Word) -> Iterator[Word]:
+    """A word in as few pieces as fit a line and the time of a cue: no two of them ever share a line, or a space."""
+    if len(word.text) <= LINE and word.end - word.start <= CUE_SECONDS:
+        yield word
+        return
+    text, start, end = "", word.start, word.start
+    for character in _characters(word):
+        if text and (len(text) + len(character.text) > LINE or character.end - start > CUE_SECONDS):
+            yield Word(text, start, end)
+            text, start = "", end
+        text, end = text + character.text, character.end
+    yield Word(text, start, word.end)
+
+
+def _characters(word: Word) -> list[Word]:
+    """What a word can be cut between: its labels, or, where these spell something else, characters of equal length."""
+    parts = word.characters
+    if "".join(part.text for part in parts) != word.text:
+        step = (word.end - word.start) / len(word.text)
+        parts = tuple(Word(c, word.start + i * step, word.start + (i + 1) * step) for i, c in enumerate(word.text))
+    whole: list[Word] = []
+    for part in parts:
+        if whole and unicodedata.category(part.text[:1] or " ").startswith("M"):  # a mark stays on its letter
+            whole[-1] = Word(whole[-1].text + part.text, whole[-1].start, part.end)
+        else:
+            whole.append(part)
+    return whole
 
 
 def _fits(group: Sequence[Word], word: Word) -> bool:
@@ -123,13 +158,34 @@ def _clock(seconds: float, point: str) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
 
 
-def to_ctm(transcript: Transcript, timestamps: str) -> str:
-    """NIST's CTM: recording, channel, start, duration, word, and how probable its labels are, 0 to 1."""
-    stem = "_".join(PurePosixPath(transcript.name).stem.split())
+def to_ctm(transcript: Transcript, timestamps: str, recording: str | None = None) -> str:
+    """NIST's CTM: recording, channel, start, duration, word, and how probable its labels are, 0 to 1.
+
+    Args:
+        recording: its name in the CTM, of ``ctm_names``; None: the stem of its file.
+    """
+    recording = recording or ctm_names([transcript.name])[transcript.name]
     return "".join(
-        f"{stem} 1 {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
+        f"{recording} 1 {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
         for w in _units(transcript, timestamps)
     )
+
+
+def ctm_names(names: Sequence[str]) -> dict[str, str]:
+    """A word for each recording: the stem of its file, with as many folders before it as tell all of them apart.
+
+    Files of one folder that differ in nothing but their endings keep these.
+    """
+    paths = {name: PurePosixPath(name) for name in names}
+    found: dict[str, str] = {}
+    for ending in (False, True):
+        for above in range(1, max((len(path.parts) for path in paths.values()), default=1) + 1):
+            for name, path in paths.items():
+                parts = (*path.parts[:-1], path.name if ending else path.stem)[-above:]
+                found[name] = "_".join("_".join(parts).replace("/", "").split())
+            if len(set(found.values())) == len(found):
+                return found
+    return found
 
 
 def _confidence(word: Word) -> str:
@@ -139,20 +195,21 @@ def _confidence(word: Word) -> str:
 
 def to_textgrid(transcript: Transcript, timestamps: str) -> str:
     """Praat's TextGrid, long form: a tier of words and, with ``char``, one of characters; silence is an empty label."""
-    tiers = [("words", list(_spread(transcript.words, transcript.seconds)))]
+    seconds = max(transcript.seconds, 1e-6)  # Praat knows no empty time: an empty file gets the least we can write
+    tiers = [("words", list(_spread(transcript.words, seconds)))]
     if timestamps == "char":
-        tiers.append(("characters", list(_spread(list(_units(transcript, "char")), transcript.seconds))))
+        tiers.append(("characters", list(_spread(list(_units(transcript, "char")), seconds))))
     lines = [
         'File type = "ooTextFile"',
         'Object class = "TextGrid"',
         "",
         "xmin = 0",
-        f"xmax = {transcript.seconds:.6f}",
+        f"xmax = {seconds:.6f}",
     ]
     lines += ["tiers? <exists>", f"size = {len(tiers)}", "item []:"]
     for i, (name, intervals) in enumerate(tiers, 1):
         lines += [f"    item [{i}]:", '        class = "IntervalTier"', f'        name = "{name}"']
-        lines += ["        xmin = 0", f"        xmax = {transcript.seconds:.6f}"]
+        lines += ["        xmin = 0", f"        xmax = {seconds:.6f}"]
         lines += [f"        intervals: size = {len(intervals)}"]
         for j, word in enumerate(intervals, 1):
             text = word.text.replace('"', '""')
@@ -172,7 +229,7 @@ def _spread(words: Sequence[Word], seconds: float) -> Iterator[Word]:
             yield Word("", at, start)
         yield Word(word.text, start, end)
         at = end
-    if at < seconds or not words:
+    if at < seconds:
         yield Word("", at, seconds)
 
 

@@ -31,6 +31,8 @@ NO_PROBABILITY = -99.0
 """log10 of zero, as SRILM writes it: of ``<s>``, which is never predicted."""
 _KENLM_UNKNOWN = -100.0
 """log10 that KenLM gives unknown words where the file has no ``<unk>``."""
+ORDERS = range(2, 7)
+"""N that KenLM's reader in flashlight takes."""
 _BEGIN, _FINISH = "\\data\\", "\\end\\"
 _SENTENCES_AT_ONCE = 50_000
 
@@ -194,6 +196,15 @@ def open_text(path: Path) -> Iterator[TextIO]:
         raise UsageError(
             f"cannot read {path}: {what}; expected a file of UTF-8 text, gzipped if it ends in .gz"
         ) from error
+
+
+def is_arpa(path: Path) -> bool:
+    """Whether an existing file, gzipped if it ends in .gz, begins as an ARPA file does."""
+    try:
+        with open_text(path) as file:
+            return next(filter(None, map(str.strip, file)), None) == _BEGIN
+    except UsageError:
+        return False
 
 
 def arpa_words(path: Path) -> list[str]:

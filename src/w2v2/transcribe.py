@@ -49,6 +49,8 @@ class Layout:
     """At each inner edge, so much is heard and thrown away."""
 
     def __post_init__(self) -> None:
+        if self.seconds * SAMPLE_RATE == math.inf:
+            raise UsageError(f"a window must be a finite number of seconds, got {self.seconds:g}; choose fewer")
         if not (self.context >= 0.1 and self.seconds >= 2 * self.context + 0.1):
             raise UsageError(
                 "a window must be at least 0.1 s longer than its two contexts, each of at least 0.1 s: "

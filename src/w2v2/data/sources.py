@@ -56,24 +56,39 @@ def folder_rows(root: Path, speaker: str | None = None) -> Iterator[Row]:
         speaker: regular expression whose first group, matched in the relative path, is the speaker instead.
 
     Raises:
-        UsageError: a loop of links, a name that is not UTF-8, a folder that may not be read.
+        UsageError: a loop of links, a name that is not UTF-8, a folder or a transcript that cannot be read.
     """
     pattern = _compile(speaker)
+    for path, text in folder_texts(root):
+        if isinstance(text, UsageError):
+            raise text
+        yield Row(path, text=text, speaker=speaker_of(path, pattern), split=split_of(path))
+
+
+def folder_texts(root: Path) -> Iterator[tuple[str, str | UsageError | None]]:
+    """Every audio file of a tree, relative to it, in the order of their names, and its transcript.
+
+    Instead of that, what is wrong with the file that it should be in; None: there is no such file.
+
+    Raises:
+        UsageError: as for ``audio_paths``.
+    """
     for folder, names in _walk(str(root), ()):
-        texts = _folder_transcripts(Path(folder), names)
+        texts, fault = _folder_transcripts(Path(folder), names)
+        own = {name for name in names if name.endswith(".txt") and not name.endswith(".trans.txt")}
         for name, path in _audio_in(root, folder, names):
             stem = os.path.splitext(name)[0]
-            text = texts.get(stem)
-            if text is None and f"{stem}.txt" in texts:
-                text = _read_text(Path(folder, f"{stem}.txt"))
-            yield Row(path, text=text, speaker=speaker_of(path, pattern), split=split_of(path))
+            text: str | UsageError | None = texts.get(stem)
+            if text is None:
+                text = _read_text(Path(folder, f"{stem}.txt")) if f"{stem}.txt" in own else fault
+            yield path, text
 
 
 def audio_paths(root: Path) -> Iterator[str]:
     """Every audio file of a tree, relative to it, in the order of their names.
 
     Raises:
-        UsageError: as for ``folder_rows``.
+        UsageError: a loop of links, a name that is not UTF-8, a folder that may not be read.
     """
     for folder, names in _walk(str(root), ()):
         for _, path in _audio_in(root, folder, names):
@@ -126,24 +141,29 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
         yield from _walk(os.path.join(folder, name), (*above, here))
 
 
-def _folder_transcripts(folder: Path, names: list[str]) -> dict[str, str]:
-    """Texts by utterance id from ``*.trans.txt``; names of other ``.txt`` files stand for themselves."""
+def _folder_transcripts(folder: Path, names: list[str]) -> tuple[dict[str, str], UsageError | None]:
+    """Texts by utterance id from ``*.trans.txt``, and what is wrong with one that cannot be read."""
     texts: dict[str, str] = {}
+    fault: UsageError | None = None
     for name in names:
         if name.endswith(".trans.txt"):
-            for line in _read_text(folder / name).splitlines():
+            found = _read_text(folder / name)
+            if isinstance(found, UsageError):
+                fault = found
+                continue
+            for line in found.splitlines():
                 utterance, _, text = line.partition(" ")
                 texts[utterance] = text.strip()
-        elif name.endswith(".txt"):
-            texts[name] = ""
-    return texts
+    return texts, fault
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path) -> str | UsageError:
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text; convert it") from None
+        return UsageError(f"{path} is not UTF-8 text; convert it")
+    except OSError as error:
+        return UsageError(f"{path} cannot be read: {error.strerror}")
 
 
 def speaker_of(path: str, pattern: re.Pattern[str] | None = None) -> str | None:

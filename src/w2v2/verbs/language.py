@@ -51,12 +51,19 @@ def add(verb: AddVerb) -> None:
 
 def _lm(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.kneser_ney import estimate
+    from w2v2.lm import ORDERS, is_arpa
 
     *texts, out = args.paths
     if not texts and not args.data:
         raise UsageError(f"nothing to learn {out} from: name files of text before it, or a corpus with --data")
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"cannot write {out}: expected the name of a file in a folder that exists")
+    if out.exists() and not is_arpa(out):
+        raise UsageError(f"{out} exists and is no ARPA file to replace; name the file to write last, or remove it")
+    if args.order not in ORDERS:
+        raise UsageError(
+            f"--order must be {min(ORDERS)} to {max(ORDERS)}, which beam search can read, got {args.order}"
+        )
     normal = _as_it_is if args.keep_case else _normalizer()
     model = estimate(_sentences(texts, args.data, args.split, normal), args.order, args.prune)
     tested = [args.held_out] if args.held_out else texts

@@ -77,6 +77,8 @@ def _finetune(args: argparse.Namespace, rest: list[str]) -> None:
 
     config = configure(args, rest, FinetuneConfig)
     config.check()
+    if args.minutes is not None and not args.minutes > 0:
+        raise UsageError(f"--minutes must be more than 0, got {args.minutes:g}; leave it out for all labels")
     splits = read_run(config.data)
     if args.minutes is not None:
         splits["train"] = labelled_subset(splits["train"], args.minutes, config.train.seed)

@@ -130,7 +130,10 @@ class _Writer:
     """Writes transcripts as they are made: to a file each, or all to standard output."""
 
     def __init__(self, args: argparse.Namespace, timestamps: str, sources: Sequence[Source]) -> None:
+        from w2v2.formats import ctm_names
+
         self.format, self.timestamps, self.out, self.several = args.format, timestamps, args.out, len(sources) > 1
+        self.ctm_names = ctm_names([source.name for source in sources])
         self.stdout: TextIO = sys.stdout  # a progress bar would send to standard error what is printed while it moves
         if self.out is None:
             if self.several and self.format in ONE_FILE_EACH:
@@ -141,11 +144,18 @@ class _Writer:
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; expected a folder")
         self.paths = _output_paths(sources, self.format)
+        for source in sources:
+            path = self.out / self.paths[source.name]
+            if path.exists() and _is_beside(path, source.path):
+                raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another --out")
 
     def write(self, transcript: Transcript) -> None:
-        from w2v2.formats import FORMATS
+        from w2v2.formats import FORMATS, to_ctm
 
-        text = FORMATS[self.format](transcript, self.timestamps)
+        if self.format == "ctm":
+            text = to_ctm(transcript, self.timestamps, self.ctm_names[transcript.name])
+        else:
+            text = FORMATS[self.format](transcript, self.timestamps)
         if self.out is None:
             if self.several and self.format == "txt":
                 text = "".join(f"{transcript.name}\t{line}\n" for line in text.splitlines())
@@ -157,6 +167,10 @@ class _Writer:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+
+
+def _is_beside(path: Path, audio: str) -> bool:
+    return os.path.isfile(audio) and path.parent.samefile(os.path.dirname(audio) or ".")
 
 
 def _output_paths(sources: Sequence[Source], ending: str) -> dict[str, str]:
@@ -200,10 +214,12 @@ def _align(args: argparse.Namespace, rest: list[str]) -> None:
     layout = _layout(args)
     pairs = _texts(args)
     recognizer = _recognizer(args)
-    failed, writer = 0, _Writer(args, args.timestamps, [source for source, _ in pairs])
+    failed, writer = 0, _Writer(args, args.timestamps, [source for source, text in pairs if isinstance(text, str)])
     with progress("align") as show:
         for done, (source, text) in enumerate(pairs, 1):
             try:
+                if isinstance(text, UsageError):
+                    raise text
                 found = align(recognizer, source, text, layout=layout, batch_size=args.batch_size)
             except UsageError as error:
                 if args.text is not None:
@@ -219,9 +235,9 @@ def _align(args: argparse.Namespace, rest: list[str]) -> None:
         raise JobError(f"{failed} of {len(pairs)} could not be aligned; the lines above say why")
 
 
-def _texts(args: argparse.Namespace) -> list[tuple[Source, str]]:
-    """Recordings and what is said in them."""
-    from w2v2.data.sources import folder_rows
+def _texts(args: argparse.Namespace) -> list[tuple[Source, str | UsageError]]:
+    """Recordings and what is said in them, or why that is not known."""
+    from w2v2.data.sources import folder_texts
     from w2v2.transcribe import Source, source_of
 
     if not os.path.isdir(args.audio):
@@ -232,18 +248,25 @@ def _texts(args: argparse.Namespace) -> list[tuple[Source, str]]:
         raise UsageError(
             f"{args.audio} is a folder, whose transcripts lie beside the audio; name a file, or leave the text out"
         )
-    rows = [row for row in folder_rows(Path(args.audio)) if row.text]
-    if not rows:
-        raise UsageError(f"no transcripts in {args.audio}: expected *.trans.txt, or a .txt beside each recording")
-    return [
-        (Source(os.path.join(args.audio, row.path), os.path.join(args.audio, row.path), row.path), row.text or "")
-        for row in rows
-    ]
+    found = list(folder_texts(Path(args.audio)))
+    expected = "expected *.trans.txt, or a .txt beside each recording"
+    if not any(text is not None for _, text in found):
+        raise UsageError(f"no transcripts in {args.audio}: {expected}")
+    pairs: list[tuple[Source, str | UsageError]] = []
+    for below, text in found:
+        path = os.path.join(args.audio, below)
+        pairs.append((Source(path, path, below), UsageError(f"no transcript: {expected}") if text is None else text))
+    return pairs
 
 
 def _read_text(text: str) -> str:
     """The words themselves, or what a file of that name holds."""
+    expected = "expected the words that are said, or a file of them"
+    if os.path.isdir(text):
+        raise UsageError(f"{text} is a folder; {expected}")
     if not os.path.isfile(text):
+        if text.endswith(".txt") or (os.sep in text and len(text.split()) == 1):
+            raise UsageError(f"no such file: {text}; {expected}")
         return text
     try:
         return Path(text).read_text(encoding="utf-8-sig")
