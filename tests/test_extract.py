@@ -211,6 +211,8 @@ def test_one_bad_file_stops_no_other_and_the_exit_code_says_so(pretrained, tmp_p
     (audio / "a" / "text.wav").write_text("not audio")
     (audio / "a" / "cut.wav").write_bytes((audio / "a" / "one.wav").read_bytes()[:20_000])
     soundfile.write(audio / "a" / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
+    long_name = "x" * 251 + ".wav"  # its .safetensors would be longer than a name can be
+    soundfile.write(audio / "a" / long_name, sound(1.0, 6), 16_000)
     soundfile.write(audio / "b" / "one.flac", sound(1.5, 5), 44_100)
     inputs = [audio / "a", audio / "b" / "one.flac", audio / "none.wav", audio / "empty"]
     out = tmp_path / "out"
@@ -222,6 +224,7 @@ def test_one_bad_file_stops_no_other_and_the_exit_code_says_so(pretrained, tmp_p
     assert [row["file"] for row in good.values()] == ["one.npz", "silence.npz"]
     assert "samples at 16 kHz are less than a frame needs" in bad["short.wav"]
     assert "longer than 3 s" in bad["long.wav"]
+    assert "cannot write" in bad[long_name] and not list(out.glob(".*"))
     assert "it breaks off" in bad["cut.wav"] and "not finite" in bad["nan.wav"]
     assert bad["text.wav"] and "No such file" in bad["none.wav"]
     assert "no audio in it" in bad["empty"] and "another one is called one" in bad["one.flac"]

@@ -296,6 +296,20 @@ def test_one_bad_file_never_stops_the_others(
     assert err.splitlines()[-1].startswith("w2v2: failed: 3 of 5 could not be transcribed")
 
 
+def test_a_result_that_cannot_be_written_stops_no_other(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a" * 251 + ".wav", "b.wav"]  # as long as a name can be; its .json would be longer
+    (tmp_path / "in").mkdir()
+    for name in names:
+        soundfile.write(tmp_path / "in" / name, sound(1.0, 3), RATE)
+    code, _, err = call(capsys, "transcribe", run, tmp_path / "in", "--out", tmp_path / "out", "--format", "json")
+    assert code == 1 and "1 of 2 could not be transcribed" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.json"]
+    assert "cannot write what is said in it: File name too long" in caplog.text
+    assert call(capsys, "transcribe", run, tmp_path / "in", "--out", tmp_path / "text")[0] == 0
+
+
 def test_decoder_options_reach_the_decoder(
     run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -213,12 +214,16 @@ def _write(model: Wav2Vec2, items: Sequence[Item], out: Path, wanted: Wanted) ->
     frames = model.config.frames([len(row) for row in audio])
     for item, row, features, count in zip(items, audio, found, frames, strict=True):
         file = item.id.replace("/", "_") + FORMATS[wanted.format]
-        partial = out / f"{file}.partial"
-        if wanted.format == "numpy":
-            with partial.open("wb") as stream:
-                np.savez(stream, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
-        else:
-            save_file(features, partial, metadata={"id": item.id, "source": item.source})
-        os.replace(partial, out / file)
-        about = {"file": file, "seconds": len(row) / SAMPLE_RATE, "frames": count}
+        about: dict[str, Any] = {"file": file, "seconds": len(row) / SAMPLE_RATE, "frames": count}
+        partial = out / f".{os.getpid()}.partial"  # a name may be as long as names can be
+        try:
+            if wanted.format == "numpy":
+                with partial.open("wb") as stream:
+                    np.savez(stream, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
+            else:
+                save_file(features, partial, metadata={"id": item.id, "source": item.source})
+            os.replace(partial, out / file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            about = {"error": f"cannot write {file}: {getattr(error, 'strerror', None) or error}"}
         yield {"id": item.id, "source": item.source, **about}

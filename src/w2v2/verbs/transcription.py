@@ -19,7 +19,7 @@ from w2v2.verbs.settings import AddVerb, place
 if TYPE_CHECKING:
     from w2v2.formats import Transcript
     from w2v2.recognizer import Recognizer
-    from w2v2.transcribe import Layout, Source
+    from w2v2.transcribe import Failure, Layout, Source
 
 log = logging.getLogger("w2v2")
 
@@ -71,7 +71,7 @@ def _add_windows(sub: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.transcribe import Failure, find_sources, transcribe
+    from w2v2.transcribe import find_sources, transcribe
 
     usage = "w2v2 transcribe MODEL AUDIO"
     show_beam_settings(args, usage)
@@ -93,11 +93,7 @@ def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
             batch_size=args.batch_size,
             show=lambda share: show("transcribe", share),
         ):
-            if isinstance(found, Failure):
-                log.warning("%s: %s", found.name, found.reason)
-                failed += 1
-            else:
-                writer.write(found)
+            failed += not writer.take(found)
     if failed:
         raise JobError(f"{failed} of {len(sources) + len(failures)} could not be transcribed; the lines above say why")
 
@@ -149,7 +145,23 @@ class _Writer:
             if path.exists() and _is_beside(path, source.path):
                 raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another --out")
 
-    def write(self, transcript: Transcript) -> None:
+    def take(self, found: Transcript | Failure) -> bool:
+        """Write a transcript, or a line that says why there is none; returns whether it was written."""
+        from w2v2.formats import Transcript
+
+        if isinstance(found, Transcript):
+            try:
+                self._write(found)
+            except OSError as error:
+                if self.out is None:  # nobody reads any further
+                    raise
+                log.warning("%s: cannot write what is said in it: %s", found.name, error.strerror or error)
+                return False
+            return True
+        log.warning("%s: %s", found.name, found.reason)
+        return False
+
+    def _write(self, transcript: Transcript) -> None:
         from w2v2.formats import FORMATS, to_ctm
 
         if self.format == "ctm":
@@ -164,7 +176,7 @@ class _Writer:
             return
         path = self.out / self.paths[transcript.name]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f".{os.getpid()}.partial")  # a name may be as long as names can be
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
@@ -225,11 +237,7 @@ def _align(args: argparse.Namespace, rest: list[str]) -> None:
                 if args.text is not None:
                     raise
                 found = Failure(source.name, str(error))
-            if isinstance(found, Failure):
-                log.warning("%s: %s", found.name, found.reason)
-                failed += 1
-            else:
-                writer.write(found)
+            failed += not writer.take(found)
             show("align", done / len(pairs))
     if failed:
         raise JobError(f"{failed} of {len(pairs)} could not be aligned; the lines above say why")
