@@ -46,10 +46,35 @@ def test_a_folder_of_one_subset_is_trained_on_whatever_its_name_and_evaluated_by
     write_corpus(tmp_path, {"dev-clean": 3}, utterances=1)
     training = ids(read_corpus(tmp_path))
     assert (len(training["train"]), len(training["valid"])) == (2, 1)
-    assert ids(read_corpus(tmp_path, training=False)) == {"valid": training["train"] | training["valid"]}
+    whole = training["train"] | training["valid"]
+    assert ids(read_corpus(tmp_path, training=False)) == {"valid": whole, "dev-clean": whole}
 
 
-@pytest.mark.parametrize("layout", ["missing", "empty", "unreadable", "no_samples", "twice", "one_speaker"])
+def test_without_training_nothing_is_held_out_and_a_folder_without_subsets_is_the_split_of_its_name(
+    tmp_path: Path,
+) -> None:
+    for folder, split in (("dev-other", "valid"), ("train-clean-100", "train"), ("speech", "test")):
+        write_corpus(tmp_path / folder, {"a": 2, "b": 1} if folder == "speech" else {".": 1}, utterances=2)
+        names = {path.stem for path in (tmp_path / folder).rglob("*.flac")}
+        assert ids(read_corpus(tmp_path / folder, training=False)) == {split: names}
+    root = write_corpus(tmp_path / "train-only", {"train-clean": 3}, utterances=1)
+    assert len(read_corpus(root, training=False)["train"]) == 3
+
+
+def test_each_subset_can_be_had_alone(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "speech", {"dev-clean": 1, "dev-other": 1, "test-clean": 2, "test-other": 1})
+    found = ids(read_corpus(root, training=False))
+    assert list(found) == ["valid", "test", "dev-clean", "dev-other", "test-clean", "test-other"]
+    for name in list(found)[2:]:
+        assert found[name] == {path.stem for path in (root / name).rglob("*.flac")}
+    assert found["test"] == found["test-clean"] | found["test-other"]
+    assert set(read_corpus(root)) == {"train", "valid"}  # trained on, no subset is a split of its own
+    (root / "splits.tsv").write_text("role\tutt\ntrain\t101-1-0000\n")
+    listed = ids(read_corpus(root, training=False))
+    assert listed == {"train": {"101-1-0000"}} | {name: found[name] for name in list(found)[2:]}
+
+
+@pytest.mark.parametrize("layout", ["missing", "empty", "unreadable", "no_samples", "twice", "one_speaker", "listed"])
 def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> None:
     root = tmp_path / "root"
     said = {
@@ -59,6 +84,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> Non
         "no_samples": "no samples in",
         "twice": "two files with the utterance id",
         "one_speaker": "no validation audio",
+        "listed": "names no utterance of those in",
     }[layout]
     if layout != "missing":
         root.mkdir()
@@ -70,6 +96,9 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> Non
         soundfile.write(root / "train" / "101" / "1" / "101-1-0009.wav", np.zeros(0), RATE)
     if layout == "twice":
         soundfile.write(root / "train" / "101" / "1" / "101-1-0000.wav", sound(2, 0), RATE)
+    if layout == "listed":
+        write_corpus(root, {"train": 1}, utterances=1)
+        (root / "splits.tsv").write_text("role\tutt\ntrain\tanother\n")
     if layout == "one_speaker":
         write_corpus(root, {"train": 1}, utterances=3)
     with pytest.raises(UsageError, match=said) as caught:

@@ -472,6 +472,7 @@ def test_with_an_lm_only_its_words_are_heard_and_its_weights_are_tuned_on_kept_l
         (["--tune", "valid"], "--tune looks for weights of an LM and of words"),
         (["--tune", "dev"], "--tune must be one of train, valid, test"),
         (["--lm", "words.arpa", "--tune", "test"], "--tune test is what is scored"),
+        (["--data", "audio", "--lm", "words.arpa", "--tune", "test-clean"], "--tune test-clean is what is scored, 4"),
         (["--trials", "3"], "--trials is of --tune SPLIT"),
         (["--lm", "none.arpa"], "no file none.arpa"),
         (["--beam-size", "0"], "beam_size of a beam search must be 1 or more, got 0"),

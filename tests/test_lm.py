@@ -366,6 +366,13 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
     assert probability(read_arpa(out), "MOON", ["<s>"]) == pytest.approx(p("MOON", ["<s>"]), rel=1e-9)
 
 
+def test_lm_learns_from_the_whole_of_a_folder_without_splits(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lm.arpa"
+    assert main(["lm", "--data", str(corpus / "test-clean"), str(out), "--order", "1"]) == 0
+    said = {word for path in (corpus / "test-clean").rglob("*.trans.txt") for word in path.read_text().split()}
+    assert {*read_arpa(out).words} - {"<unk>", "<s>", "</s>"} == {word for word in said if word.isalpha()}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -380,7 +387,7 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
         (["good.txt", "folder"], "cannot write folder"),
         (["good.txt", "nowhere/lm.arpa"], "cannot write nowhere/lm.arpa"),
         (["lm.arpa"], "nothing to learn lm.arpa from"),
-        (["lm.arpa", "--data", "corpus", "--split", "dev"], "--split must be one of train, valid"),
+        (["lm.arpa", "--data", "corpus", "--split", "test"], "--split must be one of train, valid"),
         (["lm.arpa", "--data", "nowhere"], "no folder nowhere"),
         (["good.txt", "lm.arpa", "--held-out", "missing.txt"], "cannot read missing.txt"),
         (["special.txt", "lm.arpa"], "has the word </S>"),

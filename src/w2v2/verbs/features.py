@@ -28,7 +28,7 @@ def add(verb: AddVerb) -> None:
     sub.add_argument("model", type=Path, help="run folder, or folder of weights")
     sub.add_argument("audio", nargs="*", help="files, and folders of audio")
     sub.add_argument("--data", help="prepared corpus (folder, https:// or s3://), or folder of audio with splits")
-    sub.add_argument("--split", default="test", help="of --data (default: %(default)s)")
+    sub.add_argument("--split", default="test", help="of --data, or a subset such as dev-other (default: %(default)s)")
     sub.add_argument("--out", type=Path, required=True, help=f"folder of results, with {INDEX} of what is where")
     sub.add_argument(
         "--layers", type=int, nargs="+", help="0: what the first block gets, I: what block I gives (default: the last)"

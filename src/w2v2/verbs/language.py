@@ -42,7 +42,7 @@ def add(verb: AddVerb) -> None:
     lm.add_argument(
         "--data", action="append", default=[], help="prepared corpus, or folder of audio; again for several"
     )
-    lm.add_argument("--split", default="train", help="whose transcripts to take (default: %(default)s)")
+    lm.add_argument("--split", help="whose transcripts to take (default: train, or the only one that there is)")
     lm.add_argument("--keep-case", action="store_true", help="take words as they are, not in upper case")
     lm.add_argument(
         "--held-out", type=Path, help="text whose perplexity to tell (default: that of the text itself, which flatters)"
@@ -84,7 +84,9 @@ def _as_it_is(text: str) -> str:
     return text
 
 
-def _sentences(texts: list[Path], corpora: list[str], split: str, normal: Callable[[str], str]) -> Iterator[list[str]]:
+def _sentences(
+    texts: list[Path], corpora: list[str], split: str | None, normal: Callable[[str], str]
+) -> Iterator[list[str]]:
     """Words of each line and transcript that has any."""
     from w2v2.lm import open_text
 
@@ -95,6 +97,7 @@ def _sentences(texts: list[Path], corpora: list[str], split: str, normal: Callab
         from w2v2.data.corpora import read_corpus
 
         splits = read_corpus(corpus, training=False)
-        if split not in splits:
-            raise UsageError(f"--split must be one of {', '.join(splits)}, which {corpus} has; got {split!r}")
-        yield from filter(None, (normal(cut.supervisions[0].text or "").split() for cut in splits[split]))
+        chosen = split or (next(iter(splits)) if len(splits) == 1 else "train")
+        if chosen not in splits:
+            raise UsageError(f"--split must be one of {', '.join(splits)}, which {corpus} has; got {chosen!r}")
+        yield from filter(None, (normal(cut.supervisions[0].text or "").split() for cut in splits[chosen]))

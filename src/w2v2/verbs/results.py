@@ -59,7 +59,7 @@ def _add_evaluate(verb: AddVerb) -> None:
     evaluate = verb("evaluate", _evaluate, text, epilog=epilog, overrides=True)
     evaluate.add_argument("model", type=Path, help="run folder, or folder of weights")
     evaluate.add_argument("--data", required=True, help="prepared corpus, or folder of audio")
-    evaluate.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
+    evaluate.add_argument("--split", default="test", help="split, or subset such as test-other (default: %(default)s)")
     add_decoder_options(evaluate)
     evaluate.add_argument("--tune", metavar="SPLIT", help="split to tune the weights of LM and words on, such as valid")
     evaluate.add_argument("--trials", type=int, help="weights to try with --tune (default: 64)")
@@ -148,8 +148,12 @@ def _decoder(
     if args.tune is not None:
         if args.lm is None and args.lexicon is None:
             raise UsageError("--tune looks for weights of an LM and of words; name one with --lm, or a --lexicon")
-        if args.tune == args.split:
-            raise UsageError(f"--tune {args.tune} is what is scored; tune on another split than --split")
+        scored = {cut.id for cut in splits[args.split]}
+        shared = sum(cut.id in scored for cut in splits[args.tune])
+        if shared:
+            raise UsageError(
+                f"--tune {args.tune} is what is scored, {shared} utterances of it; tune on others than those of --split"
+            )
         made = made.tuned(_tune(args, recognizer, made, splits, data, show))
     if isinstance(made, Greedy):
         return made, {}
