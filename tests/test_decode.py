@@ -496,12 +496,18 @@ def test_tuning_spends_its_budget_of_trials_and_no_more(trials: int) -> None:
 def test_tuning_needs_transcripts() -> None:
     make: Callable = lambda config: Greedy(SMALL)  # noqa: E731
     for references, trials, message in (
-        ({}, 1, "u has no transcript"),
+        ({}, 1, "no word"),
         ({"u": ""}, 1, "no word"),
         ({"u": "A"}, 0, "1"),
     ):
         with pytest.raises(UsageError, match=message):
             tune(make, [("u", noisy("A", 0))], references, trials=trials)
+
+
+def test_tuning_passes_over_utterances_without_a_transcript() -> None:
+    cached = [("u", noisy("A", 0)), ("silent", noisy("B", 0))]
+    found = tune(lambda config: Greedy(SMALL), cached, {"u": "A"}, trials=1)
+    assert found == tune(lambda config: Greedy(SMALL), cached[:1], {"u": "A"}, trials=1)
 
 
 def test_a_cache_goes_on_after_an_interruption_and_refuses_another_model(

@@ -34,6 +34,7 @@ from w2v2.recognizer import Recognizer
 from w2v2.scoring import Tally
 from w2v2.significance import MAX_GROUPS, Units, _standard_error, paired_difference, ratio_interval
 from w2v2.text import Vocabulary
+from w2v2.tuning import EmissionCache, weights_key
 
 WORDS = st.lists(st.sampled_from(["A", "BE", "SEE", "TO", "TOO"]), max_size=8).map(" ".join)
 
@@ -464,6 +465,30 @@ def test_with_an_lm_only_its_words_are_heard_and_its_weights_are_tuned_on_kept_l
     assert main([*argv, "--lm", str(manifest / "words.arpa"), *weights, "--out", str(tmp_path / "given")]) == 0
     given = json.loads(capsys.readouterr().out)
     assert given["decoder"] == about | {"tuned_on": None} and given["wer"] == found["wer"]
+
+
+def test_tuning_notices_other_audio_of_the_same_length_and_a_transcript_that_is_gone(ctc, corpus, tmp_path, capsys):
+    pytest.importorskip("flashlight.lib.text")
+    run, data = shutil.copytree(ctc, tmp_path / "run"), shutil.copytree(corpus, tmp_path / "corpus")
+    (tmp_path / "lexicon.txt").write_text("\n".join(VOICES))
+    argv = ["evaluate", str(run), "--data", str(data), "--workers", "0", "--lexicon", str(tmp_path / "lexicon.txt")]
+
+    def tuned():
+        assert main([*argv, "--tune", "valid", "--trials", "1", "--beam-size", "5"]) == 0
+        caches = list((run / "emissions").iterdir())
+        return {cache.name: EmissionCache(cache, weights_key(run)) for cache in caches}
+
+    before = tuned()
+    said = next((data / "dev-clean").rglob("*.trans.txt"))
+    said.write_text("".join(said.read_text().splitlines(keepends=True)[1:]))
+    assert tuned().keys() == before.keys()
+    path = max((data / "dev-clean").rglob("*.flac"))  # not the one without a transcript
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, soundfile.info(path).frames)
+    soundfile.write(path, noise, 16_000)
+    [new] = tuned().keys() - before.keys()
+    old, new = dict(before.popitem()[1]), dict(tuned()[new])
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    assert changed == {path.stem} and len(old) == len(new) + 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,6 +49,10 @@ class Piece:
         """What tells it from a piece of other cuts, wherever the files lie."""
         held = [(cut.id, cut.duration) for cut in self.held]
         return repr((self.content, Path(self.manifest).name, self.utterances, self.weight, held))
+
+    def files(self) -> list[tuple[int, int] | None]:
+        """Size and time of change, ns, of the audio of cuts in memory. A manifest's hash covers its samples."""
+        return [_stamp(cut.recording.sources[0].source) for cut in self.held]
 
     def read(self, rng: random.Random | None = None) -> Iterator[MonoCut]:
         """The cuts, shuffled if there is a generator."""
@@ -96,6 +101,12 @@ class Split:
         """Hash of what is in it: the same for the same corpora with the same weights, wherever they lie."""
         return hashlib.sha256("\n".join(piece.identity() for piece in self.pieces).encode()).hexdigest()[:16]
 
+    @property
+    def audio(self) -> str:
+        """Hash of what is in it and of the state of its files: another one where audio was replaced."""
+        state = repr((self.content, [piece.files() for piece in self.pieces]))
+        return hashlib.sha256(state.encode()).hexdigest()[:16]
+
     def __len__(self) -> int:
         return sum(piece.utterances for piece in self.pieces)
 
@@ -127,6 +138,14 @@ class Split:
 
 
 Splits = dict[str, Split]
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _turn(piece: Piece, turn: int, seed: int, epoch: int, rng: random.Random) -> Iterator[MonoCut]:

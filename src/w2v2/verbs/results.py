@@ -180,7 +180,7 @@ def _tune(
         decoder.tuned,
         whole_utterances(args.tune, split, data),
         {name: recognizer.vocabulary.normalize(text) for name, text in said.items() if text is not None},
-        EmissionCache(args.model / "emissions" / f"{split.content}-{key[:16]}", key),
+        EmissionCache(args.model / "emissions" / f"{split.audio}-{key[:16]}", key),
         start=decoder.config,
         trials=64 if args.trials is None else args.trials,
         progress=show,
