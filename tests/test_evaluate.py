@@ -371,8 +371,8 @@ def test_a_system_is_tested_against_another_on_the_same_utterances(ctc, corpus, 
     assert "p = 1.0000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["none", "other", "reference", "damaged"])
-def test_results_that_cannot_be_compared_are_refused(ctc, corpus, tmp_path, capsys, fault):
+@pytest.mark.parametrize("fault", ["none", "other", "reference", "damaged", "no_text", "no_number"])
+def test_results_that_cannot_be_compared_are_refused_and_our_own_kept(ctc, corpus, tmp_path, capsys, fault):
     argv = ["evaluate", str(ctc), "--data", str(corpus), "--workers", "0"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     path, lines = (
@@ -386,11 +386,22 @@ def test_results_that_cannot_be_compared_are_refused(ctc, corpus, tmp_path, caps
         "other": json.dumps(row | {"id": "another"}),
         "reference": json.dumps(row | {"reference": "SOMETHING ELSE"}),
         "damaged": lines[0][:20],
+        "no_text": "\xff",
+        "no_number": json.dumps(row | {"word_errors": "few"}),
     }[fault]
-    path.unlink() if fault == "none" else path.write_text("\n".join(lines) + "\n")
+    path.unlink() if fault == "none" else path.write_text("\n".join(lines) + "\n", encoding="latin-1")
     assert main([*argv, "--out", str(tmp_path / "two"), "--against", str(tmp_path / "one")]) == 2
-    assert said.get(fault, "line 1, is not what 'w2v2 evaluate' writes") in capsys.readouterr().err
-    assert not (tmp_path / "two" / "evaluation.json").exists()
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert said.get(fault, "line 1, is not what 'w2v2 evaluate' writes") in line
+    if fault == "none":  # that is noticed at once
+        assert not (tmp_path / "two").exists()
+        return
+    assert f"the results without the test are in {tmp_path / 'two'}" in line
+    found = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert found["against"] is None and found["utterances"] == len(rows_of(tmp_path / "two")) == len(lines)
+    # its own folder, whose results it then replaces
+    assert main([*argv, "--out", str(tmp_path / "one"), "--against", str(tmp_path / "one")]) == 2
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
 
 
 def test_a_split_without_transcripts_is_refused(ctc, tmp_path, capsys):

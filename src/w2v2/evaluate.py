@@ -150,18 +150,27 @@ def run_evaluation(
 
     Returns:
         What ``evaluation.json`` holds.
+
+    Raises:
+        UsageError: as ``evaluate``; as ``paired_test``, once the results are written, ``against`` null.
     """
     out.mkdir(parents=True, exist_ok=True)
     partial = out / (HYPOTHESES + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             tally = evaluate(recognizer, decoder, batches, file)
-        tested = None if against is None else paired_test(partial, against)
+        tested, fault = None, None
+        try:  # before ours replace them
+            tested = None if against is None else paired_test(partial, against)
+        except UsageError as error:
+            fault = error
         os.replace(partial, out / HYPOTHESES)
     finally:
         partial.unlink(missing_ok=True)
     found = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
     (out / EVALUATION).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if fault is not None:
+        raise UsageError(f"{fault}; the results without the test are in {out}") from fault
     return found
 
 
@@ -210,12 +219,14 @@ def hypotheses_file(path: Path) -> Path:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     file = hypotheses_file(path)
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 if not row.keys() >= {"id", "speaker", "reference", *COUNTS}:
                     raise ValueError("keys are missing")
+                if not all(isinstance(row[name], int) for name in COUNTS):
+                    raise ValueError("counts are not whole numbers")
             except (ValueError, AttributeError) as error:
                 raise UsageError(f"{file}, line {number}, is not what 'w2v2 evaluate' writes ({error})") from None
             yield row
