@@ -10,9 +10,17 @@ from conftest import RATE, sound, write_corpus
 from w2v2.config import DataConfig
 from w2v2.data.audio import AudioError, load_audio
 from w2v2.data.corpora import labelled_subset, read_corpus
-from w2v2.data.datamodule import Batch, EpochSampler, SpeechDataModule, SpeechDataset, _CropConstraint, _Passes
+from w2v2.data.datamodule import (
+    Batch,
+    EpochSampler,
+    SpeechDataModule,
+    SpeechDataset,
+    _CropConstraint,
+    _Passes,
+    whole_utterances,
+)
 from w2v2.data.prepare import prepare
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 
 
 def ids(splits) -> dict[str, set[str]]:
@@ -59,6 +67,28 @@ def test_without_training_nothing_is_held_out_and_a_folder_without_subsets_is_th
         assert ids(read_corpus(tmp_path / folder, training=False)) == {split: names}
     root = write_corpus(tmp_path / "train-only", {"train-clean": 3}, utterances=1)
     assert len(read_corpus(root, training=False)["train"]) == 3
+
+
+def test_without_training_an_unreadable_header_is_a_recording_that_cannot_be_read(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "speech", {"test": 1}, utterances=3)
+    folder = root / "test" / "101" / "1"
+    (folder / "101-1-0000.flac").write_bytes(b"this is no audio")
+    (folder / "101-1-0003.flac").write_bytes(b"")
+    soundfile.write(folder / "101-1-0004.wav", np.zeros(0), RATE)
+    splits = read_corpus(root, training=False)
+    config = DataConfig(num_workers=0, max_bad="60%", min_seconds=1.0)
+    bad = {f"101-1-000{i}" for i in (0, 3, 4)}
+    for loader in (
+        whole_utterances("test", splits["test"], config),
+        SpeechDataModule(splits, config).eval_dataloader("test"),  # which leaves out what is too short
+    ):
+        read = list(loader)
+        assert {name for batch in read for name in batch.ids} == {"101-1-0001", "101-1-0002"}
+        assert {name for batch in read for name in batch.bad} == bad
+        for batch in read:
+            assert all(name in why and "\n" not in why for name, why in batch.bad.items())
+    with pytest.raises(JobError, match="3 utterances cannot be read, more than --max-bad 50% of 5 allows"):
+        list(whole_utterances("test", splits["test"], DataConfig(num_workers=0, max_bad="50%")))
 
 
 def test_each_subset_can_be_had_alone(tmp_path: Path) -> None:

@@ -424,8 +424,13 @@ def test_options_of_recognisers_are_refused_for_a_pretraining_run_and_missing_ru
     assert "expected a finished run folder" in capsys.readouterr().err
     assert main(["evaluate", str(ctc), *argv, "--device", "gpu"]) == 2
     assert "--device gpu cannot be used" in capsys.readouterr().err
-    assert main(["evaluate", str(ctc), *argv, "--batch-seconds", "0"]) == 2
-    assert "batch-seconds must be more than 0" in capsys.readouterr().err
+    for option, value, message in (
+        ("--batch-seconds", "0", " --batch-seconds must be more than 0"),
+        ("--workers", "-1", " --workers must be 0 or more"),
+        ("--max-bad", "many", " --max-bad must be a share"),
+    ):
+        assert main(["evaluate", str(ctc), *argv, option, value]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_evaluation_needs_no_files_of_its_own(corpus):

@@ -17,7 +17,7 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment, fastcopy
 from lhotse.serialization import deserialize_item
 
 from w2v2.config import DataConfig
-from w2v2.data.audio import AudioError, AudioFile
+from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
 from w2v2.data.sources import SPLITS, folder_rows, listed_splits, named_split, utterance_id
 from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.errors import JobError, UsageError
@@ -207,11 +207,13 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
     validation utterance, every twentieth speaker of train, by a hash of the name, is held out, and a folder without any
     training subset, such as dev-clean alone, is used whole.
 
-    Without ``training`` nothing is held out: a folder without subsets is one split, of the role that its own name
-    tells, otherwise test. Subsets are there too, whole, by their own names, such as dev-other.
+    Without ``training`` a file without a readable header is a cut that says so (``custom["unreadable"]``), so that
+    whoever reads it counts it with those that fail later. And nothing is held out: a folder without subsets is one
+    split, of the role that its own name tells, otherwise test. Subsets are there too, whole, by their own names, such
+    as dev-other.
 
     Raises:
-        UsageError: no such folder, no audio in it, an unreadable file, an utterance id that occurs twice.
+        UsageError: no such folder, no audio in it, an unreadable file to train on, an utterance id that occurs twice.
     """
     location = str(root)
     description = join(location, "corpus.json")
@@ -270,7 +272,7 @@ def _unprepared(root: Path, training: bool) -> Splits:
         subset = row.path.partition("/")[0] if row.split and not training else None
         if split is None and subset is None:
             continue
-        cut = _cut(root / row.path, name, row.text, row.speaker)
+        cut = _cut(root / row.path, name, row.text, row.speaker, strict=training)
         if split is not None:
             by_split.setdefault(split, []).append(cut)
         if subset is not None:
@@ -283,19 +285,27 @@ def _unprepared(root: Path, training: bool) -> Splits:
     return roles if training else roles | {name: Split.of(subsets[name]) for name in subsets if name not in roles}
 
 
-def _cut(path: Path, name: str, text: str | None, speaker: str | None) -> MonoCut:
-    """One file as a cut; only its header is read."""
+def _cut(path: Path, name: str, text: str | None, speaker: str | None, *, strict: bool) -> MonoCut:
+    """One file as a cut; only its header is read. One that cannot be read is refused, or a cut of a sample."""
+    fault = ""
     try:
         with AudioFile(str(path)) as file:
             rate, samples, channels = file.rate, file.frames, file.channels
+        if samples == 0:
+            fault = f"no samples in {path}: expected audio"
     except (AudioError, OSError) as error:
-        raise UsageError(f"cannot read {path}: {error}; repair or remove it") from error
-    if samples == 0:
-        raise UsageError(f"no samples in {path}: expected audio; repair or remove it")
+        fault = f"cannot read {path}: {error}"
+    if fault and strict:
+        raise UsageError(f"{fault}; repair or remove it")
+    if fault:
+        rate, samples, channels = SAMPLE_RATE, 1, 1
     duration = samples / rate
     recording = file_recording(name, str(path.resolve()), rate, samples, channels)
     said = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=duration, text=text, speaker=speaker)
-    return MonoCut(id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said])
+    custom = {"unreadable": fault} if fault else None
+    return MonoCut(
+        id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said], custom=custom
+    )
 
 
 def file_recording(name: str, location: str, rate: int, samples: int, channels: int) -> Recording:

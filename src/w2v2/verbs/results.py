@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from w2v2.errors import UsageError
 from w2v2.progress import progress
 from w2v2.verbs.decoding import SETTINGS, add_decoder_options, decoder_asked_for, show_beam_settings
-from w2v2.verbs.settings import AddVerb, place
+from w2v2.verbs.settings import AddVerb, place, reading
 
 if TYPE_CHECKING:
     from w2v2.config import DataConfig
@@ -104,14 +104,11 @@ _RECOGNIZERS_ONLY = (
 
 
 def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits) -> None:
-    from w2v2.config import DataConfig, TrainConfig, check_run
     from w2v2.data.datamodule import whole_utterances
     from w2v2.evaluate import evaluation_table, hypotheses_file, run_evaluation
     from w2v2.recognizer import load_recognizer
 
-    given = {"batch_seconds": args.batch_seconds, "num_workers": args.workers, "max_bad": args.max_bad}
-    config = DataConfig(**{name: value for name, value in given.items() if value is not None})
-    check_run(config, TrainConfig())
+    config = reading(batch_seconds=args.batch_seconds, num_workers=args.workers, max_bad=args.max_bad)
     if args.against is not None:
         hypotheses_file(args.against)
     recognizer = load_recognizer(args.model)
