@@ -272,7 +272,7 @@ def awkward(tmp_path):
     lines = (folder / "101-1.trans.txt").read_text().splitlines()
     for i, seconds in enumerate((0.01, 0.3, 1.0, 1.0), 4):
         soundfile.write(folder / f"101-1-{i:04d}.flac", sound(seconds, i), 16_000)
-    lines += ["101-1-0004 SUN MOON", f"101-1-0005 {'STAR ' * 30}", "101-1-0006 ", ""]  # the last one has no line
+    lines += ["101-1-0004 SUN münd1", f"101-1-0005 {'STAR ' * 30}", "101-1-0006 ", ""]  # the last one has no line
     (folder / "101-1.trans.txt").write_text("\n".join(lines))
     bad = root / "test-clean" / "102" / "1" / "102-1-0003.flac"
     bad.write_bytes(bad.read_bytes()[:2000])
@@ -291,6 +291,7 @@ def test_every_utterance_is_scored_exactly_once_whatever_training_would_think_of
     assert sorted(row["id"] for row in rows) == ids
     assert (found["utterances"], found["too_short"], found["empty_references"]) == (10, 1, 1)
     assert found["without_transcript"] == 1
+    assert found["without_label"] == {"utterances": 1, "characters": {"1": 1, "Ü": 1}}
     assert list(found["unreadable"]) == ["102-1-0003"] and "102-1-0003.flac" in found["unreadable"]["102-1-0003"]
     by_id = {row["id"]: row for row in rows}
     assert (by_id["101-1-0004"]["hypothesis"], by_id["101-1-0004"]["word_errors"]) == ("", 2)
@@ -318,6 +319,7 @@ def test_batches_change_nothing_and_a_table_is_printed(ctc, awkward, capsys):
     for line in (
         "1 utterances too short for a frame: all words deleted",
         "1 utterances without a transcript: not scored",
+        "1 utterances with what the model has no label for, always wrong: 1 Ü",
         "not read and not scored: ",
         "intervals over utterances, for want of speakers",
         "most frequent deletions",
@@ -543,7 +545,7 @@ def leaves(value, prefix=""):
     """Dotted names of all keys but of maps by utterance id."""
     if isinstance(value, list):
         value = value[0] if value and isinstance(value[0], dict) else None
-    if not isinstance(value, dict) or prefix in ("unreadable.", "decoder."):
+    if not isinstance(value, dict) or prefix in ("unreadable.", "decoder.", "without_label.characters."):
         return {prefix.removesuffix(".")}
     return {name for key, inner in value.items() for name in leaves(inner, f"{prefix}{key}.")}
 

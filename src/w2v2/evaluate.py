@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from w2v2.recognizer import Recognizer
     from w2v2.tuning import EmissionCache, Tuning
 
-SCHEMA = 1
+SCHEMA = 2
 """Of ``evaluation.json`` and ``hypotheses.jsonl``; their keys change only with it."""
 EVALUATION, HYPOTHESES = "evaluation.json", "hypotheses.jsonl"
 
@@ -86,6 +86,7 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
             }
             counts = tally.add(row["reference"], row["hypothesis"], speaker=row["speaker"], seconds=seconds)
             row |= dict(zip(COUNTS, counts, strict=True))
+            tally.see_strange(recognizer.vocabulary.strange(batch.texts[i] or ""))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if not tally.all.words.reference:
         raise UsageError(
@@ -295,4 +296,8 @@ def _remarks(found: dict[str, Any]) -> list[str]:
         ("without_transcript", "without a transcript: not scored"),
     ):
         lines += [f"{found[name]} utterances {what}"] if found[name] else []
+    strange = found["without_label"]
+    if strange["utterances"]:
+        named = " ".join(strange["characters"])
+        lines.append(f"{strange['utterances']} utterances with what the model has no label for, always wrong: {named}")
     return lines + [f"not read and not scored: {why}" for why in found["unreadable"].values()]
