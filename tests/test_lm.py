@@ -366,6 +366,16 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
     assert probability(read_arpa(out), "MOON", ["<s>"]) == pytest.approx(p("MOON", ["<s>"]), rel=1e-9)
 
 
+def test_ids_in_transcripts_of_librispeech_are_no_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = lines(tmp_path / "a.trans.txt", [["7-1-0000", "SUN", "MOON"], ["7-1-0001", "MOON"], ["7-1-0002"]])
+    plain = lines(tmp_path / "a.txt", [["SUN", "MOON"], ["MOON"]])
+    for name, text in (("ids", texts), ("plain", plain)):
+        out = tmp_path / f"{name}.arpa"
+        assert main(["lm", str(text), str(out), "--order", "2", "--held-out", str(texts)]) == 0
+        assert "5 words and sentence ends, 0 unknown" in caplog.records[-1].getMessage()
+    assert (tmp_path / "ids.arpa").read_text() == (tmp_path / "plain.arpa").read_text()
+
+
 def test_lm_learns_from_the_whole_of_a_folder_without_splits(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "lm.arpa"
     assert main(["lm", "--data", str(corpus / "test-clean"), str(out), "--order", "1"]) == 0

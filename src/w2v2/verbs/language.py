@@ -28,7 +28,8 @@ def add(verb: AddVerb) -> None:
         type=Path,
         nargs="+",
         metavar="TEXT",
-        help="files of text, a sentence a line, gzipped if they end in .gz; the last name is the file to write",
+        help="files of text, a sentence a line (of *.trans.txt after its id), gzipped if they end in .gz; the last "
+        "name is the file to write",
     )
     lm.add_argument("--order", type=int, default=3, help="words in an n-gram (default: %(default)s)")
     lm.add_argument(
@@ -87,12 +88,14 @@ def _as_it_is(text: str) -> str:
 def _sentences(
     texts: list[Path], corpora: list[str], split: str | None, normal: Callable[[str], str]
 ) -> Iterator[list[str]]:
-    """Words of each line and transcript that has any."""
+    """Words of each line and transcript that has any; lines of LibriSpeech's ``*.trans.txt`` without their ids."""
     from w2v2.lm import open_text
 
     for path in texts:
         with open_text(path) as file:
-            yield from filter(None, (normal(line).split() for line in file))
+            with_ids = path.name.removesuffix(".gz").endswith(".trans.txt")
+            lines = (line.partition(" ")[2] if with_ids else line for line in file)
+            yield from filter(None, (normal(line).split() for line in lines))
     for corpus in corpora:
         from w2v2.data.corpora import read_corpus
 
