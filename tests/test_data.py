@@ -10,9 +10,17 @@ from conftest import RATE, sound, write_corpus
 from w2v2.config import DataConfig
 from w2v2.data.audio import AudioError, load_audio
 from w2v2.data.corpora import labelled_subset, read_corpus
-from w2v2.data.datamodule import Batch, EpochSampler, SpeechDataModule, SpeechDataset, _CropConstraint, _Passes
+from w2v2.data.datamodule import (
+    Batch,
+    EpochSampler,
+    SpeechDataModule,
+    SpeechDataset,
+    _CropConstraint,
+    _Passes,
+    whole_utterances,
+)
 from w2v2.data.prepare import prepare
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 
 
 def ids(splits) -> dict[str, set[str]]:
@@ -46,10 +54,57 @@ def test_a_folder_of_one_subset_is_trained_on_whatever_its_name_and_evaluated_by
     write_corpus(tmp_path, {"dev-clean": 3}, utterances=1)
     training = ids(read_corpus(tmp_path))
     assert (len(training["train"]), len(training["valid"])) == (2, 1)
-    assert ids(read_corpus(tmp_path, training=False)) == {"valid": training["train"] | training["valid"]}
+    whole = training["train"] | training["valid"]
+    assert ids(read_corpus(tmp_path, training=False)) == {"valid": whole, "dev-clean": whole}
 
 
-@pytest.mark.parametrize("layout", ["missing", "empty", "unreadable", "no_samples", "twice", "one_speaker"])
+def test_without_training_nothing_is_held_out_and_a_folder_without_subsets_is_the_split_of_its_name(
+    tmp_path: Path,
+) -> None:
+    for folder, split in (("dev-other", "valid"), ("train-clean-100", "train"), ("speech", "test")):
+        write_corpus(tmp_path / folder, {"a": 2, "b": 1} if folder == "speech" else {".": 1}, utterances=2)
+        names = {path.stem for path in (tmp_path / folder).rglob("*.flac")}
+        assert ids(read_corpus(tmp_path / folder, training=False)) == {split: names}
+    root = write_corpus(tmp_path / "train-only", {"train-clean": 3}, utterances=1)
+    assert len(read_corpus(root, training=False)["train"]) == 3
+
+
+def test_without_training_an_unreadable_header_is_a_recording_that_cannot_be_read(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "speech", {"test": 1}, utterances=3)
+    folder = root / "test" / "101" / "1"
+    (folder / "101-1-0000.flac").write_bytes(b"this is no audio")
+    (folder / "101-1-0003.flac").write_bytes(b"")
+    soundfile.write(folder / "101-1-0004.wav", np.zeros(0), RATE)
+    splits = read_corpus(root, training=False)
+    config = DataConfig(num_workers=0, max_bad="60%", min_seconds=1.0)
+    bad = {f"101-1-000{i}" for i in (0, 3, 4)}
+    for loader in (
+        whole_utterances("test", splits["test"], config),
+        SpeechDataModule(splits, config).eval_dataloader("test"),  # which leaves out what is too short
+    ):
+        read = list(loader)
+        assert {name for batch in read for name in batch.ids} == {"101-1-0001", "101-1-0002"}
+        assert {name for batch in read for name in batch.bad} == bad
+        for batch in read:
+            assert all(name in why and "\n" not in why for name, why in batch.bad.items())
+    with pytest.raises(JobError, match="3 utterances cannot be read, more than --max-bad 50% of 5 allows"):
+        list(whole_utterances("test", splits["test"], DataConfig(num_workers=0, max_bad="50%")))
+
+
+def test_each_subset_can_be_had_alone(tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "speech", {"dev-clean": 1, "dev-other": 1, "test-clean": 2, "test-other": 1})
+    found = ids(read_corpus(root, training=False))
+    assert list(found) == ["valid", "test", "dev-clean", "dev-other", "test-clean", "test-other"]
+    for name in list(found)[2:]:
+        assert found[name] == {path.stem for path in (root / name).rglob("*.flac")}
+    assert found["test"] == found["test-clean"] | found["test-other"]
+    assert set(read_corpus(root)) == {"train", "valid"}  # trained on, no subset is a split of its own
+    (root / "splits.tsv").write_text("role\tutt\ntrain\t101-1-0000\n")
+    listed = ids(read_corpus(root, training=False))
+    assert listed == {"train": {"101-1-0000"}} | {name: found[name] for name in list(found)[2:]}
+
+
+@pytest.mark.parametrize("layout", ["missing", "empty", "unreadable", "no_samples", "twice", "one_speaker", "listed"])
 def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> None:
     root = tmp_path / "root"
     said = {
@@ -59,6 +114,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> Non
         "no_samples": "no samples in",
         "twice": "two files with the utterance id",
         "one_speaker": "no validation audio",
+        "listed": "names no utterance of those in",
     }[layout]
     if layout != "missing":
         root.mkdir()
@@ -70,6 +126,9 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path, layout: str) -> Non
         soundfile.write(root / "train" / "101" / "1" / "101-1-0009.wav", np.zeros(0), RATE)
     if layout == "twice":
         soundfile.write(root / "train" / "101" / "1" / "101-1-0000.wav", sound(2, 0), RATE)
+    if layout == "listed":
+        write_corpus(root, {"train": 1}, utterances=1)
+        (root / "splits.tsv").write_text("role\tutt\ntrain\tanother\n")
     if layout == "one_speaker":
         write_corpus(root, {"train": 1}, utterances=3)
     with pytest.raises(UsageError, match=said) as caught:

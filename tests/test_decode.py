@@ -339,6 +339,21 @@ def test_words_that_cannot_be_spelled_are_counted(tmp_path: Path, caplog: pytest
     assert f"2 of 4 words of the LM {tmp_path / 'lm.arpa'} cannot be spelled, such as ÉA" in caplog.messages
 
 
+def test_more_words_of_one_spelling_than_can_be_kept_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    estimate([["W1", "W6"], ["W8", "B"]], 2).save(tmp_path / "lm.arpa")
+    lines = [f"W{i} A |\n" for i in range(1, 9)]
+    (tmp_path / "words").write_text("".join([*lines[:1] * 7, *lines, "B B |\n", "W8 A B |\n"]))
+    with caplog.at_level(logging.INFO, "w2v2"):
+        decode = make_decoder(SMALL, lexicon=tmp_path / "words", lm=tmp_path / "lm.arpa", hot_words=["B"])
+    [said] = [message for message in caplog.messages if "spelled the same" in message]
+    assert said.startswith("2 entries of the lexicon left out") and said.endswith(": W7 W8")
+    assert "4 of 8 words of the lexicon are unknown to the LM, such as W2" in caplog.messages
+    assert [word for word, _ in decode.spellings] == list(range(8))
+    assert "Trie" not in "".join(capfd.readouterr())
+
+
 def test_the_unknown_label_spells_nothing(tmp_path: Path) -> None:
     estimate([["A", "C"]], 2).save(tmp_path / "lm.arpa")
     decode = make_decoder(VOCABULARY, lm=tmp_path / "lm.arpa", beam=BeamConfig(lm_weight=0.0))
@@ -357,6 +372,7 @@ def files(tmp_path: Path) -> None:
     (tmp_path / "inside").write_text("AB A | B |\n")
     (tmp_path / "nothing").write_text("AB |\n")
     (tmp_path / "others").write_text("AB\nBA\n")
+    (tmp_path / "sign").write_text("A A |\n<unk> A B |\n")
 
 
 @pytest.mark.parametrize(
@@ -379,6 +395,7 @@ def files(tmp_path: Path) -> None:
         ({"lexicon": "bad"}, ":2: AX is spelled A X"),
         ({"lexicon": "inside"}, ":1: AB is spelled A . B"),
         ({"lexicon": "nothing"}, ":1: AB is spelled"),
+        ({"lm": "good.arpa", "lexicon": "sign"}, ":2: <unk> is a sign of language models and no word"),
         ({"hot_words": ["AC"]}, "hot word 'AC' cannot be spelled"),
         ({"hot_words": ["A B"]}, "a hot word is one word, got 'A B'"),
         ({"hot_words": [""]}, "a hot word is one word"),
@@ -496,12 +513,18 @@ def test_tuning_spends_its_budget_of_trials_and_no_more(trials: int) -> None:
 def test_tuning_needs_transcripts() -> None:
     make: Callable = lambda config: Greedy(SMALL)  # noqa: E731
     for references, trials, message in (
-        ({}, 1, "u has no transcript"),
+        ({}, 1, "no word"),
         ({"u": ""}, 1, "no word"),
         ({"u": "A"}, 0, "1"),
     ):
         with pytest.raises(UsageError, match=message):
             tune(make, [("u", noisy("A", 0))], references, trials=trials)
+
+
+def test_tuning_passes_over_utterances_without_a_transcript() -> None:
+    cached = [("u", noisy("A", 0)), ("silent", noisy("B", 0))]
+    found = tune(lambda config: Greedy(SMALL), cached, {"u": "A"}, trials=1)
+    assert found == tune(lambda config: Greedy(SMALL), cached[:1], {"u": "A"}, trials=1)
 
 
 def test_a_cache_goes_on_after_an_interruption_and_refuses_another_model(

@@ -34,6 +34,7 @@ from w2v2.recognizer import Recognizer
 from w2v2.scoring import Tally
 from w2v2.significance import MAX_GROUPS, Units, _standard_error, paired_difference, ratio_interval
 from w2v2.text import Vocabulary
+from w2v2.tuning import EmissionCache, weights_key
 
 WORDS = st.lists(st.sampled_from(["A", "BE", "SEE", "TO", "TOO"]), max_size=8).map(" ".join)
 
@@ -271,7 +272,7 @@ def awkward(tmp_path):
     lines = (folder / "101-1.trans.txt").read_text().splitlines()
     for i, seconds in enumerate((0.01, 0.3, 1.0, 1.0), 4):
         soundfile.write(folder / f"101-1-{i:04d}.flac", sound(seconds, i), 16_000)
-    lines += ["101-1-0004 SUN MOON", f"101-1-0005 {'STAR ' * 30}", "101-1-0006 ", ""]  # the last one has no line
+    lines += ["101-1-0004 SUN münd1", f"101-1-0005 {'STAR ' * 30}", "101-1-0006 ", ""]  # the last one has no line
     (folder / "101-1.trans.txt").write_text("\n".join(lines))
     bad = root / "test-clean" / "102" / "1" / "102-1-0003.flac"
     bad.write_bytes(bad.read_bytes()[:2000])
@@ -290,6 +291,7 @@ def test_every_utterance_is_scored_exactly_once_whatever_training_would_think_of
     assert sorted(row["id"] for row in rows) == ids
     assert (found["utterances"], found["too_short"], found["empty_references"]) == (10, 1, 1)
     assert found["without_transcript"] == 1
+    assert found["without_label"] == {"utterances": 1, "characters": {"1": 1, "Ü": 1}}
     assert list(found["unreadable"]) == ["102-1-0003"] and "102-1-0003.flac" in found["unreadable"]["102-1-0003"]
     by_id = {row["id"]: row for row in rows}
     assert (by_id["101-1-0004"]["hypothesis"], by_id["101-1-0004"]["word_errors"]) == ("", 2)
@@ -317,6 +319,7 @@ def test_batches_change_nothing_and_a_table_is_printed(ctc, awkward, capsys):
     for line in (
         "1 utterances too short for a frame: all words deleted",
         "1 utterances without a transcript: not scored",
+        "1 utterances with what the model has no label for, always wrong: 1 Ü",
         "not read and not scored: ",
         "intervals over utterances, for want of speakers",
         "most frequent deletions",
@@ -370,8 +373,8 @@ def test_a_system_is_tested_against_another_on_the_same_utterances(ctc, corpus, 
     assert "p = 1.0000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["none", "other", "reference", "damaged"])
-def test_results_that_cannot_be_compared_are_refused(ctc, corpus, tmp_path, capsys, fault):
+@pytest.mark.parametrize("fault", ["none", "other", "reference", "damaged", "no_text", "no_number"])
+def test_results_that_cannot_be_compared_are_refused_and_our_own_kept(ctc, corpus, tmp_path, capsys, fault):
     argv = ["evaluate", str(ctc), "--data", str(corpus), "--workers", "0"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     path, lines = (
@@ -385,11 +388,22 @@ def test_results_that_cannot_be_compared_are_refused(ctc, corpus, tmp_path, caps
         "other": json.dumps(row | {"id": "another"}),
         "reference": json.dumps(row | {"reference": "SOMETHING ELSE"}),
         "damaged": lines[0][:20],
+        "no_text": "\xff",
+        "no_number": json.dumps(row | {"word_errors": "few"}),
     }[fault]
-    path.unlink() if fault == "none" else path.write_text("\n".join(lines) + "\n")
+    path.unlink() if fault == "none" else path.write_text("\n".join(lines) + "\n", encoding="latin-1")
     assert main([*argv, "--out", str(tmp_path / "two"), "--against", str(tmp_path / "one")]) == 2
-    assert said.get(fault, "line 1, is not what 'w2v2 evaluate' writes") in capsys.readouterr().err
-    assert not (tmp_path / "two" / "evaluation.json").exists()
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert said.get(fault, "line 1, is not what 'w2v2 evaluate' writes") in line
+    if fault == "none":  # that is noticed at once
+        assert not (tmp_path / "two").exists()
+        return
+    assert f"the results without the test are in {tmp_path / 'two'}" in line
+    found = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert found["against"] is None and found["utterances"] == len(rows_of(tmp_path / "two")) == len(lines)
+    # its own folder, whose results it then replaces
+    assert main([*argv, "--out", str(tmp_path / "one"), "--against", str(tmp_path / "one")]) == 2
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
 
 
 def test_a_split_without_transcripts_is_refused(ctc, tmp_path, capsys):
@@ -412,8 +426,13 @@ def test_options_of_recognisers_are_refused_for_a_pretraining_run_and_missing_ru
     assert "expected a finished run folder" in capsys.readouterr().err
     assert main(["evaluate", str(ctc), *argv, "--device", "gpu"]) == 2
     assert "--device gpu cannot be used" in capsys.readouterr().err
-    assert main(["evaluate", str(ctc), *argv, "--batch-seconds", "0"]) == 2
-    assert "batch-seconds must be more than 0" in capsys.readouterr().err
+    for option, value, message in (
+        ("--batch-seconds", "0", " --batch-seconds must be more than 0"),
+        ("--workers", "-1", " --workers must be 0 or more"),
+        ("--max-bad", "many", " --max-bad must be a share"),
+    ):
+        assert main(["evaluate", str(ctc), *argv, option, value]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_evaluation_needs_no_files_of_its_own(corpus):
@@ -466,12 +485,37 @@ def test_with_an_lm_only_its_words_are_heard_and_its_weights_are_tuned_on_kept_l
     assert given["decoder"] == about | {"tuned_on": None} and given["wer"] == found["wer"]
 
 
+def test_tuning_notices_other_audio_of_the_same_length_and_a_transcript_that_is_gone(ctc, corpus, tmp_path, capsys):
+    pytest.importorskip("flashlight.lib.text")
+    run, data = shutil.copytree(ctc, tmp_path / "run"), shutil.copytree(corpus, tmp_path / "corpus")
+    (tmp_path / "lexicon.txt").write_text("\n".join(VOICES))
+    argv = ["evaluate", str(run), "--data", str(data), "--workers", "0", "--lexicon", str(tmp_path / "lexicon.txt")]
+
+    def tuned():
+        assert main([*argv, "--tune", "valid", "--trials", "1", "--beam-size", "5"]) == 0
+        caches = list((run / "emissions").iterdir())
+        return {cache.name: EmissionCache(cache, weights_key(run)) for cache in caches}
+
+    before = tuned()
+    said = next((data / "dev-clean").rglob("*.trans.txt"))
+    said.write_text("".join(said.read_text().splitlines(keepends=True)[1:]))
+    assert tuned().keys() == before.keys()
+    path = max((data / "dev-clean").rglob("*.flac"))  # not the one without a transcript
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, soundfile.info(path).frames)
+    soundfile.write(path, noise, 16_000)
+    [new] = tuned().keys() - before.keys()
+    old, new = dict(before.popitem()[1]), dict(tuned()[new])
+    changed = {name for name in new if not torch.equal(old[name], new[name])}
+    assert changed == {path.stem} and len(old) == len(new) + 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--tune", "valid"], "--tune looks for weights of an LM and of words"),
         (["--tune", "dev"], "--tune must be one of train, valid, test"),
         (["--lm", "words.arpa", "--tune", "test"], "--tune test is what is scored"),
+        (["--data", "audio", "--lm", "words.arpa", "--tune", "test-clean"], "--tune test-clean is what is scored, 4"),
         (["--trials", "3"], "--trials is of --tune SPLIT"),
         (["--lm", "none.arpa"], "no file none.arpa"),
         (["--beam-size", "0"], "beam_size of a beam search must be 1 or more, got 0"),
@@ -501,7 +545,7 @@ def leaves(value, prefix=""):
     """Dotted names of all keys but of maps by utterance id."""
     if isinstance(value, list):
         value = value[0] if value and isinstance(value[0], dict) else None
-    if not isinstance(value, dict) or prefix in ("unreadable.", "decoder."):
+    if not isinstance(value, dict) or prefix in ("unreadable.", "decoder.", "without_label.characters."):
         return {prefix.removesuffix(".")}
     return {name for key, inner in value.items() for name in leaves(inner, f"{prefix}{key}.")}
 

@@ -1,9 +1,11 @@
 """Fine-tuning: masks, learning rates, low-rank updates, what a run starts from, what it says on the way."""
 
 import csv
+import io
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,20 @@ from w2v2.checkpoint import load_encoder, load_weights, save_weights
 from w2v2.cli import main
 from w2v2.config import FinetuneConfig, PretrainConfig, save_config
 from w2v2.data.corpora import Split, Splits, read_corpus
+from w2v2.data.datamodule import SpeechDataModule, whole_utterances
 from w2v2.decode import Greedy
 from w2v2.errors import UsageError
+from w2v2.evaluate import evaluate
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import keyed_generator, sample_channel_masks
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
-from w2v2.recognizer import load_recognizer
+from w2v2.recognizer import Recognizer, load_recognizer
 from w2v2.tasks import preflight as preflights
 from w2v2.tasks.finetune import FinetuneTask, emission_counts, finetune, label_fit, rate_share
 from w2v2.tasks.plateau import Plateau
 from w2v2.tasks.preflight import preflight
 from w2v2.text import Vocabulary, load_vocabulary
+from w2v2.train import validate_task
 from w2v2.units import Phonemes, SentencePieces
 
 
@@ -501,6 +506,26 @@ def test_validation_says_figures_and_samples_to_the_log_and_tensorboard(
     assert shown[0].split(" | ")[0].strip() in text
     assert 0 <= column(tmp_path / "run", "valid/blank_share")[-1] <= 1
     assert column(tmp_path / "run", "valid/length_ratio")[-1] >= 0
+
+
+def test_validation_has_the_error_rates_of_evaluation_whatever_has_no_label(splits: Splits) -> None:
+    config = thin()
+    vocabulary = Vocabulary.from_texts(["SUN MOON"])
+    torch.manual_seed(0)
+    model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+        model.lm_head.bias[vocabulary.unknown] += 20  # says <unk>, now and then
+    planted = with_texts(splits, "ü sun ü ü moon", "moon ß")
+    data = SpeechDataModule(
+        planted, replace(config.data, num_workers=0), normalize=config.model.normalize_audio, encode=vocabulary.encode
+    )
+    figures = validate_task(FinetuneTask(model, vocabulary, config), data, "valid")
+    loader = whole_utterances("valid", planted["valid"], replace(config.data, num_workers=0))
+    rows = io.StringIO()
+    found = evaluate(Recognizer(model, vocabulary), Greedy(vocabulary), loader, rows).summary()
+    assert "<UNK>" in rows.getvalue()
+    assert (figures["wer"], figures["cer"]) == pytest.approx((found["wer"], found["cer"]))
 
 
 # --- Preflight --------------------------------------------------------------------------------------------------------

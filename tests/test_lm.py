@@ -380,6 +380,23 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
     assert probability(read_arpa(out), "MOON", ["<s>"]) == pytest.approx(p("MOON", ["<s>"]), rel=1e-9)
 
 
+def test_ids_in_transcripts_of_librispeech_are_no_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = lines(tmp_path / "a.trans.txt", [["7-1-0000", "SUN", "MOON"], ["7-1-0001", "MOON"], ["7-1-0002"]])
+    plain = lines(tmp_path / "a.txt", [["SUN", "MOON"], ["MOON"]])
+    for name, text in (("ids", texts), ("plain", plain)):
+        out = tmp_path / f"{name}.arpa"
+        assert main(["lm", str(text), str(out), "--order", "2", "--held-out", str(texts)]) == 0
+        assert "5 words and sentence ends, 0 unknown" in caplog.records[-1].getMessage()
+    assert (tmp_path / "ids.arpa").read_text() == (tmp_path / "plain.arpa").read_text()
+
+
+def test_lm_learns_from_the_whole_of_a_folder_without_splits(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lm.arpa"
+    assert main(["lm", "--data", str(corpus / "test-clean"), str(out), "--order", "1"]) == 0
+    said = {word for path in (corpus / "test-clean").rglob("*.trans.txt") for word in path.read_text().split()}
+    assert {*read_arpa(out).words} - {"<unk>", "<s>", "</s>"} == {word for word in said if word.isalpha()}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -395,7 +412,7 @@ def test_lm_learns_from_the_transcripts_of_a_corpus(corpus: Path, tmp_path: Path
         (["good.txt", "folder"], "cannot write folder"),
         (["good.txt", "nowhere/lm.arpa"], "cannot write nowhere/lm.arpa"),
         (["lm.arpa"], "nothing to learn lm.arpa from"),
-        (["lm.arpa", "--data", "corpus", "--split", "dev"], "--split must be one of train, valid"),
+        (["lm.arpa", "--data", "corpus", "--split", "test"], "--split must be one of train, valid"),
         (["lm.arpa", "--data", "nowhere"], "no folder nowhere"),
         (["good.txt", "lm.arpa", "--held-out", "missing.txt"], "cannot read missing.txt"),
         (["special.txt", "lm.arpa"], "has the word </S>"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 _KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 _NEVER = -1e9
 """Log-probability of what a frame of ours does not allow: finite, so that an unfinished hypothesis outlives none."""
+_HOMOPHONES = 6
+"""Words of one spelling in flashlight's trie (``kTrieMaxLabel``)."""
 _HOT_LABELS = 10
 """Labels tried at each frame with hot words but no lexicon: each is a call of Python, 3 million for 30 s with all."""
 
@@ -126,11 +129,13 @@ class LexiconBeam:
         hot = single_words(hot_words, vocabulary)
         known = {vocabulary.normalize(entry.word) for entry in lexicon}
         added = [Entry(word, spelling_of(word, vocabulary)) for word in hot if word not in known]
+        entries = _without_surplus([*lexicon, *added])
         numbers: dict[str, int] = {}
-        self.spellings = [(numbers.setdefault(e.word, len(numbers)), list(e.spelling)) for e in [*lexicon, *added]]
+        self.spellings = [(numbers.setdefault(e.word, len(numbers)), list(e.spelling)) for e in entries]
+        asked = len(numbers.keys() - {entry.word for entry in added})
         self.words = [vocabulary.normalize(word) for word in numbers]
         self.hot_words = {i for i, word in enumerate(self.words) if word in set(hot)}
-        self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), len({entry.word for entry in lexicon}))
+        self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), asked)
         self._trie: Trie | None = None
         self._search(config)
 
@@ -187,6 +192,22 @@ class LexiconBeam:
         score = best.score + (0.0 if best.score > _NEVER / 2 else -_NEVER)
         text = " ".join(self.words[word] for _, word in words)
         return path_hypothesis(torch.tensor(path), self.vocabulary, score, text)
+
+
+def _without_surplus(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries, each once, without those that flashlight's trie would drop; they are named in the log."""
+    kept: list[Entry] = []
+    lost: list[Entry] = []
+    words = Counter[tuple[int, ...]]()
+    for entry in dict.fromkeys(entries):
+        words[entry.spelling] += 1
+        (kept if words[entry.spelling] <= _HOMOPHONES else lost).append(entry)
+    if lost:
+        log.warning(
+            "%d entries of the lexicon left out: %d before are spelled the same, and flashlight takes no more: %s",
+            len(lost), _HOMOPHONES, " ".join(entry.word for entry in lost),
+        )  # fmt: skip
+    return kept
 
 
 def _is_binary(lm: Path) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from w2v2.recognizer import Recognizer
     from w2v2.tuning import EmissionCache, Tuning
 
-SCHEMA = 1
+SCHEMA = 2
 """Of ``evaluation.json`` and ``hypotheses.jsonl``; their keys change only with it."""
 EVALUATION, HYPOTHESES = "evaluation.json", "hypotheses.jsonl"
 
@@ -86,6 +86,7 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
             }
             counts = tally.add(row["reference"], row["hypothesis"], speaker=row["speaker"], seconds=seconds)
             row |= dict(zip(COUNTS, counts, strict=True))
+            tally.see_strange(recognizer.vocabulary.strange(batch.texts[i] or ""))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if not tally.all.words.reference:
         raise UsageError(
@@ -150,18 +151,27 @@ def run_evaluation(
 
     Returns:
         What ``evaluation.json`` holds.
+
+    Raises:
+        UsageError: as ``evaluate``; as ``paired_test``, once the results are written, ``against`` null.
     """
     out.mkdir(parents=True, exist_ok=True)
     partial = out / (HYPOTHESES + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             tally = evaluate(recognizer, decoder, batches, file)
-        tested = None if against is None else paired_test(partial, against)
+        tested, fault = None, None
+        try:  # before ours replace them
+            tested = None if against is None else paired_test(partial, against)
+        except UsageError as error:
+            fault = error
         os.replace(partial, out / HYPOTHESES)
     finally:
         partial.unlink(missing_ok=True)
     found = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
     (out / EVALUATION).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if fault is not None:
+        raise UsageError(f"{fault}; the results without the test are in {out}") from fault
     return found
 
 
@@ -210,12 +220,14 @@ def hypotheses_file(path: Path) -> Path:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     file = hypotheses_file(path)
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 if not row.keys() >= {"id", "speaker", "reference", *COUNTS}:
                     raise ValueError("keys are missing")
+                if not all(isinstance(row[name], int) for name in COUNTS):
+                    raise ValueError("counts are not whole numbers")
             except (ValueError, AttributeError) as error:
                 raise UsageError(f"{file}, line {number}, is not what 'w2v2 evaluate' writes ({error})") from None
             yield row
@@ -284,4 +296,8 @@ def _remarks(found: dict[str, Any]) -> list[str]:
         ("without_transcript", "without a transcript: not scored"),
     ):
         lines += [f"{found[name]} utterances {what}"] if found[name] else []
+    strange = found["without_label"]
+    if strange["utterances"]:
+        named = " ".join(strange["characters"])
+        lines.append(f"{strange['utterances']} utterances with what the model has no label for, always wrong: {named}")
     return lines + [f"not read and not scored: {why}" for why in found["unreadable"].values()]

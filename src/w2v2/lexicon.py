@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w2v2.errors import UsageError
-from w2v2.lm import open_text
+from w2v2.lm import SPECIAL, open_text
 from w2v2.text import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
     """Words and their spellings, labels between spaces (``SUN S U N |``); a word alone is spelled by the vocabulary.
 
     Raises:
-        UsageError: labels that the vocabulary lacks, a boundary inside a word, or no word that can be spelled.
+        UsageError: labels that the vocabulary lacks, a boundary inside a word, a spelling of a sign such as ``<unk>``,
+            or no word that can be spelled.
     """
     ids = {label: i for i, label in enumerate(vocabulary.labels)}
     boundary = vocabulary.boundary
@@ -38,8 +39,10 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
         for number, line in enumerate(file, 1):
             word, *labels = line.split() or [""]
             if not labels:
-                alone += [word] if word else []
+                alone += [word] if word and word not in SPECIAL else []
                 continue
+            if word in SPECIAL:
+                raise UsageError(f"{path}:{number}: {word} is a sign of language models and no word; remove the line")
             strange = [label for label in labels if label not in ids]
             spelling = [ids.get(label, boundary) for label in labels]
             spelling = spelling[:-1] if spelling[-1] == boundary else spelling

@@ -103,6 +103,7 @@ class Tally:
         self.kinds = {name: _Common() for name in ("substitutions", "deletions", "insertions")}
         self.wrong = self.empty_references = self.too_short = self.without_transcript = 0
         self.unreadable: dict[str, str] = {}
+        self.strange, self.with_strange = _Common(), 0
         self.compute_seconds = 0.0
 
     def add(self, reference: str, hypothesis: str, *, speaker: str | None = None, seconds: float = 0.0) -> list[int]:
@@ -121,6 +122,12 @@ class Tally:
         counts = [own.words.errors, own.words.reference, own.characters.errors, own.characters.reference]
         self.units.add(speaker, *counts)
         return counts
+
+    def see_strange(self, characters: Iterable[str]) -> None:
+        """Count what an utterance's reference has that the model has no label for (``Vocabulary.strange``)."""
+        kinds = [(character,) for character in characters]
+        self.strange.see(kinds)
+        self.with_strange += bool(kinds)
 
     def _see(self, words: jiwer.WordOutput) -> None:
         [said], [heard] = words.references, words.hypotheses
@@ -153,6 +160,10 @@ class Tally:
             "too_short": self.too_short,
             "without_transcript": self.without_transcript,
             "unreadable": self.unreadable,
+            "without_label": {
+                "utterances": self.with_strange,
+                "characters": {row["words"][0]: row["count"] for row in _frequent(self.strange)},
+            },
             "real_time_factor": self.compute_seconds / max(self.all.seconds, 1e-9),
             "by_speaker": [
                 {"speaker": name or None, **self.speakers[name].figures()} for name in sorted(self.speakers)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +17,8 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment, fastcopy
 from lhotse.serialization import deserialize_item
 
 from w2v2.config import DataConfig
-from w2v2.data.audio import AudioError, AudioFile
-from w2v2.data.sources import SPLITS, folder_rows, listed_splits, utterance_id
+from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
+from w2v2.data.sources import SPLITS, folder_rows, listed_splits, named_split, utterance_id
 from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.errors import JobError, UsageError
 
@@ -48,6 +49,10 @@ class Piece:
         """What tells it from a piece of other cuts, wherever the files lie."""
         held = [(cut.id, cut.duration) for cut in self.held]
         return repr((self.content, Path(self.manifest).name, self.utterances, self.weight, held))
+
+    def files(self) -> list[tuple[int, int] | None]:
+        """Size and time of change, ns, of the audio of cuts in memory. A manifest's hash covers its samples."""
+        return [_stamp(cut.recording.sources[0].source) for cut in self.held]
 
     def read(self, rng: random.Random | None = None) -> Iterator[MonoCut]:
         """The cuts, shuffled if there is a generator."""
@@ -96,6 +101,12 @@ class Split:
         """Hash of what is in it: the same for the same corpora with the same weights, wherever they lie."""
         return hashlib.sha256("\n".join(piece.identity() for piece in self.pieces).encode()).hexdigest()[:16]
 
+    @property
+    def audio(self) -> str:
+        """Hash of what is in it and of the state of its files: another one where audio was replaced."""
+        state = repr((self.content, [piece.files() for piece in self.pieces]))
+        return hashlib.sha256(state.encode()).hexdigest()[:16]
+
     def __len__(self) -> int:
         return sum(piece.utterances for piece in self.pieces)
 
@@ -127,6 +138,14 @@ class Split:
 
 
 Splits = dict[str, Split]
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _turn(piece: Piece, turn: int, seed: int, epoch: int, rng: random.Random) -> Iterator[MonoCut]:
@@ -184,12 +203,17 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
     """Splits of a prepared corpus, on disk, at an HTTP address or in S3, or of a folder of audio as it is.
 
     Of a folder that is not prepared only the headers are read, and the rules are those of ``folder_rows``:
-    ``ROOT/splits.tsv`` decides the splits if it exists, otherwise the names of the subsets. Without any validation
-    utterance, every twentieth speaker of train, by a hash of the name, is held out. A folder without any training
-    subset, such as dev-clean alone, is used whole to train on, unless ``training`` is False.
+    ``ROOT/splits.tsv`` decides the splits if it exists, otherwise the names of the subsets. To train on, without any
+    validation utterance, every twentieth speaker of train, by a hash of the name, is held out, and a folder without any
+    training subset, such as dev-clean alone, is used whole.
+
+    Without ``training`` a file without a readable header is a cut that says so (``custom["unreadable"]``), so that
+    whoever reads it counts it with those that fail later. And nothing is held out: a folder without subsets is one
+    split, of the role that its own name tells, otherwise test. Subsets are there too, whole, by their own names, such
+    as dev-other.
 
     Raises:
-        UsageError: no such folder, no audio in it, an unreadable file, an utterance id that occurs twice.
+        UsageError: no such folder, no audio in it, an unreadable file to train on, an utterance id that occurs twice.
     """
     location = str(root)
     description = join(location, "corpus.json")
@@ -233,38 +257,55 @@ def _unprepared(root: Path, training: bool) -> Splits:
     if not rows:
         raise UsageError(f"no audio in {root}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path")
     listed = dict(listed_splits(root / "splits.tsv")) if (root / "splits.tsv").exists() else {}
+    subsets: dict[str, list[MonoCut]] = {}
     by_split: dict[str, list[MonoCut]] = {}
     seen: dict[str, str] = {}
+    rest = "train"
+    if not training and not any(row.split for row in rows):
+        rest = named_split(root.absolute().name) or "test"
     for row in rows:
         name = utterance_id(row.path)
         if name in seen:
             raise UsageError(f"two files with the utterance id {name}: {seen[name]} and {row.path}; rename one")
         seen[name] = row.path
-        split = listed.get(name) if listed else row.split or "train"
+        split = listed.get(name) if listed else row.split or rest
+        subset = row.path.partition("/")[0] if row.split and not training else None
+        if split is None and subset is None:
+            continue
+        cut = _cut(root / row.path, name, row.text, row.speaker, strict=training)
         if split is not None:
-            by_split.setdefault(split, []).append(_cut(root / row.path, name, row.text, row.speaker))
-    if "train" not in by_split and listed:
-        raise UsageError(f"{root / 'splits.tsv'} gives no utterance in {root} the role train, got {sorted(by_split)}")
-    if "train" not in by_split and training:
-        by_split = {"train": [cut for cuts in by_split.values() for cut in cuts]}
-    if "train" in by_split and "valid" not in by_split:
-        _hold_out(by_split, root)
-    return {name: Split.of(by_split[name]) for name in SPLITS if name in by_split}
+            by_split.setdefault(split, []).append(cut)
+        if subset is not None:
+            subsets.setdefault(subset, []).append(cut)
+    if not by_split:
+        raise UsageError(f"{root / 'splits.tsv'} names no utterance of those in {root}; correct or remove it")
+    if training:
+        _settle_roles(by_split, root, listed=bool(listed))
+    roles = {name: Split.of(by_split[name]) for name in SPLITS if name in by_split}
+    return roles if training else roles | {name: Split.of(subsets[name]) for name in subsets if name not in roles}
 
 
-def _cut(path: Path, name: str, text: str | None, speaker: str | None) -> MonoCut:
-    """One file as a cut; only its header is read."""
+def _cut(path: Path, name: str, text: str | None, speaker: str | None, *, strict: bool) -> MonoCut:
+    """One file as a cut; only its header is read. One that cannot be read is refused, or a cut of a sample."""
+    fault = ""
     try:
         with AudioFile(str(path)) as file:
             rate, samples, channels = file.rate, file.frames, file.channels
+        if samples == 0:
+            fault = f"no samples in {path}: expected audio"
     except (AudioError, OSError) as error:
-        raise UsageError(f"cannot read {path}: {error}; repair or remove it") from error
-    if samples == 0:
-        raise UsageError(f"no samples in {path}: expected audio; repair or remove it")
+        fault = f"cannot read {path}: {error}"
+    if fault and strict:
+        raise UsageError(f"{fault}; repair or remove it")
+    if fault:
+        rate, samples, channels = SAMPLE_RATE, 1, 1
     duration = samples / rate
     recording = file_recording(name, str(path.resolve()), rate, samples, channels)
     said = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=duration, text=text, speaker=speaker)
-    return MonoCut(id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said])
+    custom = {"unreadable": fault} if fault else None
+    return MonoCut(
+        id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said], custom=custom
+    )
 
 
 def file_recording(name: str, location: str, rate: int, samples: int, channels: int) -> Recording:
@@ -278,6 +319,18 @@ def file_recording(name: str, location: str, rate: int, samples: int, channels: 
         duration=samples / rate,
         channel_ids=numbers,
     )
+
+
+def _settle_roles(by_split: dict[str, list[MonoCut]], root: Path, *, listed: bool) -> None:
+    """Make it something to train and validate on."""
+    if "train" not in by_split and listed:
+        raise UsageError(f"{root / 'splits.tsv'} gives no utterance in {root} the role train, got {sorted(by_split)}")
+    if "train" not in by_split:
+        together = [cut for cuts in by_split.values() for cut in cuts]
+        by_split.clear()
+        by_split["train"] = together
+    if "valid" not in by_split:
+        _hold_out(by_split, root)
 
 
 def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:

@@ -127,6 +127,8 @@ class SpeechDataset(Dataset[Batch]):
         return batch
 
     def _load(self, cut: MonoCut, number: int, limit: float, data: bytes | None) -> FloatArray:
+        if fault := _fault(cut):
+            raise AudioError(fault)
         duration = min(cut.duration, limit)
         # Same-length batches are for training, so crops move with the pass; elsewhere they depend on the id alone.
         key = f"{self.seed}/{number}/{cut.id}" if self.same_length else cut.id
@@ -138,6 +140,12 @@ class SpeechDataset(Dataset[Batch]):
         start = round(offset * SAMPLE_RATE)
         part: FloatArray = samples[start : start + round(duration * SAMPLE_RATE)]
         return part
+
+
+def _fault(cut: MonoCut) -> str:
+    """What was wrong with its file's header, if anything (``read_corpus``)."""
+    found: str = (cut.custom or {}).get("unreadable", "")
+    return found
 
 
 def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:
@@ -215,7 +223,7 @@ class _Passes:
     def usable(self, cuts: Iterable[MonoCut], left_out: dict[str, int]) -> Iterator[MonoCut]:
         """Cuts that are long enough and, for fine-tuning, have a transcript that fits."""
         for cut in cuts:
-            if cut.duration < self.config.min_seconds:
+            if cut.duration < self.config.min_seconds and not _fault(cut):
                 why = f"shorter than {self.config.min_seconds:g} s"
             elif self.labelled and not (cut.supervisions[0].text or "").strip():
                 why = "without a transcript"
@@ -536,7 +544,7 @@ def whole_utterances(name: str, split: Split, config: DataConfig) -> SpeechLoade
     Nothing is left out for its length or its transcript, nothing cropped or normalised, and there are no targets. Only
     recordings that cannot be read are missing, named in ``bad``, as far as ``max_bad`` allows.
     """
-    return _loader(SpeechDataset(), _Every(name, split), config, None)
+    return _loader(SpeechDataset(), _Every(name, split), config, None, option="--max-bad")
 
 
 def _loader(
@@ -549,6 +557,7 @@ def _loader(
     seed: int = 0,
     skip: int = 0,
     epoch: int = 0,
+    option: str = "--data.max-bad",
 ) -> SpeechLoader:
     rank, world_size = _ranks()
     sampler = EpochSampler(
@@ -571,7 +580,7 @@ def _loader(
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         allowed=int(bad_share(config.max_bad) * count),
-        said=f"more than --data.max-bad {config.max_bad} of {count} allows",
+        said=f"more than {option} {config.max_bad} of {count} allows",
     )
 
 

@@ -49,6 +49,8 @@ class CTCBatch:
     lengths: list[int] | None
     targets: Tensor
     target_lengths: Tensor
+    texts: list[str | None]
+    """Transcripts as they are."""
     covered: Tensor | None = None
     channels: Tensor | None = None
     keep_layers: tuple[bool, ...] | None = None
@@ -131,6 +133,7 @@ class FinetuneTask(NormalizedTask):
             lengths=samples if min(samples) < batch.audio.shape[1] else None,
             targets=batch.targets.to(device, non_blocking=True),
             target_lengths=batch.target_lengths,
+            texts=batch.texts,
         )
         if self.trainer.training:
             self._draw(on_device, batch, samples, device)
@@ -198,11 +201,9 @@ class FinetuneTask(NormalizedTask):
         log_probs, frames = self.model(batch.audio, batch.lengths)
         self.valid_sums.add(self._count(log_probs, frames, batch)[1])
         rows = zip(log_probs.cpu(), frames, strict=True)
-        self.hypotheses += [self.decoder(row[:n]).text for row, n in rows]
-        self.references += [
-            self.vocabulary.decode(row[:n].tolist())
-            for row, n in zip(batch.targets.cpu(), batch.target_lengths, strict=True)
-        ]
+        # Compared as evaluation does, in the text's own characters: as labels, what has none would equal a said <unk>.
+        self.hypotheses += [self.vocabulary.normalize(self.decoder(row[:n]).text) for row, n in rows]
+        self.references += [self.vocabulary.normalize(text or "") for text in batch.texts]
 
     def on_validation_epoch_end(self) -> None:
         """Log figures of the whole validation set, and some of what is said."""

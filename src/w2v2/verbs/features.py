@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from w2v2.errors import JobError, UsageError
 from w2v2.progress import progress
-from w2v2.verbs.settings import AddVerb, place
+from w2v2.verbs.settings import AddVerb, place, reading
 
 if TYPE_CHECKING:
     from w2v2.extract import Item
@@ -28,7 +28,7 @@ def add(verb: AddVerb) -> None:
     sub.add_argument("model", type=Path, help="run folder, or folder of weights")
     sub.add_argument("audio", nargs="*", help="files, and folders of audio")
     sub.add_argument("--data", help="prepared corpus (folder, https:// or s3://), or folder of audio with splits")
-    sub.add_argument("--split", default="test", help="of --data (default: %(default)s)")
+    sub.add_argument("--split", default="test", help="of --data, or a subset such as dev-other (default: %(default)s)")
     sub.add_argument("--out", type=Path, required=True, help=f"folder of results, with {INDEX} of what is where")
     sub.add_argument(
         "--layers", type=int, nargs="+", help="0: what the first block gets, I: what block I gives (default: the last)"
@@ -82,12 +82,10 @@ def _items(args: argparse.Namespace) -> tuple[Iterator[Item], int]:
     if not args.data:
         found = find_files(args.audio)
         return read_files(found, args.max_seconds), len(found)
-    from w2v2.config import DataConfig, TrainConfig, check_run
     from w2v2.data.corpora import read_corpus
     from w2v2.data.datamodule import whole_utterances
 
-    config = DataConfig(batch_seconds=args.batch_seconds, num_workers=args.workers, max_bad="100%")
-    check_run(config, TrainConfig())
+    config = reading(batch_seconds=args.batch_seconds, num_workers=args.workers, max_bad="100%")
     splits = read_corpus(args.data, training=False)
     if args.split not in splits:
         raise UsageError(f"--split must be one of {', '.join(splits)}, which {args.data} has; got {args.split!r}")

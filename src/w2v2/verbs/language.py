@@ -28,7 +28,8 @@ def add(verb: AddVerb) -> None:
         type=Path,
         nargs="+",
         metavar="TEXT",
-        help="files of text, a sentence a line, gzipped if they end in .gz; the last name is the file to write",
+        help="files of text, a sentence a line (of *.trans.txt after its id), gzipped if they end in .gz; the last "
+        "name is the file to write",
     )
     lm.add_argument("--order", type=int, default=3, help="words in an n-gram (default: %(default)s)")
     lm.add_argument(
@@ -42,7 +43,7 @@ def add(verb: AddVerb) -> None:
     lm.add_argument(
         "--data", action="append", default=[], help="prepared corpus, or folder of audio; again for several"
     )
-    lm.add_argument("--split", default="train", help="whose transcripts to take (default: %(default)s)")
+    lm.add_argument("--split", help="whose transcripts to take (default: train, or the only one that there is)")
     lm.add_argument("--keep-case", action="store_true", help="take words as they are, not in upper case")
     lm.add_argument(
         "--held-out", type=Path, help="text whose perplexity to tell (default: that of the text itself, which flatters)"
@@ -91,17 +92,22 @@ def _as_it_is(text: str) -> str:
     return text
 
 
-def _sentences(texts: list[Path], corpora: list[str], split: str, normal: Callable[[str], str]) -> Iterator[list[str]]:
-    """Words of each line and transcript that has any."""
+def _sentences(
+    texts: list[Path], corpora: list[str], split: str | None, normal: Callable[[str], str]
+) -> Iterator[list[str]]:
+    """Words of each line and transcript that has any; lines of LibriSpeech's ``*.trans.txt`` without their ids."""
     from w2v2.lm import open_text
 
     for path in texts:
         with open_text(path) as file:
-            yield from filter(None, (normal(line).split() for line in file))
+            with_ids = path.name.removesuffix(".gz").endswith(".trans.txt")
+            lines = (line.partition(" ")[2] if with_ids else line for line in file)
+            yield from filter(None, (normal(line).split() for line in lines))
     for corpus in corpora:
         from w2v2.data.corpora import read_corpus
 
         splits = read_corpus(corpus, training=False)
-        if split not in splits:
-            raise UsageError(f"--split must be one of {', '.join(splits)}, which {corpus} has; got {split!r}")
-        yield from filter(None, (normal(cut.supervisions[0].text or "").split() for cut in splits[split]))
+        chosen = split or (next(iter(splits)) if len(splits) == 1 else "train")
+        if chosen not in splits:
+            raise UsageError(f"--split must be one of {', '.join(splits)}, which {corpus} has; got {chosen!r}")
+        yield from filter(None, (normal(cut.supervisions[0].text or "").split() for cut in splits[chosen]))

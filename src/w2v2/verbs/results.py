@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from w2v2.errors import UsageError
 from w2v2.progress import progress
 from w2v2.verbs.decoding import SETTINGS, add_decoder_options, decoder_asked_for, show_beam_settings
-from w2v2.verbs.settings import AddVerb, place
+from w2v2.verbs.settings import AddVerb, place, reading
 
 if TYPE_CHECKING:
     from w2v2.config import DataConfig
@@ -59,7 +59,7 @@ def _add_evaluate(verb: AddVerb) -> None:
     evaluate = verb("evaluate", _evaluate, text, epilog=epilog, overrides=True)
     evaluate.add_argument("model", type=Path, help="run folder, or folder of weights")
     evaluate.add_argument("--data", required=True, help="prepared corpus, or folder of audio")
-    evaluate.add_argument("--split", default="test", help="train, valid or test (default: %(default)s)")
+    evaluate.add_argument("--split", default="test", help="split, or subset such as test-other (default: %(default)s)")
     add_decoder_options(evaluate)
     evaluate.add_argument("--tune", metavar="SPLIT", help="split to tune the weights of LM and words on, such as valid")
     evaluate.add_argument("--trials", type=int, help="weights to try with --tune (default: 64)")
@@ -104,14 +104,11 @@ _RECOGNIZERS_ONLY = (
 
 
 def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits) -> None:
-    from w2v2.config import DataConfig, TrainConfig, check_run
     from w2v2.data.datamodule import whole_utterances
     from w2v2.evaluate import evaluation_table, hypotheses_file, run_evaluation
     from w2v2.recognizer import load_recognizer
 
-    given = {"batch_seconds": args.batch_seconds, "num_workers": args.workers, "max_bad": args.max_bad}
-    config = DataConfig(**{name: value for name, value in given.items() if value is not None})
-    check_run(config, TrainConfig())
+    config = reading(batch_seconds=args.batch_seconds, num_workers=args.workers, max_bad=args.max_bad)
     if args.against is not None:
         hypotheses_file(args.against)
     recognizer = load_recognizer(args.model)
@@ -148,8 +145,12 @@ def _decoder(
     if args.tune is not None:
         if args.lm is None and args.lexicon is None:
             raise UsageError("--tune looks for weights of an LM and of words; name one with --lm, or a --lexicon")
-        if args.tune == args.split:
-            raise UsageError(f"--tune {args.tune} is what is scored; tune on another split than --split")
+        scored = {cut.id for cut in splits[args.split]}
+        shared = sum(cut.id in scored for cut in splits[args.tune])
+        if shared:
+            raise UsageError(
+                f"--tune {args.tune} is what is scored, {shared} utterances of it; tune on others than those of --split"
+            )
         made = made.tuned(_tune(args, recognizer, made, splits, data, show))
     if isinstance(made, Greedy):
         return made, {}
@@ -176,7 +177,7 @@ def _tune(
         decoder.tuned,
         whole_utterances(args.tune, split, data),
         {name: recognizer.vocabulary.normalize(text) for name, text in said.items() if text is not None},
-        EmissionCache(args.model / "emissions" / f"{split.content}-{key[:16]}", key),
+        EmissionCache(args.model / "emissions" / f"{split.audio}-{key[:16]}", key),
         start=decoder.config,
         trials=64 if args.trials is None else args.trials,
         progress=show,

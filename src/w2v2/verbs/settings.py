@@ -16,6 +16,8 @@ from w2v2.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from w2v2.config import DataConfig
+
 T = TypeVar("T")
 Run = Callable[[argparse.Namespace, list[str]], None]
 AddVerb = Callable[..., argparse.ArgumentParser]
@@ -84,6 +86,22 @@ def run_folder(args: argparse.Namespace) -> Path:
         return Path(args.out)
     name = Path(args.recipe.rpartition(":")[0]).stem if ":" in args.recipe else args.recipe
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def reading(**given: Any) -> DataConfig:
+    """How a verb reads a corpus whole, from its options; those that are None are as they are by default.
+
+    Raises:
+        UsageError: impossible numbers, named by the verb's options.
+    """
+    from w2v2.config import DataConfig, TrainConfig, check_run
+
+    config = DataConfig(**{name: value for name, value in given.items() if value is not None})
+    try:
+        check_run(config, TrainConfig())
+    except UsageError as error:
+        raise UsageError(str(error).replace("--data.num-workers", "--workers").replace("--data.", "--")) from None
+    return config
 
 
 def place(model: torch.nn.Module, device: str | None) -> None:
