@@ -24,7 +24,7 @@ from lhotse import fastcopy
 from w2v2 import recipes
 from w2v2.checkpoint import CONFIG, VOCABULARY, save_weights
 from w2v2.cli import main
-from w2v2.config import DataConfig, save_config
+from w2v2.config import DataConfig, FinetuneConfig, load_config, save_config
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.datamodule import whole_utterances
 from w2v2.decode import Greedy
@@ -325,6 +325,32 @@ def test_batches_change_nothing_and_a_table_is_printed(ctc, awkward, capsys):
         "most frequent deletions",
     ):
         assert line in said
+
+
+@pytest.mark.parametrize("options", [[], ["--beam-size", "4"]])
+def test_an_utterance_that_the_model_cannot_bear_is_named_and_the_others_are_scored(ctc, tmp_path, capsys, options):
+    root = write_corpus(tmp_path, {"test-clean": 1}, utterances=3)
+    folder = root / "test-clean" / "101" / "1"
+    soundfile.write(folder / "101-1-0003.wav", 1e38 * sound(1.0, 1), 16_000, subtype="FLOAT")
+    with (folder / "101-1.trans.txt").open("a") as file:
+        file.write("101-1-0003 SUN\n")
+    argv = ["evaluate", str(ctc), "--data", str(root), "--workers", "0", "--json", "--out", str(tmp_path / "out")]
+    assert main([*argv, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["utterances"] == len(rows_of(tmp_path / "out")) == 3
+    assert list(found["unreadable"]) == ["101-1-0003"] and "not finite" in found["unreadable"]["101-1-0003"]
+
+
+def test_a_score_on_the_very_folder_that_was_trained_on_comes_with_a_remark(ctc, tmp_path, caplog):
+    root, run = write_corpus(tmp_path / "flat", {"": 2}, utterances=2), tmp_path / "run"
+    shutil.copytree(ctc, run)
+    config = load_config(run / CONFIG, FinetuneConfig)
+    for source, remarks in ((str(root), 1), ("another", 0)):
+        caplog.clear()
+        config.data.sources = (source,)
+        save_config(config, run / CONFIG)
+        assert main(["evaluate", str(run), "--data", str(root), "--workers", "0"]) == 0
+        assert sum("what the model was trained on" in line.getMessage() for line in caplog.records) == remarks
 
 
 def test_unreadable_recordings_beyond_the_budget_are_an_error_and_leave_the_earlier_results(ctc, awkward, capsys):

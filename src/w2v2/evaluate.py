@@ -19,6 +19,7 @@ import jiwer
 
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.recognizer import NOT_FINITE
 from w2v2.scoring import COUNTS, Tally
 from w2v2.significance import Units, paired_difference
 
@@ -72,10 +73,12 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
         lengths = batch.lengths.tolist()
         started = time.perf_counter()
         emissions = recognizer.emissions([batch.audio[i, : lengths[i]] for i in said])
-        found = [decoder(row) for row in emissions]
+        heard = {i: row for i, row in zip(said, emissions, strict=True) if not row.isnan().any()}
+        tally.unreadable |= {batch.ids[i]: NOT_FINITE for i in said if i not in heard}
+        found = {i: decoder(row) for i, row in heard.items()}
         tally.compute_seconds += time.perf_counter() - started
         tally.too_short += sum(not len(row) for row in emissions)
-        for i, hypothesis in zip(said, found, strict=True):
+        for i, hypothesis in found.items():
             seconds = lengths[i] / SAMPLE_RATE
             row = {
                 "id": batch.ids[i],

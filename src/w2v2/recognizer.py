@@ -18,6 +18,9 @@ from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2ForCTC
 from w2v2.text import Vocabulary, load_vocabulary
 
+NOT_FINITE = "the model's output is not finite: is the recording far beyond full scale?"
+"""Said of a recording; a model that has diverged does this to every one."""
+
 
 @dataclass
 class Recognizer:

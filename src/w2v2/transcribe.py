@@ -29,7 +29,7 @@ from w2v2.decode import Decoder, Hypothesis, label_scores, word_times
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
 from w2v2.model.wav2vec2 import Wav2Vec2Config
-from w2v2.recognizer import Recognizer
+from w2v2.recognizer import NOT_FINITE, Recognizer
 from w2v2.text import Vocabulary
 
 T = TypeVar("T")
@@ -197,8 +197,7 @@ class _Recording:
     def add(self, log_probs: Tensor) -> None:
         """Take the next frames (T, labels); of a recording that has failed already, nothing."""
         if log_probs.isnan().any():
-            # A model that has diverged does this to every recording, and each is then named.
-            self.failure = Failure(self.source.name, "the model's output is not finite: is it far beyond full scale?")
+            self.failure = Failure(self.source.name, NOT_FINITE)
         if self.failure is not None:
             return
         self.parts.append(log_probs)

@@ -104,6 +104,8 @@ _RECOGNIZERS_ONLY = (
 
 
 def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits) -> None:
+    from w2v2.checkpoint import is_foreign, run_config
+    from w2v2.config import FinetuneConfig
     from w2v2.data.datamodule import whole_utterances
     from w2v2.evaluate import evaluation_table, hypotheses_file, run_evaluation
     from w2v2.recognizer import load_recognizer
@@ -113,6 +115,12 @@ def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Spli
         hypotheses_file(args.against)
     recognizer = load_recognizer(args.model)
     place(recognizer.model, args.device)
+    trained = None if is_foreign(args.model) else run_config(args.model)
+    if len(splits) == 1 and isinstance(trained, FinetuneConfig) and args.data in trained.data.sources:
+        log.warning(
+            "%s is one split here, and what the model was trained on: for a score of unseen speakers, hold some out "
+            "with 'w2v2 prepare'", args.data,
+        )  # fmt: skip
     with progress("evaluate") as show:
         decoder, settings = _decoder(args, rest, recognizer, splits, config, show)
         split = splits[args.split]
