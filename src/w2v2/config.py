@@ -297,26 +297,14 @@ def _expect(owner: Any, under: str, name: str, fine: Callable[[Any], bool], expe
 
 def check_run(data: DataConfig, train: TrainConfig) -> None:
     """Refuse impossible numbers; :class:`UsageError` names the field."""
-    positive = {
-        "--train.max-steps": 1 if train.max_steps is None else train.max_steps,
-        "--train.accumulate": train.accumulate,
-        "--train.devices": train.devices,
-        "--train.log-every": train.log_every,
-        "--train.val-every": train.val_every,
-        "--train.checkpoint-every": train.checkpoint_every,
-        "--train.keep-checkpoints": train.keep_checkpoints,
-        "--data.batch-seconds": data.batch_seconds,
-        "--data.max-seconds": data.max_seconds,
-        "--data.num-buckets": data.num_buckets,
-        "--data.shuffle-buffer": data.shuffle_buffer,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UsageError(f"{name} must be more than 0, got {value:g}")
-    if train.max_steps_left_out < 0:
-        raise UsageError(f"--train.max-steps-left-out must be 0 or more, got {train.max_steps_left_out}")
-    if data.num_workers < 0:
-        raise UsageError(f"--data.num-workers must be 0 or more, got {data.num_workers}")
+    if train.max_steps is not None:
+        _expect(train, "--train", "max_steps", lambda x: x > 0, "more than 0")
+    for name in ("accumulate", "devices", "log_every", "val_every", "checkpoint_every", "keep_checkpoints"):
+        _expect(train, "--train", name, lambda x: x > 0, "more than 0")
+    for name in ("batch_seconds", "max_seconds", "num_buckets", "shuffle_buffer"):
+        _expect(data, "--data", name, lambda x: x > 0, "more than 0")
+    _expect(train, "--train", "max_steps_left_out", lambda x: x >= 0, "0 or more")
+    _expect(data, "--data", "num_workers", lambda x: x >= 0, "0 or more")
     bad_share(data.max_bad)
     if not all(0 < weight < 1_000 for weight in data.weights):
         raise UsageError(

@@ -114,6 +114,8 @@ class AudioFile:
         self.channels: int = self.file.channels
         self.frames: int = self.file.frames
         """Samples per channel that the header announces."""
+        self.padding = 4096 if self.format == "M4A" else 0
+        """So many of these may never come."""
         self.step: float = _STEPS.get(self.file.subtype, 2**-15)
         """Distance between two neighbouring values near full scale; 16 bits also where it is less."""
         self.position = 0
@@ -151,8 +153,7 @@ class AudioFile:
         Raises:
             AudioError: it announces more than it holds.
         """
-        slack = 4096 if self.format == "M4A" else 0  # its padding is announced too
-        if self.position < self.frames - slack and says_length(self.source, self.format):
+        if self.position < self.frames - self.padding and says_length(self.source, self.format):
             raise AudioError(f"it breaks off: {self.position} samples of {self.frames}")
         if missing := announced_but_missing(self.source, self.format):
             raise AudioError(f"it breaks off: {missing}")

@@ -229,7 +229,7 @@ def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, conf
     found.samples, found.content = scan.samples, scan.hash.hexdigest()
     found.total = scan.samples if whole else max(file.frames, found.first + scan.samples)
     # The end of a row is often rounded up from the recording's own; MP4 announces its padding too.
-    slack = 4096 if file.format == "M4A" else 0 if whole else round(0.1 * file.rate)
+    slack = file.padding or (0 if whole else round(0.1 * file.rate))
     if scan.samples == 0:
         found.add("empty", "no samples")
     elif scan.samples < expected - slack and (part.end is not None or says_length(location, file.format)):

@@ -7,7 +7,7 @@ Legend: B batch, S samples, T frames, C conv channels, D width, M masked frames,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -499,6 +499,10 @@ class Wav2Vec2ForCTC(Wav2Vec2):
         self.lm_head = CTCHead(config.n_embd, n_labels)
         init_weights(self.lm_head)
 
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """All but the output layer's: what is frozen in the first updates of a fine-tuning."""
+        return (p for name, p in self.named_parameters() if not name.startswith("lm_head."))
+
     def forward(
         self,
         audio: Tensor,
@@ -528,7 +532,7 @@ class Wav2Vec2ForCTC(Wav2Vec2):
                 keep_layers=keep_layers,
             )
         if freeze_encoder and self.training:
-            x = touch(x, (p for name, p in self.named_parameters() if not name.startswith("lm_head.")))
+            x = touch(x, self.encoder_parameters())
         logits = self.lm_head(unpack(x, packed))
         return logits.float().log_softmax(-1), frames
 

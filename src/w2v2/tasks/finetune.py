@@ -101,6 +101,8 @@ def _figures(sums: dict[str, Tensor]) -> dict[str, float]:
 class FinetuneTask(NormalizedTask):
     """CTC; the loss is summed over utterances and divided once by their number (``sentence_avg``)."""
 
+    model: Wav2Vec2ForCTC
+
     def __init__(self, model: Wav2Vec2ForCTC, vocabulary: Vocabulary, config: FinetuneConfig) -> None:
         super().__init__(config.optim, config.train.seed)
         self.model, self.vocabulary, self.config = model, vocabulary, config
@@ -179,9 +181,8 @@ class FinetuneTask(NormalizedTask):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave a frozen encoder to itself, beside what every task does."""
         if self.global_step < self.config.freeze_encoder_steps:
-            for name, parameter in self.model.named_parameters():
-                if not name.startswith("lm_head."):
-                    parameter.grad = None  # weight decay would follow a gradient of zero
+            for parameter in self.model.encoder_parameters():
+                parameter.grad = None  # weight decay would follow a gradient of zero
         super().on_before_optimizer_step(optimizer)
 
     def train_figures(self) -> dict[str, float]:
