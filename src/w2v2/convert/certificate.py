@@ -249,8 +249,9 @@ class _Pair:
         Of other codes than the target's wherever there are such: equal ones are left out of the loss by comparing codes
         here, and by comparing projected vectors in transformers, whose last bits may differ for the same code.
         """
-        ours, config = self.ours, self.ours.config
+        ours = self.ours
         assert isinstance(ours, Wav2Vec2ForPretraining)
+        config = ours.config
         frames = config.frames([len(row)])[0]
         if frames in self.drawn:
             return self.drawn[frames]
@@ -292,6 +293,7 @@ class _Pair:
         batch, lengths = nn.utils.rnn.pad_sequence(audio, batch_first=True), [len(row) for row in audio]
         frames = self.ours.config.frames(lengths)
         masks = torch.zeros(len(audio), max(frames), dtype=torch.bool)
+        assert isinstance(self.ours, Wav2Vec2ForPretraining)
         negatives = torch.zeros(len(audio), max(frames), self.ours.config.num_distractors, dtype=torch.long)
         for b, row in enumerate(audio):
             mask, distractors = self._draw(row)
