@@ -9,8 +9,8 @@ import pytest
 from w2v2 import recipes
 from w2v2.cli import main
 from w2v2.compare import BANDS, Curve, compare_curve, read_curve, record
-from w2v2.config import save_config
 from w2v2.errors import UsageError
+from w2v2.serial import save_config
 
 CURVES = Path(__file__).parent / "curves"
 SEEDS = sorted(path.stem for path in CURVES.glob("h-syn-*.csv"))

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 import w2v2
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
-from w2v2.config import save_config
 from w2v2.convert.card import last_validation, write_card
 from w2v2.convert.check import compare
 from w2v2.convert.folder import new_folder
 from w2v2.errors import JobError
 from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.serial import save_config
 from w2v2.text import PhonemeVocabulary, PieceVocabulary, Vocabulary
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -20,13 +20,14 @@ from w2v2 import recipes
 from w2v2.align import align
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
-from w2v2.config import FinetuneConfig, save_config
+from w2v2.config import FinetuneConfig
 from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
 from w2v2.decode import BeamConfig, Greedy, make_decoder
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
 from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
 from w2v2.recognizer import Recognizer, load_recognizer
+from w2v2.serial import save_config
 from w2v2.text import Vocabulary
 from w2v2.transcribe import Failure, Layout, cut_windows, find_pause, find_sources, source_of, transcribe
 

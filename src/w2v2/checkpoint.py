@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from w2v2.config import FinetuneConfig, PretrainConfig, load_config
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.serial import load_config
 
 if TYPE_CHECKING:
     from w2v2.text import Vocabulary

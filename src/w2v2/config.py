@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from w2v2.errors import UsageError
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.optim import OptimConfig
 from w2v2.units import Characters, Phonemes, SentencePieces
-
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -325,85 +318,3 @@ def bad_share(text: str) -> float:
     if not 0 <= share <= 1:
         raise UsageError(f"--data.max-bad must be a share such as 0.1% or 0.001, got {text!r}")
     return share
-
-
-def to_dict(config: Any) -> Any:
-    """Dataclasses to JSON values; each keeps its type as ``_type``, ``module:Class``."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        kind = type(config)
-        values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"_type": f"{kind.__module__}:{kind.__qualname__}", **values}
-    if isinstance(config, dict):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def from_dict(values: Any, kinds: type[T] | tuple[type[T], ...]) -> T:
-    """Inverse of ``to_dict``, for one of some dataclasses or a subclass of theirs.
-
-    No code is imported for it: a type must be this package's or already loaded. A field that an older version did not
-    have yet gets its default, which therefore has to mean what that version did.
-
-    Raises:
-        UsageError: an unknown type, or a field that the type does not have.
-    """
-    kind = _resolve(values.get("_type", ""), kinds)
-    hints = typing.get_type_hints(kind)
-    given = {name: value for name, value in values.items() if name != "_type"}
-    if unknown := given.keys() - {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
-        raise UsageError(
-            f"saved {kind.__name__} has fields that this version does not know: {', '.join(sorted(unknown))}; "
-            "use the version that wrote it, or a newer one"
-        )
-    made: T = kind(**{name: _from_value(value, hints[name]) for name, value in given.items()})
-    return made
-
-
-def _resolve(name: str, kinds: type[T] | tuple[type[T], ...]) -> type[T]:
-    module, _, qualname = name.partition(":")
-    found: Any = getattr(sys.modules.get(module), qualname, None)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, kinds)):
-        raise UsageError(
-            f"saved configuration needs the type '{name}', which is not known here; "
-            "name its recipe file (FILE.py:FUNCTION) on the command line, or import it first"
-        )
-    return found
-
-
-def _from_value(value: Any, hint: Any) -> Any:
-    if isinstance(value, dict) and "_type" in value:
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        return from_dict(value, options)
-    if isinstance(value, list):
-        return tuple(value)
-    return value
-
-
-def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Leaves of two ``to_dict`` values that differ, by dotted name."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return {} if one == other else {prefix.removesuffix("."): (one, other)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in dict.fromkeys([*one, *other]):
-        found |= differences(one.get(name), other.get(name), f"{prefix}{name}.")
-    return found
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Write a configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def load_config(path: Path, kinds: type[T] | tuple[type[T], ...]) -> T:
-    """Read a configuration written by ``save_config``.
-
-    Raises:
-        UsageError: not one of these kinds, or not JSON.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); expected what 'w2v2' wrote") from error
-    return from_dict(values, kinds)

@@ -26,11 +26,12 @@ import numpy as np
 import soundfile
 import torch
 
-from w2v2.config import DataConfig, PretrainConfig, load_config, save_config, to_dict
+from w2v2.config import DataConfig, PretrainConfig
 from w2v2.data.corpora import Split, Splits, read_corpora
 from w2v2.errors import JobError, UsageError
 from w2v2.flops import peak_flops, training_flops, utilisation
 from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.serial import load_config, save_config, to_dict
 
 WARM_UP_STEPS = 5
 LENGTHS = 16

@@ -23,12 +23,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
 from w2v2.checkpoint import CONFIG, load_pretrained, load_weights
-from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
+from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule, stop_workers
 from w2v2.errors import UsageError
 from w2v2.flops import training_flops
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
+from w2v2.serial import differences, load_config, save_config, to_dict
 from w2v2.tasks.callbacks import CSVMetrics, Progress
 from w2v2.tasks.checkpoints import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.tasks.health import Sentinel

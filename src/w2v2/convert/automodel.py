@@ -28,13 +28,13 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 import w2v2
 from w2v2.checkpoint import VOCABULARY
-from w2v2.config import from_dict, to_dict
 from w2v2.convert.check import check_audio, check_lengths, compare, write_check, write_preprocessor
 from w2v2.convert.onnx import eager
 from w2v2.convert.tokenizer import tokenizer_misfits, write_tokenizer
 from w2v2.errors import JobError
 from w2v2.model.wav2vec2 import CTCHead, Wav2Vec2, Wav2Vec2Config, init_weights
 from w2v2.recognizer import Recognizer, normalize_waveform
+from w2v2.serial import from_dict, to_dict
 from w2v2.text import Vocabulary
 
 MODEL_TYPE = "w2v2"
