@@ -37,12 +37,12 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     sections = [
         _front_matter(isinstance(loaded, Recognizer), check["format"], sources, license_id),
         f"# {name}\n\n{_summary(loaded, config)}",
-        f"## How to use\n\n{_usage(loaded, check['format'], folder)}",
+        f"## How to use\n\n{_usage(loaded, check['format'])}",
         _data(_json(source / "environment.json"), sources, validation),
         _figures("Validation", "The last one of the run, in its own units.", validation),
         *_evaluations(source),
         _export_section(check),
-        f"## Limits\n\n{_limits(loaded, check['format'], license_id)}",
+        f"## Limits\n\n{_limits(loaded, license_id)}",
         f"## Versions\n\n{_versions(_json(source / 'environment.json'), check)}",
     ]
     (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n")
@@ -170,15 +170,14 @@ def _export_section(check: dict[str, Any]) -> str:
     return "## Export\n\n" + "\n".join(lines)
 
 
-def _limits(loaded: Recognizer | Wav2Vec2, format_name: str, license_id: str | None) -> str:
+def _limits(loaded: Recognizer | Wav2Vec2, license_id: str | None) -> str:
     lines = ["Audio must have one channel at 16 kHz; other rates give nonsense without an error."]
     if isinstance(loaded, Recognizer):
         vocabulary = loaded.vocabulary
         lines.append(f"It writes nothing but these labels: `{' '.join(vocabulary.ids)}`.")
     else:
         lines.append("It gives vectors, not text, until it is fine-tuned. Quantizer and projections are left out.")
-    if format_name != "transformers":
-        lines.append("Rows of a batch must have one length; run utterances of unequal lengths one by one, unpadded.")
+    lines.append("Rows of a batch must have one length; run utterances of unequal lengths one by one, unpadded.")
     lines.append("Nothing was measured but the figures here: other languages, rooms and microphones may do far worse.")
     if license_id is None:
         lines.append("No licence was given: ask the owner before any use.")
@@ -199,13 +198,9 @@ def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt"))
 
 
-def _usage(loaded: Recognizer | Wav2Vec2, format_name: str, folder: Path) -> str:
+def _usage(loaded: Recognizer | Wav2Vec2, format_name: str) -> str:
     """Code that runs in the folder, given ``speech.wav``."""
-    ctc = isinstance(loaded, Recognizer)
-    if format_name == "transformers":
-        vocabulary = _TOKENIZER if (folder / "tokenizer_config.json").exists() else _OURS
-        code = _TRANSFORMERS + (_LOGITS + vocabulary if ctc else _HIDDEN)
-    elif isinstance(loaded, Recognizer):
+    if isinstance(loaded, Recognizer):
         graph = f"import json\n\n{_GRAPH[format_name]}log_probs = {_RUN[format_name]}  # (frames, labels)\n"
         code = f"{graph}{_GREEDY}print({_text(loaded.vocabulary)})\n"
     else:
@@ -241,27 +236,6 @@ vocabulary = json.load(open("vocab.json"))
 nothing = {vocabulary["blank"], *vocabulary["silent"]}
 kept = [i for i, before in zip(best, [-1, *best]) if i != before and i not in nothing]
 said = [vocabulary["labels"][i] for i in kept]
-"""
-_TRANSFORMERS = f"""\
-import soundfile
-import w2v2.convert.automodel  # makes transformers know the model
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, AutoTokenizer
-
-{_READ}\
-inputs = AutoFeatureExtractor.from_pretrained(".")(audio, sampling_rate=rate, return_tensors="pt")
-"""
-_HIDDEN = """\
-vectors = AutoModel.from_pretrained(".")(**inputs).last_hidden_state[0]  # (frames, width)
-print(vectors.shape)
-"""
-_LOGITS = 'logits = AutoModelForCTC.from_pretrained(".")(**inputs).logits  # (1, frames, labels)\n'
-_TOKENIZER = 'print(AutoTokenizer.from_pretrained(".").batch_decode(logits.argmax(-1))[0])\n'
-_OURS = """\
-from pathlib import Path
-from w2v2.decode import Greedy
-from w2v2.text import load_vocabulary
-
-print(Greedy(load_vocabulary(Path("vocab.json")))(logits[0].detach().log_softmax(-1)).text)
 """
 
 

@@ -77,7 +77,7 @@ def write_check(
     (folder / CHECK).write_text(json.dumps(found, indent=2) + "\n")
 
 
-def write_preprocessor(folder: Path, **more: Any) -> None:
+def write_preprocessor(folder: Path) -> None:
     """Write ``preprocessor_config.json``, as transformers' feature extractor reads it.
 
     Nothing is normalised there: where a model wants that, an export does it itself, exactly as in training.
@@ -89,6 +89,6 @@ def write_preprocessor(folder: Path, **more: Any) -> None:
         "padding_value": 0.0,
         "padding_side": "right",
         "do_normalize": False,
-        **more,
+        "return_attention_mask": False,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")

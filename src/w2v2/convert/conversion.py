@@ -137,8 +137,7 @@ def convert(source: Path, out: Path, to: str, show: Show = lambda stage, share: 
     faults = target.misfits(contents)
     if faults:
         raise UsageError(
-            f"{source} has no twin at {target.title}: {'; '.join(faults)}; 'w2v2 export' takes it as it is: "
-            "--to onnx, or --to transformers, for AutoModel after 'import w2v2.convert.automodel'"
+            f"{source} has no twin at {target.title}: {'; '.join(faults)}; 'w2v2 export' takes it as it is"
         )
     with new_folder(out) as folder:
         target.write(contents, folder)

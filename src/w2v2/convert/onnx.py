@@ -234,7 +234,7 @@ def _load(source: Path) -> tuple[Wav2Vec2, Vocabulary | None]:
 
 def _finish(folder: Path, source: Path, model: Wav2Vec2, vocabulary: Vocabulary | None) -> None:
     save_config(model.config, folder / CONFIG)
-    write_preprocessor(folder, return_attention_mask=False)
+    write_preprocessor(folder)
     if vocabulary is not None:
         vocabulary.save(folder / VOCABULARY)
 

@@ -11,21 +11,18 @@ from w2v2.verbs.settings import AddVerb
 
 log = logging.getLogger("w2v2")
 
-_FORMATS = ("onnx", "torch", "transformers")
-
 
 def add(verb: AddVerb) -> None:
     """Add the verb."""
-    text = "a model for use without this package, or by transformers' AutoModel, checked against the original"
+    text = "a model for use without this package, checked against the original"
     export = verb("export", _export, text)
     export.add_argument("model", type=Path, help="run folder, or folder of weights")
     export.add_argument("out", type=Path, help="folder to write; new or empty")
     export.add_argument(
         "--to",
-        choices=_FORMATS,
+        choices=("onnx", "torch"),
         required=True,
-        help="onnx: model.onnx, for onnxruntime; torch: model.pt2, for torch.export.load; transformers: for AutoModel, "
-        "after 'import w2v2.convert.automodel' (a model that Hugging Face has itself: see 'w2v2 convert')",
+        help="onnx: model.onnx, for onnxruntime; torch: model.pt2, for torch.export.load",
     )
     export.add_argument("--int8", action="store_true", help="onnx: also model.int8.onnx, linear layers in 8 bits")
     export.add_argument("--data", help="onnx: corpus to state word error rates on, of a CTC model")
@@ -55,11 +52,7 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _write(args: argparse.Namespace, folder: Path) -> None:
-    if args.to == "transformers":
-        from w2v2.convert.automodel import export_transformers
-
-        export_transformers(args.model, folder)
-    elif args.to == "torch":
+    if args.to == "torch":
         from w2v2.convert.onnx import export_torch
 
         export_torch(args.model, folder)

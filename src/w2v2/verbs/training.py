@@ -1,4 +1,4 @@
-"""``w2v2 pretrain``, ``finetune``, and what goes with a run: ``plan``, ``mask-preview``, ``compare``."""
+"""``w2v2 pretrain``, ``finetune``, and what goes with a run: ``plan``, ``mask-preview``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def add(verb: AddVerb) -> None:
     _add_runs(verb)
     _add_plan(verb)
     _add_mask_preview(verb)
-    _add_compare(verb)
 
 
 def _add_runs(verb: AddVerb) -> None:
@@ -173,20 +172,3 @@ def _mask_preview(args: argparse.Namespace, rest: list[str]) -> None:
     rows = preview_masks(config, corpus_durations(config) if config.data.sources else args.durations, args.draws)
     found = [json.dumps([asdict(row) for row in rows], indent=2)]
     sys.stdout.write("\n".join(found if args.json else mask_table(rows, config.model.mask_length)) + "\n")
-
-
-def _add_compare(verb: AddVerb) -> None:
-    text = "whether a pretraining run looks like healthy ones of its recipe; exit code 1: no"
-    compare = verb("compare", _compare, text)
-    compare.add_argument("folder", type=Path, help="run folder")
-    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _compare(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.compare import compare, verdict_table
-
-    verdict = compare(args.folder)
-    lines = [json.dumps(verdict.to_dict(), indent=2)] if args.json else verdict_table(verdict)
-    sys.stdout.write("\n".join(lines) + "\n")
-    if not verdict.inside:
-        raise JobError(f"{args.folder} is outside the bands of {verdict.recipe} at step {verdict.step}")
