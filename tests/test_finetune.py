@@ -403,7 +403,7 @@ def test_what_does_not_fit_its_frames_is_named_and_never_trained_on(
 
     class Spy(FinetuneTask):
         def training_step(self, batch, batch_idx):
-            trained.extend(self.host_batch.ids)
+            trained.extend(self.batch_ids)
             return super().training_step(batch, batch_idx)
 
     from unittest.mock import patch

@@ -100,7 +100,7 @@ def fit_task(
     max_steps = train.max_steps or optim.schedule.total_steps
     metrics = CSVMetrics(out / "metrics.csv")
     checkpoints = Checkpoints(out, config, max_steps)
-    sentinel = Sentinel(checkpoints, train.max_steps_left_out, judge=train.sentinel)
+    sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel)
     tune(task.model, train)
     pretraining = isinstance(config, PretrainConfig)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
