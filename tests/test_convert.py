@@ -16,16 +16,18 @@ import torch
 from conftest import RATE
 
 from w2v2 import recipes
-from w2v2.checkpoint import load_encoder, load_pretrained, save_weights
-from w2v2.cli import main
-from w2v2.config import FinetuneConfig, PretrainConfig
-from w2v2.convert.conversion import read, read_ours, write_ours
-from w2v2.convert.huggingface import FIELDS, OTHERS, read_huggingface, write_huggingface
+from w2v2.checkpoint.formats import read, read_ours, write_ours
+from w2v2.checkpoint.huggingface import FIELDS, OTHERS, read_huggingface, write_huggingface
+from w2v2.checkpoint.native import load_encoder, load_pretrained, save_weights
+from w2v2.cli.main import main
+from w2v2.inference.recognizer import load_recognizer
+from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import draw, keyed_generator
-from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
-from w2v2.recognizer import load_recognizer
+from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import load_config, save_config
-from w2v2.text import Vocabulary
+from w2v2.text.vocabulary import Vocabulary
+from w2v2.training.config import FinetuneConfig, PretrainConfig
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

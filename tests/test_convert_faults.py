@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from test_cli import refuse
 from test_convert import KINDS, LETTERS, OUR_LETTERS, SHAPES, ours, save_fairseq, save_ours, save_theirs, theirs
 
-from w2v2.cli import main
-from w2v2.convert import certificate, conversion, fairseq, huggingface
-from w2v2.convert.contents import renamed
-from w2v2.convert.fairseq import conv_layers
-from w2v2.convert.pickles import read_pickle
+from w2v2.checkpoint import certificate, fairseq, huggingface
+from w2v2.checkpoint import formats as conversion
+from w2v2.checkpoint.contents import renamed
+from w2v2.checkpoint.fairseq import conv_layers
+from w2v2.checkpoint.pickles import read_pickle
+from w2v2.cli.main import main
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import ContrastiveConfig
-from w2v2.text import Vocabulary
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.text.vocabulary import Vocabulary
 
 FIRST = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
 

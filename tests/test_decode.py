@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.decode import BeamConfig, Greedy, Hypothesis, label_scores, make_decoder, word_times
+from w2v2.decoding.beam import BeamConfig, make_decoder
+from w2v2.decoding.greedy import Greedy, Hypothesis
+from w2v2.decoding.kneser_ney import estimate
+from w2v2.decoding.ngram import NGram, read_arpa
 from w2v2.errors import JobError, UsageError
-from w2v2.kneser_ney import estimate
-from w2v2.lm import NGram, read_arpa
+from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
+from w2v2.inference.transcripts import label_scores, word_times
 from w2v2.model.feature_encoder import FeatureEncoder
-from w2v2.model.wav2vec2 import ContrastiveConfig
-from w2v2.text import Vocabulary
-from w2v2.tuning import EmissionCache, Trial, tune, weights_key
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_texts(["AB"])  # blank, unknown, boundary, A, B
 SMALL = Vocabulary(labels=("A", "|", "B", "<blank>"), blank=3, unknown=None, boundary=1)
@@ -432,7 +434,7 @@ def test_a_diverged_model_is_a_clear_line(lm: Path) -> None:
 
 
 def test_without_flashlight_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "w2v2.beam", raising=False)
+    monkeypatch.delitem(sys.modules, "w2v2.decoding.beam", raising=False)
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(UsageError, match=r"pip install 'w2v2\[beam\]'"):
         make_decoder(SMALL, beam=BeamConfig())
@@ -530,7 +532,7 @@ def test_tuning_passes_over_utterances_without_a_transcript() -> None:
 def test_a_cache_goes_on_after_an_interruption_and_refuses_another_model(
     tmp_path: Path, dev: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2v2.tuning._FILE_MB", 0.0005)  # several files
+    monkeypatch.setattr("w2v2.evaluation.tuning._FILE_MB", 0.0005)  # several files
     emissions = [*dev[0], ("nothing", torch.zeros(0, 4))]
     model = tmp_path / "model"
     model.mkdir()

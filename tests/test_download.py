@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 from serving import Faults, Server, s3_server, serve
 
-from w2v2.data import download, storage
-from w2v2.data.download import PARTS, download_librispeech
+from w2v2.data import storage
 from w2v2.errors import UsageError
+from w2v2.preparation import download
+from w2v2.preparation.download import PARTS, download_librispeech
 
 MINI = "dev-clean-2"
 
@@ -151,7 +152,7 @@ def test_a_missing_archive_is_said_before_any_download(tmp_path: Path, mirror: P
 SCRIPT = """
 import sys
 from pathlib import Path
-from w2v2.data import download
+from w2v2.preparation import download
 download.BLOCK = int(sys.argv[3])
 download.download_librispeech([sys.argv[4]], Path(sys.argv[1]), base_url=sys.argv[2])
 """

@@ -22,15 +22,16 @@ from conftest import sound
 from torch import Tensor, nn
 
 import w2v2
-from w2v2.checkpoint import save_weights
-from w2v2.cli import main
-from w2v2.convert.card import last_validation, write_card
-from w2v2.convert.check import compare
-from w2v2.convert.folder import new_folder
+from w2v2.checkpoint.card import last_validation, write_card
+from w2v2.checkpoint.native import save_weights
+from w2v2.cli.main import main
 from w2v2.errors import JobError
-from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2ForCTC
+from w2v2.export import compare
+from w2v2.files import new_folder
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.serial import save_config
-from w2v2.text import PhonemeVocabulary, PieceVocabulary, Vocabulary
+from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary
 
 onnxruntime = pytest.importorskip("onnxruntime")
 transformers = pytest.importorskip("transformers")
@@ -118,7 +119,9 @@ def test_what_is_beside_a_graph_says_what_it_is(exports: dict[tuple[str, str], P
     assert {case["batch"] for case in check["checks"]} == {1, 3}
     assert 0 <= check["largest_difference"] <= check["limit"] == 1e-4
     assert {"torch", "onnx", "onnxruntime"} <= check["packages"].keys()
-    assert w2v2.load(runs["ctc"]).model.config == w2v2.config.load_config(folder / "config.json", ContrastiveConfig)
+    assert w2v2.load(runs["ctc"]).model.config == w2v2.training.config.load_config(
+        folder / "config.json", ContrastiveConfig
+    )
     assert (folder / "vocab.json").read_text() == (runs["ctc"] / "vocab.json").read_text()
     extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
     audio = speech(1, 16_000)
@@ -413,7 +416,7 @@ def test_push_uploads_the_folder_to_a_private_repository(tmp_path: Path) -> None
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, "-m", "w2v2.cli", "export", str(run), str(tmp_path / "out"), "--to", "torch"]
+    command = [sys.executable, "-m", "w2v2.cli.main", "export", str(run), str(tmp_path / "out"), "--to", "torch"]
     command += ["--push-to-hub", "me/nano"]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
     server.shutdown()

@@ -16,17 +16,17 @@ import torch
 from conftest import write_corpus
 from test_train import column, nano, same_numbers
 
-from w2v2.config import PretrainConfig
 from w2v2.data.corpora import Splits, read_corpus
-from w2v2.data.datamodule import SpeechDataModule
 from w2v2.errors import JobError
+from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.transformer import PositionalConvEmbedding
-from w2v2.model.wav2vec2 import ContrastiveConfig
-from w2v2.tasks.checkpoints import checkpoint_files, newest_good, step_of
-from w2v2.tasks.collapse import Alarm, CollapseDetector
-from w2v2.tasks.health import describe
-from w2v2.tasks.pretrain import MicroBatch, PretrainTask, step_seed
-from w2v2.train import pretrain
+from w2v2.training.collapse import Alarm, CollapseDetector
+from w2v2.training.config import PretrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.health import describe
+from w2v2.training.pretrain import PretrainTask, pretrain
+from w2v2.training.resume import checkpoint_files, newest_good, step_of
+from w2v2.training.task import MicroBatch, step_seed
 
 CURVES = sorted((Path(__file__).parent / "curves").glob("*.csv"))
 HEALTHY = [path.stem for path in CURVES if path.stem.startswith("h-")]

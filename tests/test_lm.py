@@ -17,10 +17,10 @@ from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2v2.cli import main
+from w2v2.cli.main import main
+from w2v2.decoding.kneser_ney import FALLBACK_DISCOUNTS, estimate
+from w2v2.decoding.ngram import ORDERS, NGram, arpa_words, read_arpa
 from w2v2.errors import UsageError
-from w2v2.kneser_ney import FALLBACK_DISCOUNTS, estimate
-from w2v2.lm import ORDERS, NGram, arpa_words, read_arpa
 
 Sentence = Sequence[str]
 

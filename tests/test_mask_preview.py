@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from w2v2 import recipes
-from w2v2.cli import main
+from w2v2.cli.main import main
 from w2v2.errors import UsageError
 from w2v2.mask_preview import measure_spans, preview_masks
-from w2v2.model.wav2vec2 import ContrastiveConfig
+from w2v2.model.pretraining import ContrastiveConfig
 
 
 def exact_coverage(frames: int, prob: float, span: int, min_spans: int = 2) -> float:

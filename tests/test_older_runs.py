@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import w2v2
-from w2v2.checkpoint import run_config
-from w2v2.config import FinetuneConfig, PretrainConfig
+from w2v2.training.config import FinetuneConfig, PretrainConfig, run_config
 
 LAYOUTS = sorted((Path(__file__).parent / "runs").iterdir())
 

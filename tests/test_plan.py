@@ -11,21 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2v2 import recipes
-from w2v2.cli import main
-from w2v2.config import PretrainConfig
+from w2v2.cli.main import main
+from w2v2.cli.options import override
 from w2v2.errors import UsageError
-from w2v2.flops import forward_flops, peak_flops, training_flops, utilisation
-from w2v2.plan import (
-    Measured,
-    Plan,
-    batch_hours,
-    make_plan,
-    measure,
-    middle_mean,
-    published_wer,
-    settle,
-)
-from w2v2.verbs.settings import override
+from w2v2.model.flops import forward_flops, peak_flops, training_flops, utilisation
+from w2v2.training.config import PretrainConfig
+from w2v2.training.plan import Measured, Plan, batch_hours, make_plan, measure, middle_mean, published_wer, settle
 
 NANO = [
     "--model.n-layer", "1", "--model.n-embd", "48", "--model.ffn-dim", "48", "--data.batch-seconds", "4",

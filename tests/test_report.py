@@ -60,7 +60,7 @@ def pretrain_run(run: Path, rng: np.random.Generator, steps: int = 4000) -> None
     )
     model = {"_type": "w2v2.model.wav2vec2:ContrastiveConfig", "n_layer": 3, "n_embd": 192, "num_distractors": 100}
     config = {"recipe": "tiny", "model": model | {"n_groups": 2, "n_entries": 320, "mask_prob": 0.65}}
-    schedule = {"_type": "w2v2.optim:WarmupCosine", "peak": 1.2e-3, "total_steps": steps}
+    schedule = {"_type": "w2v2.training.optim:WarmupCosine", "peak": 1.2e-3, "total_steps": steps}
     write_settings(run, config | {"optim": {"schedule": schedule}, "train": {"precision": "32-true", "seed": 0}}, 120)
 
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from w2v2 import recipes
-from w2v2.config import TrainConfig
+from w2v2.data.batch import Batch
 from w2v2.data.corpora import read_corpus
-from w2v2.data.datamodule import Batch
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import ContrastiveConfig
-from w2v2.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
-from w2v2.tasks.pretrain import PretrainTask, step_seed, weighted_sum
-from w2v2.train import pretrain
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.training.config import TrainConfig
+from w2v2.training.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
+from w2v2.training.pretrain import PretrainTask, pretrain, weighted_sum
+from w2v2.training.task import step_seed
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 

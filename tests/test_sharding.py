@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from w2v2 import recipes
 from w2v2.errors import UsageError
-from w2v2.tasks.health import describe
-from w2v2.tasks.pretrain import MicroBatch
-from w2v2.tasks.sharding import whole, whole_weights
-from w2v2.train import check_device
+from w2v2.training.health import describe
+from w2v2.training.run import check_device
+from w2v2.training.sharding import whole, whole_weights
+from w2v2.training.task import MicroBatch
 
 
 def run_rank(rank, port, folder):

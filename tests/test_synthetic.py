@@ -17,9 +17,11 @@ import soxr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2v2.data import espeak, lexicon, synthetic
-from w2v2.data.synthetic import FAMILIES, SyntheticConfig, plan_speakers, speak, synthesize
 from w2v2.errors import UsageError
+from w2v2.synthetic import corpus as synthetic
+from w2v2.synthetic import espeak
+from w2v2.synthetic import grammar as lexicon
+from w2v2.synthetic.corpus import FAMILIES, SyntheticConfig, plan_speakers, speak, synthesize
 
 SMALL = SyntheticConfig(hours=0.03, valid_hours=0.01, test_hours=0.01, n_speakers=6, seed=3, jobs=1)
 
@@ -391,7 +393,7 @@ def test_module_needs_neither_torch_nor_lightning() -> None:
 import sys, types
 sys.modules["w2v2"] = parent = types.ModuleType("w2v2")
 parent.__path__ = [sys.argv[1]]
-import w2v2.data.synthetic
+import w2v2.synthetic.corpus
 print([name for name in sys.modules if name.split(".")[0] in sys.argv[2:]])
 """
     heavy = ["torch", "pytorch_lightning", "lightning", "lhotse", "transformers", "espeakng_loader"]

@@ -10,13 +10,22 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from w2v2.config import FinetuneConfig
-from w2v2.decode import Greedy, word_times
+from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
+from w2v2.inference.transcripts import word_times
 from w2v2.serial import from_dict, to_dict
-from w2v2.text import PhonemeVocabulary, PieceVocabulary, Vocabulary, frames_needed, load_vocabulary
-from w2v2.text_check import check_transcripts
-from w2v2.units import Characters, Phonemes, SentencePieces
+from w2v2.text.check import check_transcripts
+from w2v2.text.vocabulary import (
+    Characters,
+    Phonemes,
+    PhonemeVocabulary,
+    PieceVocabulary,
+    SentencePieces,
+    Vocabulary,
+    frames_needed,
+    load_vocabulary,
+)
+from w2v2.training.config import FinetuneConfig
 
 TEXTS = ["the cat sat on the mat", "a dog and a cat ran", "the man had a hat", "on and on the dog ran"] * 4
 

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 
 from w2v2 import recipes
-from w2v2.config import PretrainConfig
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
-from w2v2.data.datamodule import SpeechDataModule
-from w2v2.data.prepare import prepare
-from w2v2.data.synthetic import SyntheticConfig, synthesize
 from w2v2.errors import UsageError
+from w2v2.evaluation.scoring import Tally
+from w2v2.inference.recognizer import Recognizer
 from w2v2.model.masking import keyed_generator
-from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
-from w2v2.recognizer import Recognizer
+from w2v2.model.pretraining import Wav2Vec2ForPretraining
+from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
-from w2v2.scoring import Tally
-from w2v2.tasks.finetune import finetune, transcripts
-from w2v2.text import normalize_text
-from w2v2.train import evaluate_pretrained, pretrain
+from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+from w2v2.text.vocabulary import normalize_text
+from w2v2.training.config import PretrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.finetune import finetune, transcripts
+from w2v2.training.pretrain import evaluate_pretrained, pretrain
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
+
+Show = Callable[[str, float], None]
+"""Told a stage of a piece of work and the share of it that is done."""
+
+
+def quiet(stage: str, share: float) -> None:
+    """Show nothing."""
 
 
 class UsageError(ValueError):

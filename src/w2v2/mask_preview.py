@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from w2v2.config import PretrainConfig
 from w2v2.errors import UsageError
-from w2v2.flops import expected_coverage
+from w2v2.model.flops import expected_coverage
 from w2v2.model.masking import equalize_masks, keyed_generator, slices
-from w2v2.model.wav2vec2 import SAMPLE_RATE, ContrastiveConfig
-from w2v2.plan import crops
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.training.config import PretrainConfig
+from w2v2.training.plan import crops
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CUTS = 20_000

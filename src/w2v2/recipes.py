@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from w2v2.config import DataConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.data.config import DataConfig
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import ContrastiveConfig
-from w2v2.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.training.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
 
 T = TypeVar("T")
 
