@@ -22,7 +22,7 @@ from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.convert.conversion import read, read_ours, write_ours
 from w2v2.convert.huggingface import FIELDS, OTHERS, read_huggingface, write_huggingface
 from w2v2.model.masking import draw, keyed_generator
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
 from w2v2.recognizer import load_recognizer
 from w2v2.serial import load_config, save_config
 from w2v2.text import Vocabulary
@@ -660,4 +660,4 @@ def test_reading_what_was_written_by_hand_uses_both_readers(tmp_path):
     (tmp_path / "ours").mkdir()
     write_ours(contents, tmp_path / "ours")
     assert read_ours(tmp_path / "ours").config == contents.config
-    assert isinstance(contents.config, Wav2Vec2Config)
+    assert isinstance(contents.config, ContrastiveConfig)

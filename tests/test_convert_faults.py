@@ -20,7 +20,7 @@ from w2v2.convert.contents import renamed
 from w2v2.convert.fairseq import conv_layers
 from w2v2.convert.pickles import read_pickle
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.model.wav2vec2 import ContrastiveConfig
 from w2v2.text import Vocabulary
 
 FIRST = "wav2vec2.encoder.layers.0.attention.q_proj.weight"
@@ -344,8 +344,8 @@ def test_conv_layers_are_parsed_not_run():
 
 @pytest.mark.parametrize("to", ["hf", "fairseq"])
 def test_the_pages_own_base_has_no_twin_and_all_reasons_are_given(tmp_path, capsys, to):
-    config = replace(Wav2Vec2Config(), n_layer=1, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7, conv_norm="group:8",
-                     n_entries=8, codebook_dim=16, utterance_norm=True)  # fmt: skip
+    config = replace(ContrastiveConfig(), n_layer=1, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7,
+                     conv_norm="group:8", n_entries=8, codebook_dim=16, utterance_norm=True)  # fmt: skip
     folder = save_ours(config.build(), tmp_path / "run")
     line = refused(capsys, folder, tmp_path / "out", to)
     for said in (

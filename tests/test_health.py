@@ -21,7 +21,7 @@ from w2v2.data.corpora import Splits, read_corpus
 from w2v2.data.datamodule import SpeechDataModule
 from w2v2.errors import JobError
 from w2v2.model.transformer import PositionalConvEmbedding
-from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.model.wav2vec2 import ContrastiveConfig
 from w2v2.tasks.checkpoints import checkpoint_files, newest_good, step_of
 from w2v2.tasks.collapse import Alarm, CollapseDetector
 from w2v2.tasks.health import describe
@@ -306,7 +306,7 @@ class Fragile(PositionalConvEmbedding):
 
 
 @dataclass(kw_only=True)
-class FragileConfig(Wav2Vec2Config):
+class FragileConfig(ContrastiveConfig):
     def build_positional_embedding(self):
         return Fragile(self.n_embd, self.pos_conv_kernel, self.pos_conv_groups)
 

@@ -13,7 +13,7 @@ from w2v2 import recipes
 from w2v2.cli import main
 from w2v2.errors import UsageError
 from w2v2.mask_preview import measure_spans, preview_masks
-from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.model.wav2vec2 import ContrastiveConfig
 
 
 def exact_coverage(frames: int, prob: float, span: int, min_spans: int = 2) -> float:
@@ -88,7 +88,7 @@ def test_spans_are_counted_as_by_hand() -> None:
 
 def test_a_model_of_ones_own_is_asked_for_its_own_masks() -> None:
     @dataclass(kw_only=True)
-    class Comb(Wav2Vec2Config):
+    class Comb(ContrastiveConfig):
         def sample_mask(self, n_frames, rng):
             return torch.arange(n_frames) % 4 == 0
 

@@ -652,43 +652,6 @@ def test_planning_a_pass_takes_no_more_memory_for_more_rows(tmp_path: Path) -> N
 # --- Verbs ------------------------------------------------------------------------------------------------------------
 
 
-def test_bench_measures_a_folder_and_shards_over_http(
-    source: Path, corpora: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with serve(corpora["flac"]) as server:
-        call = [
-            "bench",
-            "data",
-            str(source),
-            server.url,
-            "--seconds",
-            "0.3",
-            "--step-seconds",
-            "0.01",
-            "--workers",
-            "1",
-        ]
-        assert main([*call, "--batch-seconds", "16", "--json"]) == 0
-        assert any(request.path.endswith(".tar") and request.sent for request in server.log)
-    files, shards = json.loads(capsys.readouterr().out)
-    assert (files["source"], shards["source"]) == (str(source), server.url)
-    assert files["kind"].endswith(" files") and shards["kind"] == "remote shards"
-    for row in (files, shards):
-        assert row["hours_per_second"] * 3600 == pytest.approx(row["real_time"]) and row["real_time"] > 0
-        assert row["batches_per_second"] > 0 and row["wait"] >= 0 and 0 <= row["wait_share"] <= 1
-
-
-def test_bench_measures_a_step_however_short_its_time_and_refuses_a_corpus_without_training_data(
-    corpora: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "data", str(corpora["wav"]), "--seconds", "0", "--step-seconds", "0", "--workers", "0"]) == 0
-    found = json.loads((corpora["wav"] / "corpus.json").read_text())
-    found["splits"] = {"test": found["splits"]["train"]}
-    (tmp_path / "corpus.json").write_text(json.dumps(found))
-    assert main(["bench", "data", str(tmp_path)]) == 2
-    assert "no split 'train'" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus: one utterance of speaker 1 without a transcript, one of 2 with too long a one; a subset."""

@@ -280,7 +280,7 @@ def test_a_configuration_of_an_older_version_gets_defaults_and_one_of_a_newer_is
     del values["train"]["shard"], values["model"]["sub_batch_seconds"]
     assert from_dict(values, PretrainConfig) == recipes.tiny()
     values["model"]["warp"] = 9
-    with pytest.raises(UsageError, match=r"Wav2Vec2Config has fields that this version does not know: warp; use"):
+    with pytest.raises(UsageError, match=r"ContrastiveConfig has fields that this version does not know: warp; use"):
         from_dict(values, PretrainConfig)
 
 

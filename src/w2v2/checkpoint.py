@@ -126,7 +126,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
     """The model of a pretraining run, or of a folder of weights of one, in evaluation mode."""
-    return load_weights(model_config(run).build(), run).eval()
+    model = model_config(run).build()
+    if not isinstance(model, Wav2Vec2ForPretraining):
+        raise UsageError(f"{run} holds a {type(model).__name__}; expected a contrastive model of 'w2v2 pretrain'")
+    return load_weights(model, run).eval()
 
 
 def load_model(folder: Path) -> Wav2Vec2:

@@ -15,7 +15,7 @@ from w2v2.config import PretrainConfig
 from w2v2.errors import UsageError
 from w2v2.flops import expected_coverage
 from w2v2.model.masking import equalize_masks, keyed_generator, slices
-from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.model.wav2vec2 import SAMPLE_RATE, ContrastiveConfig
 from w2v2.plan import crops
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -78,6 +78,7 @@ def _preview(config: PretrainConfig, seconds: float, draws: int) -> MaskRow:
     frames = model.frames([samples])[0]
     if frames < 3:
         raise UsageError(f"--durations must give at least 3 frames to mask, got {seconds:g} s: {frames} frames")
+    assert isinstance(model, ContrastiveConfig)
     batch = max(model.sub_batches([samples] * crops(config.data, seconds)))
     rngs = [keyed_generator(config.train.seed, samples, i) for i in range(draws)]
     masks = [model.sample_mask(frames, rng) for rng in rngs]

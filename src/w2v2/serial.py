@@ -53,6 +53,10 @@ def from_dict(values: Any, kinds: type[T] | tuple[type[T], ...]) -> T:
     return config
 
 
+_RENAMED = {"w2v2.model.wav2vec2:Wav2Vec2Config": "ContrastiveConfig"}
+"""What types that older versions stored are called today: until December 2026 that one held the objective, too."""
+
+
 def _type_name(kind: type) -> str:
     return kind.__name__ if _is_ours(kind.__module__) else f"{kind.__module__}:{kind.__qualname__}"
 
@@ -62,6 +66,7 @@ def _is_ours(module: str) -> bool:
 
 
 def _resolve(name: str, kinds: tuple[type[T], ...]) -> type[T]:
+    name = _RENAMED.get(name, name)
     module, _, qualname = name.rpartition(":")
     kind: Any = None
     if module and not _is_ours(module):

@@ -61,6 +61,7 @@ def pretrain(
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
+    assert isinstance(model, Wav2Vec2ForPretraining)
     if init_from is not None:
         load_weights(model, init_from)
     start_folder(out, config, splits, resume)

@@ -171,7 +171,7 @@ def _utterances(model: Any, contents: Contents) -> list[_Utterance]:
     for turn, frames in enumerate(FRAMES):
         audio = torch.randn(field + hop * (frames - 1) + turn * hop // len(FRAMES), generator=rng)
         targets = torch.tensor([labels[i % len(labels)] for i in range(frames // 3)] if labels else [])
-        mask, distractors = torch.zeros(frames, dtype=torch.bool), torch.zeros(0, config.num_distractors).long()
+        mask, distractors = torch.zeros(frames, dtype=torch.bool), torch.zeros(0, 0).long()
         if isinstance(model, Wav2Vec2ForPretraining):
             mask = Wav2Vec2Config().sample_mask(frames, keyed_generator(SEED, frames))
             distractors = _distractors(model, audio, mask)
@@ -237,7 +237,7 @@ def _theirs(model: Any, batch: Sequence[_Utterance], contents: Contents, *, atte
         results |= {"log_probs": _join(out.logits.log_softmax(-1), frames), "ctc": out.loss}
     if contents.kind is Wav2Vec2ForPretraining:
         masks = pad_sequence([row.mask for row in batch], batch_first=True)  # (B, T)
-        negatives = torch.zeros(*masks.shape, contents.config.num_distractors, dtype=torch.long)  # among B * T frames
+        negatives = torch.zeros(*masks.shape, contents.contrastive.num_distractors, dtype=torch.long)
         for b, row in enumerate(batch):
             negatives[b, masks[b]] = row.mask.nonzero().flatten()[row.distractors] + b * max(frames)
         out = model(audio, attention_mask=mask, mask_time_indices=masks, sampled_negative_indices=negatives)

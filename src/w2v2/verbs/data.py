@@ -1,14 +1,11 @@
-"""``w2v2 prepare`` and ``w2v2 bench``."""
+"""``w2v2 prepare``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from w2v2.errors import UsageError
@@ -19,12 +16,7 @@ log = logging.getLogger("w2v2")
 
 
 def add(verb: AddVerb) -> None:
-    """Add the verbs."""
-    _add_prepare(verb)
-    _add_bench(verb)
-
-
-def _add_prepare(verb: AddVerb) -> None:
+    """Add the verb."""
     sub = verb(
         "prepare",
         _prepare,
@@ -126,31 +118,3 @@ def _synthesize(args: argparse.Namespace) -> Path:
     with progress("synthesise") as show:
         synthesize(audio, SyntheticConfig.sized(args.hours, args.seed), lambda share: show("synthesise", share))
     return audio
-
-
-def _add_bench(verb: AddVerb) -> None:
-    bench = verb("bench", _bench, "speed of data loading: audio-hours per second by source, and the wait of a step")
-    bench.add_argument("what", choices=["data"], help="what to measure")
-    bench.add_argument("data", nargs="+", help="prepared corpora (folders, https:// or s3://), or folders of audio")
-    bench.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
-    bench.add_argument("--batch-seconds", type=float, default=87.5, help="audio in a batch, s (default: %(default)s)")
-    bench.add_argument("--step-seconds", type=float, default=0.25, help="of a training step (default: %(default)s)")
-    bench.add_argument("--seconds", type=float, default=10.0, help="for each measurement (default: %(default)s)")
-    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _bench(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.bench import data_speed, speed_table
-    from w2v2.config import DataConfig, TrainConfig, check_run
-
-    config = DataConfig(num_workers=args.workers, batch_seconds=args.batch_seconds)
-    check_run(config, TrainConfig())
-    with progress("bench") as show:
-        rows = []
-        for i, source in enumerate(args.data):
-            rows.append(data_speed(source, config, step_seconds=args.step_seconds, seconds=args.seconds))
-            show("bench", (i + 1) / len(args.data))
-    if args.json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    else:
-        sys.stdout.write("\n".join(speed_table(rows, args.step_seconds, args.workers)) + "\n")
