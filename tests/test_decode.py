@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arpa import read_arpa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -21,7 +22,7 @@ from w2v2 import recipes
 from w2v2.decoding.beam import BeamConfig, make_decoder
 from w2v2.decoding.greedy import Greedy, Hypothesis
 from w2v2.decoding.kneser_ney import estimate
-from w2v2.decoding.ngram import NGram, read_arpa
+from w2v2.decoding.ngram import NGram
 from w2v2.errors import JobError, UsageError
 from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
 from w2v2.inference.transcripts import label_scores, word_times
@@ -102,7 +103,7 @@ def lexicon_scores(
             words = spelled_words(ids, vocabulary)
             if all(word in lexicon for word in words):
                 score += config.silence_score * path.count(vocabulary.boundary) + config.word_score * len(words)
-                score += config.lm_weight * lm.log_prob(words) if lm else 0.0
+                score += config.lm_weight * lm.log_probs(words).sum() if lm else 0.0
                 yield words, score + config.hot_word_boost * sum(word in hot for word in words)
 
     return gather(every(), config)
@@ -192,7 +193,7 @@ def test_scores_with_an_lm_equal_the_formula_on_all_paths(
     assert spelled_words(found.ids, SMALL) == words
     acoustic = check_frames(found, log_probs, SMALL)
     if not sum_paths and not silence_score:
-        terms = lm_weight * model.log_prob(words) + word_score * len(words)
+        terms = lm_weight * model.log_probs(words).sum() + word_score * len(words)
         assert found.score == pytest.approx(acoustic + terms, abs=1e-4)
 
 

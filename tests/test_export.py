@@ -22,7 +22,7 @@ from conftest import sound
 from torch import Tensor, nn
 
 import w2v2
-from w2v2.checkpoint.card import last_validation, write_card
+from w2v2.checkpoint.card import write_card
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.errors import JobError
@@ -30,7 +30,7 @@ from w2v2.export import compare
 from w2v2.files import new_folder
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
-from w2v2.serial import save_config
+from w2v2.serial import load_config, save_config
 from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -119,9 +119,7 @@ def test_what_is_beside_a_graph_says_what_it_is(exports: dict[tuple[str, str], P
     assert {case["batch"] for case in check["checks"]} == {1, 3}
     assert 0 <= check["largest_difference"] <= check["limit"] == 1e-4
     assert {"torch", "onnx", "onnxruntime"} <= check["packages"].keys()
-    assert w2v2.load(runs["ctc"]).model.config == w2v2.training.config.load_config(
-        folder / "config.json", ContrastiveConfig
-    )
+    assert w2v2.load(runs["ctc"]).model.config == load_config(folder / "config.json", ContrastiveConfig)
     assert (folder / "vocab.json").read_text() == (runs["ctc"] / "vocab.json").read_text()
     extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
     audio = speech(1, 16_000)
@@ -254,7 +252,7 @@ def test_a_wrong_folder_or_option_is_one_line_and_leaves_nothing(
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     theirs, file = tmp_path / "theirs", tmp_path / "wav2vec_small.pt"
-    transformers.Wav2Vec2Config().save_pretrained(theirs)
+    transformers.ContrastiveConfig().save_pretrained(theirs)
     file.write_bytes(b"PK")
     places = {**runs, "nowhere": Path("nowhere"), "corpus": corpus, "theirs": theirs, "file": file}
     options = [str(corpus) if option == "CORPUS" else option for option in options]
@@ -296,13 +294,12 @@ def test_a_card_has_its_facts_and_its_code_runs(
     assert front["license"] == "cc-by-4.0" and front["datasets"] == [corpus.name]
     assert front["pipeline_tag"] == ("feature-extraction" if kind == "pre" else "automatic-speech-recognition")
     assert str(corpus.parent) not in text and str(runs[kind].parent) not in text  # nothing about this machine
+    check = json.loads((folder / "export.json").read_text())
     environment = json.loads((runs[kind] / "environment.json").read_text())
     train = environment["data"]["train"]
-    assert f"| train | {train['hours']:.2f} | {train['utterances']} | {train['speakers']} |" in text
-    rows = (runs[kind] / "metrics.csv").read_text().splitlines()
-    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
-    assert f"| loss | {float(last['valid/loss']):.6g} |" in text
-    assert f"Heard in training: {float(last['train/hours_heard']):.2f} h" in text
+    assert f"on {train['hours']:.2f} hours of `{corpus.name}`, {train['speakers']} speakers" in text
+    assert front["library_name"] == "w2v2" and to.split("-")[0] in "".join(front["tags"])
+    assert "None were measured" in text and f"{check['largest_difference']:.1e}" in text
 
     audio = sound(2.0, seed=3)
     soundfile.write(folder / "speech.wav", audio, 16_000, subtype="FLOAT")
@@ -351,20 +348,23 @@ def test_the_card_has_what_was_evaluated(
     path.write_text(json.dumps(found))
     write_card(run, folder, name="a")
     text = (folder / "README.md").read_text()
-    section = text.split("## Evaluation: valid\n")[1].split("##")[0]
-    assert f"`{corpus.name}`, decoded greedily" in section and str(corpus) not in text
-    for name, value in (("wer", found["wer"]), ("cer", found["cer"]), ("utterances", found["utterances"])):
-        assert f"| {name} | {value:.6g} |" in section
-    assert "| wer, 95% interval | 0.125 to 0.5 |" in section and "cer, 95%" not in section
+    assert str(corpus) not in text and "None were measured" not in text
+    rates = f"{100 * found['wer']:.2f} (12.50 to 50.00) | {100 * found['cer']:.2f} |"
+    assert f"| `{corpus.name}` | valid | greedy | {found['utterances']} | {rates}" in text
 
 
-def test_the_last_validation_of_a_run(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    assert last_validation(path) == {}
-    path.write_text(
-        "step,train/loss,train/hours_heard,valid/loss,valid/wer\n1,5,0.5,,\n2,,,4,0.9\n3,3,1.5,,\n4,,,2,0.5\n5,1,2.5,,\n"
-    )
-    assert last_validation(path) == {"step": 4, "hours_heard": 1.5, "loss": 2, "wer": 0.5}
+def test_without_the_hub_s_client_there_is_no_card_and_a_licence_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = weights(tmp_path / "run", ContrastiveConfig)
+    monkeypatch.setattr("w2v2.cli.export.find_spec", lambda name: None)
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", "torch", "--license", "mit"]) == 2
+    assert "pip install 'w2v2[hf]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", "torch"]) == 0
+    assert "without a model card" in caplog.text and not (tmp_path / "out" / "README.md").exists()
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

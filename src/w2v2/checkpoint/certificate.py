@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from w2v2.checkpoint.contents import Contents
 from w2v2.checkpoint.huggingface import class_name
-from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.errors import JobError, UsageError
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.losses import ctc_loss
@@ -32,8 +32,6 @@ from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 
 SCHEMA, SEED, TOLERANCE = 2, 0, 1e-5
-
-
 FRAMES = (24, 57, 150)
 """Lengths of the audio, frames: even and odd, from half a second, the least that has masks, to three."""
 
@@ -43,10 +41,11 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+Show = Callable[[str, float], None]
 """Takes a stage and the share of it done, as ``progress`` gives one."""
 
 
-def certify(contents: Contents, theirs: Path | None, show: Show = quiet) -> dict[str, Any]:
+def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, share: None) -> dict[str, Any]:
     """Compare a model with transformers'.
 
     Args:
@@ -240,9 +239,7 @@ def _theirs(model: Any, batch: Sequence[_Utterance], contents: Contents, *, atte
         results |= {"log_probs": _join(out.logits.log_softmax(-1), frames), "ctc": out.loss}
     if contents.kind is Wav2Vec2ForPretraining:
         masks = pad_sequence([row.mask for row in batch], batch_first=True)  # (B, T)
-        negatives = torch.zeros(
-            *masks.shape, contents.contrastive.num_distractors, dtype=torch.long
-        )  # among B * T frames
+        negatives = torch.zeros(*masks.shape, contents.contrastive.num_distractors, dtype=torch.long)
         for b, row in enumerate(batch):
             negatives[b, masks[b]] = row.mask.nonzero().flatten()[row.distractors] + b * max(frames)
         out = model(audio, attention_mask=mask, mask_time_indices=masks, sampled_negative_indices=negatives)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 from w2v2.cli.options import AddVerb
-from w2v2.cli.progress import progress
 from w2v2.errors import UsageError
 
 log = logging.getLogger("w2v2")
@@ -37,17 +37,24 @@ def add(verb: AddVerb) -> None:
 
 
 def _export(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.checkpoint.card import expect_hub, push, write_card
+    from w2v2.checkpoint.card import write_card
+    from w2v2.checkpoint.hub import expect_hub, push
     from w2v2.files import new_folder
 
     if args.to != "onnx" and (args.int8 or args.data):
         raise UsageError(f"--int8 and --data are for --to onnx, got --to {args.to}")
+    has_hub = find_spec("huggingface_hub") is not None
+    if not has_hub and (args.license or args.push_to_hub):
+        raise UsageError("--license and --push-to-hub need huggingface_hub: pip install 'w2v2[hf]'")
     if args.push_to_hub:
         expect_hub(args.push_to_hub)
     with new_folder(args.out) as folder:
         _write(args, folder)
-        write_card(args.model, folder, name=args.out.name, license_id=args.license)
-    log.info("wrote %s; look at %s", args.out, args.out / "README.md")
+        if has_hub:
+            write_card(args.model, folder, name=args.out.name, license_id=args.license)
+    log.info("wrote %s; look at %s", args.out, args.out / ("README.md" if has_hub else "export.json"))
+    if not has_hub:
+        log.warning("without a model card, which needs huggingface_hub: pip install 'w2v2[hf]'")
     if args.push_to_hub:
         log.info("pushed to %s", push(args.out, args.push_to_hub))
 
@@ -69,5 +76,4 @@ def _write(args: argparse.Namespace, folder: Path) -> None:
                 got = ", ".join(splits)
                 raise UsageError(f"--split must be one of {got}, which {args.data} has; got {args.split!r}")
             speech = splits, args.split
-        with progress("export") as show:
-            export_onnx(args.model, folder, int8=args.int8, speech=speech, show=show)
+        export_onnx(args.model, folder, int8=args.int8, speech=speech)

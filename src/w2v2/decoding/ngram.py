@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,29 +26,14 @@ from numpy.typing import NDArray
 from w2v2.errors import UsageError
 
 UNKNOWN, START, END = SPECIAL = ("<unk>", "<s>", "</s>")
-
-
 NO_PROBABILITY = -99.0
 """log10 of zero, as SRILM writes it: of ``<s>``, which is never predicted."""
-
-
-_KENLM_UNKNOWN = -100.0
-"""log10 that KenLM gives unknown words where the file has no ``<unk>``."""
-
-
 ORDERS = range(2, 7)
 """N that KenLM's reader in flashlight takes."""
-
-
 _BEGIN, _FINISH = "\\data\\", "\\end\\"
-
-
 _SENTENCES_AT_ONCE = 50_000
 
-
 Ints = NDArray[np.int64]
-
-
 Floats = NDArray[np.float64]
 
 
@@ -95,10 +79,6 @@ class NGram:
     def log_probs(self, words: Sequence[str]) -> Floats:
         """(words + 1,) log10 p of each word after all before it, and of the sentence end."""
         return self._log10(*encode([words], self.numbers))
-
-    def log_prob(self, words: Sequence[str]) -> float:
-        """log10 p of a whole sentence, its end included; unknown words count as ``<unk>``, as in KenLM."""
-        return float(self.log_probs(words).sum())
 
     def score(self, sentences: Iterable[Sequence[str]]) -> Score:
         """Of a text of any size."""
@@ -226,86 +206,31 @@ def arpa_words(path: Path) -> list[str]:
     Raises:
         UsageError: something else.
     """
-    unigrams = itertools.takewhile(lambda entry: entry[0] == 1, _entries(path))
-    return [words[0] for _, _, words, _ in unigrams if words[0] not in SPECIAL]
-
-
-def read_arpa(path: Path) -> NGram:
-    """Read an ARPA file of any tool; without ``<unk>`` unknown words get 1e-100, as in KenLM.
-
-    Raises:
-        UsageError: something else.
-    """
-    numbers = {word: number for number, word in enumerate(SPECIAL)}
-    rows: list[array[int]] = []
-    values: list[tuple[array[float], array[float]]] = []
-    for n, prob, words, backoff in _entries(path):
-        if n == 1:
-            numbers.setdefault(words[0], len(numbers))
-        if n > len(rows):
-            rows.append(array("q"))
-            values.append((array("d"), array("d")))
-        rows[n - 1].extend([numbers.get(word, -1) for word in words])
-        values[n - 1][0].append(prob)
-        values[n - 1][1].append(backoff)
-    if not rows:
-        raise UsageError(f"{path} has no n-grams; expected an ARPA file")
-    columns = [np.array(row, dtype=np.int64).reshape(-1, n) for n, row in enumerate(rows, 1)]
-    probs, backoffs = ([np.array(v[i]) for v in values] for i in (0, 1))
-    return _sorted_model(path, tuple(numbers), columns, probs, backoffs)
-
-
-def _sorted_model(
-    path: Path, words: tuple[str, ...], columns: list[Ints], probs: list[Floats], backoffs: list[Floats]
-) -> NGram:
-    n_words = len(words)
-    unigrams = [np.full(n_words, _KENLM_UNKNOWN), np.zeros(n_words)]
-    for table, values in zip(unigrams, (probs[0], backoffs[0]), strict=True):
-        table[columns[0][:, 0]] = values
-    keys = [np.arange(n_words)]
-    made = NGram(words, (keys[0],), (unigrams[0],), ())
-    all_probs, all_backoffs = [unigrams[0]], [unigrams[1]]
-    for n in range(2, len(columns) + 1):
-        rows = columns[n - 1]
-        prefix = rows[:, 0]
-        for length in range(2, n):
-            prefix = made._find(length, prefix, rows[:, length - 1])
-        if (prefix < 0).any() or (rows < 0).any():
-            bad = rows[(prefix < 0) | (rows < 0).any(1)][0]
-            text = " ".join(words[number] if number >= 0 else "?" for number in bad)
-            raise UsageError(f"{path} has the {n}-gram {text!r} without its words or history; write the file again")
-        order = np.argsort(prefix * n_words + rows[:, -1], kind="stable")
-        keys.append((prefix * n_words + rows[:, -1])[order])
-        all_probs.append(probs[n - 1][order])
-        all_backoffs.append(backoffs[n - 1][order])
-        made = NGram(words, tuple(keys), tuple(all_probs), tuple(all_backoffs[:-1]))
-    return made
-
-
-def _entries(path: Path) -> Iterator[tuple[int, float, list[str], float]]:
-    """(n, log10 probability, words, log10 back-off weight) of each line of an ARPA file."""
-    n, begun = 0, False
+    words: list[str] = []
+    title = ""
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             text = line.strip()
             if text.startswith("\\"):
-                title = re.fullmatch(r"\\(\d+)-grams:", text)
-                n, begun = int(title[1]) if title else 0, begun or text == _BEGIN
-                if text == _FINISH:
-                    return
-            elif text and not begun:
+                if title == "\\1-grams:":
+                    return [word for word in words if word not in SPECIAL]
+                title = text
+            elif text and not title:
                 break
-            elif text and n:
+            elif text and title == "\\1-grams:":
                 fields = text.split()
-                try:
-                    backoff = float(fields[n + 1]) if len(fields) == n + 2 else 0.0
-                    entry = n, float(fields[0]), fields[1 : n + 1], backoff
-                except (ValueError, IndexError):
-                    fields = []
-                if not n + 1 <= len(fields) <= n + 2:
+                if not 2 <= len(fields) <= 3 or not all(map(_is_number, fields[::2])):
                     raise UsageError(
-                        f"{path}:{number} is no line of {n}-grams: {text[:80]!r}; expected a log10 probability, {n} "
-                        "words and perhaps a log10 back-off weight"
+                        f"{path}:{number} is no line of 1-grams: {text[:80]!r}; expected a log10 probability, a word "
+                        "and perhaps a log10 back-off weight"
                     )
-                yield entry
+                words.append(fields[1])
     raise UsageError(f"{path} is no whole ARPA file; expected {_BEGIN} at its start and {_FINISH} at its end")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -69,9 +69,9 @@ def tune(
 ) -> Tuning:
     """Search for the LM weight and word score of the fewest word errors.
 
-    The first trial is the configuration to start from, up to half of all are a scrambled Sobol sequence over the whole
-    of [0, 5] x [-5, 5] (the paper's, which it searches with 128 trials of Bayesian optimisation), and the rest, in
-    rounds of eight, one over boxes around the best so far, each half as wide as the one before.
+    The first trial is the configuration to start from; the others are a scrambled Sobol sequence, up to half of it over
+    the whole of [0, 5] x [-5, 5] (the paper's, which it searches with 128 trials of Bayesian optimisation), the rest
+    over boxes around the best so far, which are half as wide after every eight.
 
     Args:
         make: a decoder with other weights; ``tuned`` of what ``make_decoder`` made.
@@ -100,34 +100,18 @@ def _errors(trial: Trial) -> tuple[float, float]:
 def _proposals(start: BeamConfig, trials: int, seed: int, made: list[Trial]) -> Iterator[tuple[float, float]]:
     """Weights to try, given those that were tried."""
     yield start.lm_weight, start.word_score
-    whole = max((trials - 1) // 2, min(trials - 1, _ROUND))
-    yield from _box(whole, seed, (LM_WEIGHTS, WORD_SCORES))
-    for turn in range(1, trials):
-        count = min(_ROUND, trials - len(made))
-        if count <= 0:
-            return
-        best, share = min(made, key=_errors), 0.5**turn
-        near = [
-            _around(center, limits, share)
-            for center, limits in ((best.lm_weight, LM_WEIGHTS), (best.word_score, WORD_SCORES))
-        ]
-        yield from _box(count, seed + turn, (near[0], near[1]))
+    points = SobolEngine(2, scramble=True, seed=seed).draw(trials - 1).tolist() if trials > 1 else []
+    whole = max(len(points) // 2, min(len(points), _ROUND))
+    for turn, (x, y) in enumerate(points):
+        best, share = min(made, key=_errors), 0.5 ** (1 + (turn - whole) // _ROUND) if turn >= whole else None
+        yield _within(x, LM_WEIGHTS, best.lm_weight, share), _within(y, WORD_SCORES, best.word_score, share)
 
 
-def _around(center: float, limits: tuple[float, float], share: float) -> tuple[float, float]:
-    """The part of an interval, ``share`` of it wide, around a point; less where it would leave it."""
-    half = share * (limits[1] - limits[0]) / 2
-    return max(limits[0], center - half), min(limits[1], center + half)
-
-
-def _box(
-    count: int, seed: int, limits: tuple[tuple[float, float], tuple[float, float]]
-) -> Iterator[tuple[float, float]]:
-    if not count:
-        return
-    for point in SobolEngine(2, scramble=True, seed=seed).draw(count).tolist():
-        weight, score = (low + x * (high - low) for x, (low, high) in zip(point, limits, strict=True))
-        yield weight, score
+def _within(x: float, limits: tuple[float, float], center: float, share: float | None) -> float:
+    """A point, given in [0, 1], of an interval, or of a ``share`` of it around its center, cut at its limits."""
+    half = (limits[1] - limits[0]) / 2 * (share or 0.0)
+    low, high = limits if share is None else (max(limits[0], center - half), min(limits[1], center + half))
+    return low + x * (high - low)
 
 
 def _trial(

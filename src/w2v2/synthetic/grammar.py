@@ -53,23 +53,6 @@ def rules() -> dict[str, list[str]]:
     return table
 
 
-@cache
-def vocabulary() -> frozenset[str]:
-    """Every word that a sentence can hold, in upper case."""
-    reached, todo = set(), ["S"]
-    words: set[str] = {"AN"}
-    while todo:
-        name = todo.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for alternative in rules()[name]:
-            todo += re.findall(r"\{(\w+)\}", alternative)
-            words.update(transcript(re.sub(r"\{\w+\}('s)?", " ", alternative)).split())
-    owners = rules()["NAME"] + rules()["PERSON_SG"]
-    return frozenset(words | {f"{owner}'s".upper() for owner in owners})
-
-
 def sentence(rng: np.random.Generator) -> str:
     """One random sentence in ordinary spelling, with its punctuation."""
 
