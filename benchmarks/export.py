@@ -22,10 +22,10 @@ import torch
 
 from w2v2 import Wav2Vec2ForCTC, recipes
 from w2v2.checkpoint import save_weights
-from w2v2.config import save_config
 from w2v2.convert.check import CHECK
 from w2v2.convert.onnx import INT8, MODEL, TORCH, eager, export_onnx, export_torch, onnx_session, speed
 from w2v2.data.corpora import read_corpus
+from w2v2.serial import save_config
 from w2v2.text import Vocabulary
 
 PACKAGES = ("w2v2", "torch", "onnx", "onnxscript", "onnxruntime")

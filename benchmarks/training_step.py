@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Wav2Vec2Config as HFConfig
+from transformers import ContrastiveConfig as HFConfig
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import recipes

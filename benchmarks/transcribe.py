@@ -32,11 +32,11 @@ import torch
 
 from w2v2 import recipes
 from w2v2.checkpoint import save_weights
-from w2v2.config import save_config
 from w2v2.decode import BeamConfig, Decoder, Greedy, make_decoder
 from w2v2.formats import Transcript
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 from w2v2.recognizer import Recognizer, load_recognizer
+from w2v2.serial import save_config
 from w2v2.text import Vocabulary
 from w2v2.transcribe import Layout, source_of, transcribe
 

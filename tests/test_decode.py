@@ -23,7 +23,7 @@ from w2v2.errors import JobError, UsageError
 from w2v2.kneser_ney import estimate
 from w2v2.lm import NGram, read_arpa
 from w2v2.model.feature_encoder import FeatureEncoder
-from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.model.wav2vec2 import ContrastiveConfig
 from w2v2.text import Vocabulary
 from w2v2.tuning import EmissionCache, Trial, tune, weights_key
 
@@ -609,7 +609,7 @@ def test_words_far_from_each_other_do_not_begin_in_the_pause() -> None:
     assert word_times(alone, VOCABULARY, lambda frame: frame / 50)[0].start == pytest.approx(1.0 - 0.01 - 0.06)
 
 
-STRANGE = Wav2Vec2Config(
+STRANGE = ContrastiveConfig(
     conv_channels=(512,) * 4, conv_kernel_sizes=(7, 4, 1, 6), conv_strides=(3, 2, 2, 5), conv_paddings=(5, 0, 1, 4)
 )
 
@@ -617,7 +617,7 @@ STRANGE = Wav2Vec2Config(
 @pytest.mark.parametrize(
     "config", [recipes.base().model, recipes.paper_base().model, STRANGE], ids=["base", "paper_base", "strange"]
 )
-def test_a_frame_is_at_the_middle_of_what_it_sees(config: Wav2Vec2Config) -> None:
+def test_a_frame_is_at_the_middle_of_what_it_sees(config: ContrastiveConfig) -> None:
     """Impulse response of the convolutions alone, backwards: which samples a frame depends on, and how much."""
     layers = len(config.conv_kernel_sizes)
     geometry = (config.conv_kernel_sizes, config.conv_strides, config.conv_paddings)

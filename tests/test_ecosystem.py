@@ -22,9 +22,10 @@ from w2v2 import (
     recipes,
 )
 from w2v2.checkpoint import save_weights
-from w2v2.config import FinetuneConfig, PretrainConfig, save_config
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.data.corpora import read_corpus
 from w2v2.errors import UsageError
+from w2v2.serial import save_config
 from w2v2.text import Vocabulary
 
 WORDS = Vocabulary.from_texts(["SUN MOON STAR SKY RAIN WIND"])

@@ -24,7 +24,7 @@ from lhotse import fastcopy
 from w2v2 import recipes
 from w2v2.checkpoint import CONFIG, VOCABULARY, save_weights
 from w2v2.cli import main
-from w2v2.config import DataConfig, FinetuneConfig, load_config, save_config
+from w2v2.config import DataConfig, FinetuneConfig
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.datamodule import whole_utterances
 from w2v2.decode import Greedy
@@ -32,6 +32,7 @@ from w2v2.evaluate import error_rates, evaluate, paired_test
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 from w2v2.recognizer import Recognizer
 from w2v2.scoring import Tally
+from w2v2.serial import load_config, save_config
 from w2v2.significance import MAX_GROUPS, Units, _standard_error, paired_difference, ratio_interval
 from w2v2.text import Vocabulary
 from w2v2.tuning import EmissionCache, weights_key

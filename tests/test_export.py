@@ -24,12 +24,12 @@ from torch import Tensor, nn
 import w2v2
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
-from w2v2.config import save_config
 from w2v2.convert.card import last_validation, write_card
 from w2v2.convert.check import compare
 from w2v2.convert.folder import new_folder
 from w2v2.errors import JobError
-from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2ForCTC
+from w2v2.serial import save_config
 from w2v2.text import PhonemeVocabulary, PieceVocabulary, Vocabulary
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -118,7 +118,7 @@ def test_what_is_beside_a_graph_says_what_it_is(exports: dict[tuple[str, str], P
     assert {case["batch"] for case in check["checks"]} == {1, 3}
     assert 0 <= check["largest_difference"] <= check["limit"] == 1e-4
     assert {"torch", "onnx", "onnxruntime"} <= check["packages"].keys()
-    assert w2v2.load(runs["ctc"]).model.config == w2v2.config.load_config(folder / "config.json", Wav2Vec2Config)
+    assert w2v2.load(runs["ctc"]).model.config == w2v2.config.load_config(folder / "config.json", ContrastiveConfig)
     assert (folder / "vocab.json").read_text() == (runs["ctc"] / "vocab.json").read_text()
     extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
     audio = speech(1, 16_000)
@@ -165,7 +165,7 @@ class TwoFaced(nn.Module):
 
 
 @dataclass(kw_only=True)
-class TwoFacedConfig(Wav2Vec2Config):
+class TwoFacedConfig(ContrastiveConfig):
     def build_positional_embedding(self) -> nn.Module:
         return TwoFaced()
 
@@ -178,12 +178,12 @@ class Dynamic(nn.Module):
 
 
 @dataclass(kw_only=True)
-class DynamicConfig(Wav2Vec2Config):
+class DynamicConfig(ContrastiveConfig):
     def build_positional_embedding(self) -> nn.Module:
         return Dynamic()
 
 
-def weights(folder: Path, kind: type[Wav2Vec2Config], vocabulary: Vocabulary | None = None) -> Path:
+def weights(folder: Path, kind: type[ContrastiveConfig], vocabulary: Vocabulary | None = None) -> Path:
     """A folder of weights of a very small model."""
     config = kind(
         n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(16,) * 7, conv_norm="group:4", n_entries=8,
@@ -203,7 +203,7 @@ def weights(folder: Path, kind: type[Wav2Vec2Config], vocabulary: Vocabulary | N
     ("kind", "message"), [(TwoFacedConfig, "differs from the model by"), (DynamicConfig, "cannot be exported")]
 )
 def test_a_graph_that_is_not_the_model_is_refused_and_nothing_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, kind: type[Wav2Vec2Config], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, kind: type[ContrastiveConfig], message: str
 ) -> None:
     run = weights(tmp_path / "run", kind)
     assert main(["export", str(run), str(tmp_path / "out"), "--to", to]) == 1
@@ -322,7 +322,7 @@ VOCABULARIES = {
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
 def test_the_code_of_a_card_spells_any_vocabulary(kind: str, tmp_path: Path) -> None:
-    run = weights(tmp_path / "run", Wav2Vec2Config, VOCABULARIES[kind]())
+    run = weights(tmp_path / "run", ContrastiveConfig, VOCABULARIES[kind]())
     out = tmp_path / "out"
     assert main(["export", str(run), str(out), "--to", "torch"]) == 0
     audio = sound(2.0, seed=3)
@@ -402,7 +402,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_push_uploads_the_folder_to_a_private_repository(tmp_path: Path) -> None:
-    run = weights(tmp_path / "run", Wav2Vec2Config)
+    run = weights(tmp_path / "run", ContrastiveConfig)
     Hub.files, Hub.made = {}, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

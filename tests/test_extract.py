@@ -18,12 +18,12 @@ from test_parity_hf import PRESETS, audio_of, copied
 from w2v2 import recipes
 from w2v2.checkpoint import CONFIG, load_model, save_weights
 from w2v2.cli import main
-from w2v2.config import save_config
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import read_corpus
 from w2v2.errors import UsageError
 from w2v2.extract import extract, read_audio
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.serial import save_config
 
 
 @pytest.mark.parametrize("preset", PRESETS)

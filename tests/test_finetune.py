@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from w2v2 import recipes
 from w2v2.checkpoint import load_encoder, load_weights, save_weights
 from w2v2.cli import main
-from w2v2.config import FinetuneConfig, PretrainConfig, save_config
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.data.corpora import Split, Splits, read_corpus
 from w2v2.data.datamodule import SpeechDataModule, whole_utterances
 from w2v2.decode import Greedy
@@ -28,6 +28,7 @@ from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import keyed_generator, sample_channel_masks
 from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 from w2v2.recognizer import Recognizer, load_recognizer
+from w2v2.serial import save_config
 from w2v2.tasks import preflight as preflights
 from w2v2.tasks.finetune import FinetuneTask, emission_counts, finetune, label_fit, rate_share
 from w2v2.tasks.plateau import Plateau
@@ -402,7 +403,7 @@ def test_what_does_not_fit_its_frames_is_named_and_never_trained_on(
 
     class Spy(FinetuneTask):
         def training_step(self, batch, batch_idx):
-            trained.extend(self.host_batch.ids)
+            trained.extend(self.batch_ids)
             return super().training_step(batch, batch_idx)
 
     from unittest.mock import patch

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from w2v2.checkpoint import CONFIG
-from w2v2.config import FinetuneConfig, load_config
+from w2v2.config import FinetuneConfig
 from w2v2.data.corpora import read_corpus
 from w2v2.data.datamodule import SpeechDataModule
 from w2v2.recognizer import load_recognizer
+from w2v2.serial import load_config
 from w2v2.tasks.finetune import FinetuneTask, label_fit
 from w2v2.train import validate_task
 

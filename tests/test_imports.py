@@ -93,8 +93,8 @@ for name in ("pytorch_lightning", "lightning", "lhotse", "transformers", "soundf
 import torch
 import w2v2
 import w2v2.model.wav2vec2
-from w2v2.model.wav2vec2 import Wav2Vec2Config
-model = Wav2Vec2Config(
+from w2v2.model.wav2vec2 import ContrastiveConfig
+model = ContrastiveConfig(
     n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7, n_entries=8, codebook_dim=4
 ).build()
 draws = model.draw([16_000] * 2, [("a",), ("b",)], step_key=(0, 0))

@@ -25,7 +25,7 @@ from w2v2.model.masking import (
     slices,
 )
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.wav2vec2 import Wav2Vec2Config, init_weights
+from w2v2.model.wav2vec2 import ContrastiveConfig, init_weights
 
 
 def generator(seed=0):
@@ -810,7 +810,7 @@ def test_a_baseline_with_everything_masked_asks_for_the_same_targets():
 
 def test_a_large_batch_has_the_objective_of_the_small_ones_it_is_made_of():
     """One batch of six, cut into parts of two, gives the loss and the gradient of three batches of two."""
-    config = Wav2Vec2Config(
+    config = ContrastiveConfig(
         n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7, n_entries=8, codebook_dim=4,
         dropout=0.0, attention_dropout=0.0, dropout_input=0.0, dropout_features=0.0, layer_drop=0.0,
         num_distractors=10, sub_batch_seconds=2.0,

@@ -21,7 +21,7 @@ from w2v2.cli import main
 from w2v2.config import PretrainConfig
 from w2v2.errors import UsageError
 from w2v2.flops import expected_coverage, forward_flops, peak_flops, training_flops, utilisation
-from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.model.wav2vec2 import ContrastiveConfig
 from w2v2.plan import Measured, Plan, batch_hours, make_plan, preview_masks, settle, span_lengths
 from w2v2.verbs.settings import override
 
@@ -223,7 +223,7 @@ def test_spans_are_counted_as_by_hand() -> None:
 
 def test_a_model_of_ones_own_is_asked_for_its_own_masks() -> None:
     @dataclass(kw_only=True)
-    class Comb(Wav2Vec2Config):
+    class Comb(ContrastiveConfig):
         def sample_mask(self, n_frames, rng):
             return torch.arange(n_frames) % 4 == 0
 
@@ -284,17 +284,17 @@ from dataclasses import dataclass
 
 import torch
 from w2v2 import recipes
-from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.model.wav2vec2 import ContrastiveConfig
 
 
 @dataclass(kw_only=True)
-class Heavy(Wav2Vec2Config):
+class Heavy(ContrastiveConfig):
     def build(self):
         os.kill(os.getpid(), signal.SIGKILL)  # as a kernel without memory left does
 
 
 @dataclass(kw_only=True)
-class Greedy(Wav2Vec2Config):
+class Greedy(ContrastiveConfig):
     def build(self):
         return torch.empty(2**55)
 

@@ -13,9 +13,10 @@ import torch
 from w2v2 import recipes
 from w2v2.checkpoint import load_pretrained, save_weights
 from w2v2.cli import main
-from w2v2.config import FinetuneConfig, PretrainConfig, load_config, save_config
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.model.quantizer import gumbel_temperature
 from w2v2.recipes import recipe_names
+from w2v2.serial import load_config, save_config
 from w2v2.verbs.settings import override
 
 FEWER = (

@@ -14,7 +14,7 @@ import torch
 import w2v2
 from w2v2 import recipes
 from w2v2.checkpoint import load_pretrained
-from w2v2.config import FinetuneConfig, PretrainConfig, from_dict, load_config, to_dict
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.datamodule import SpeechDataModule, whole_utterances
 from w2v2.decode import Greedy
@@ -25,6 +25,7 @@ from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2ForCTC
 from w2v2.optim import OptimConfig, WarmupLinear
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.recognizer import load_recognizer
+from w2v2.serial import from_dict, load_config, to_dict
 from w2v2.tasks.finetune import FinetuneTask, finetune
 from w2v2.tasks.pretrain import PretrainTask, weighted_sum
 from w2v2.text import Vocabulary
@@ -279,7 +280,7 @@ def test_a_configuration_of_an_older_version_gets_defaults_and_one_of_a_newer_is
     del values["train"]["shard"], values["model"]["sub_batch_seconds"]
     assert from_dict(values, PretrainConfig) == recipes.tiny()
     values["model"]["warp"] = 9
-    with pytest.raises(UsageError, match=r"Wav2Vec2Config has fields that this version does not know: warp; use"):
+    with pytest.raises(UsageError, match=r"ContrastiveConfig has fields that this version does not know: warp; use"):
         from_dict(values, PretrainConfig)
 
 

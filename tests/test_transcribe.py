@@ -20,13 +20,14 @@ from w2v2 import recipes
 from w2v2.align import align
 from w2v2.checkpoint import save_weights
 from w2v2.cli import main
-from w2v2.config import FinetuneConfig, save_config
+from w2v2.config import FinetuneConfig
 from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
 from w2v2.decode import BeamConfig, Greedy, make_decoder
 from w2v2.errors import UsageError
 from w2v2.formats import Transcript
-from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2ForCTC
 from w2v2.recognizer import Recognizer, load_recognizer
+from w2v2.serial import save_config
 from w2v2.text import Vocabulary
 from w2v2.transcribe import Failure, Layout, cut_windows, find_pause, find_sources, source_of, transcribe
 
@@ -35,7 +36,7 @@ PADDED, BARE = (4, 1, 1, 1, 1, 0, 0), (0,) * 7
 VOCABULARY = Vocabulary.from_texts(["ABCDEFGH"])
 
 
-def narrow(**kwargs: object) -> Wav2Vec2Config:
+def narrow(**kwargs: object) -> ContrastiveConfig:
     """A model of the standard stack, as narrow as can be, that sees only so far: no attention, no norm over time."""
     config = recipes.tiny_ctc().model
     shape = {

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from w2v2.data.datamodule import SpeechDataModule
-    from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+    from w2v2.model.wav2vec2 import (
+        ContrastiveConfig,
+        SSLOutput,
+        Wav2Vec2,
+        Wav2Vec2Config,
+        Wav2Vec2ForCTC,
+        Wav2Vec2ForPretraining,
+    )
     from w2v2.recognizer import Recognizer
     from w2v2.tasks.finetune import FinetuneTask
     from w2v2.tasks.pretrain import PretrainTask
 
 __all__ = [
+    "ContrastiveConfig",
     "FinetuneTask",
     "PretrainTask",
     "Recognizer",

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from w2v2.config import FinetuneConfig, PretrainConfig, load_config
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.serial import load_config
 
 if TYPE_CHECKING:
     from w2v2.text import Vocabulary
@@ -125,7 +126,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def load_pretrained(run: Path) -> Wav2Vec2ForPretraining:
     """The model of a pretraining run, or of a folder of weights of one, in evaluation mode."""
-    return load_weights(model_config(run).build(), run).eval()
+    model = model_config(run).build()
+    if not isinstance(model, Wav2Vec2ForPretraining):
+        raise UsageError(f"{run} holds a {type(model).__name__}; expected a contrastive model of 'w2v2 pretrain'")
+    return load_weights(model, run).eval()
 
 
 def load_model(folder: Path) -> Wav2Vec2:

@@ -171,14 +171,14 @@ def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
 def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, config: PretrainConfig) -> None:
     """How often each entry of each codebook is chosen over the masked frames of the validation set."""
     data = SpeechDataModule({"valid": splits["valid"]}, config.data)
-    counts = torch.zeros(config.model.n_groups, config.model.n_entries)
+    counts = torch.zeros(model.config.n_groups, model.config.n_entries)
     model.eval()
     with torch.no_grad():
         for batch in data.val_dataloader():
             samples = batch.lengths.tolist()
             draws = model.draw(samples, [("valid", name) for name in batch.ids])
             counts += model(batch.audio, draws, samples).metrics["codes"]
-    _write(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": config.model.n_entries})
+    _write(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
 
 
 def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:

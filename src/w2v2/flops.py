@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from w2v2.model.feature_encoder import output_lengths
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
+from w2v2.model.wav2vec2 import SAMPLE_RATE, ContrastiveConfig, Wav2Vec2Config
 
 # Dense bf16 (V100: fp16) FLOP/s of the tensor cores, from the vendor's data sheets; by a part of the device's name.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L4": 121e12, "RTX 4090": 165e12}
@@ -25,11 +25,7 @@ def forward_flops(config: Wav2Vec2Config, seconds: float) -> dict[str, float]:
         fan_in = width
     frames, d = config.frames([samples])[0], config.n_embd
     masked = frames * expected_coverage(config.mask_prob, config.mask_length)
-    codes = config.n_groups * config.codebook_dim
-    space = config.similarity_dim or codes
-    target = d if config.target_features == "projected" else fan_in
-    heads = target * config.n_groups * config.n_entries + d * space + masked * space
-    heads += codes * space if config.similarity_dim is not None else 0
+    heads = _objective_weights(config, masked) if isinstance(config, ContrastiveConfig) else 0.0
     total = {
         "convolutions": convolutions,
         "linears": config.n_layer * 2 * (4 * d * d + 2 * d * config.ffn_dim) * frames,
@@ -38,6 +34,15 @@ def forward_flops(config: Wav2Vec2Config, seconds: float) -> dict[str, float]:
         "rest": 2 * fan_in * d * frames + 2 * heads * masked,
     }
     return {name: value / seconds for name, value in total.items()}
+
+
+def _objective_weights(config: ContrastiveConfig, masked: float) -> float:
+    """Multiplications for each masked frame: quantizer, projections, cosines."""
+    codes = config.n_groups * config.codebook_dim
+    space = config.similarity_dim or codes
+    target = config.n_embd if config.target_features == "projected" else config.conv_channels[-1]
+    projection = codes * space if config.similarity_dim is not None else 0
+    return target * config.n_groups * config.n_entries + config.n_embd * space + masked * space + projection
 
 
 def training_flops(config: Wav2Vec2Config, seconds: float) -> float:

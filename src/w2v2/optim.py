@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from w2v2.errors import Count, NotNegative, Positive, Whole
+
 
 @dataclass(kw_only=True)
 class WarmupCosine:
     """Linear warm-up, then a cosine down to a share of the peak, then constant (GPT-3 paper, appendix B)."""
 
-    peak: float = 5e-4
+    peak: NotNegative = 5e-4
     """Highest learning rate."""
-    warmup_steps: int = 32_000
+    warmup_steps: Whole = 32_000
     """Optimiser steps until the peak."""
-    total_steps: int = 400_000
+    total_steps: Count = 400_000
     """Optimiser steps until the floor."""
-    floor: float = 0.1
+    floor: NotNegative = 0.1
     """Final learning rate, as a share of the peak."""
 
     def __call__(self, step: int) -> float:
@@ -36,11 +38,11 @@ class WarmupCosine:
 class WarmupLinear:
     """Linear warm-up, then linearly to zero (wav2vec 2.0; fairseq ``polynomial_decay``, power 1)."""
 
-    peak: float = 5e-4
+    peak: NotNegative = 5e-4
     """Highest learning rate."""
-    warmup_steps: int = 32_000
+    warmup_steps: Whole = 32_000
     """Optimiser steps until the peak."""
-    total_steps: int = 400_000
+    total_steps: Count = 400_000
     """Optimiser steps until zero."""
 
     def __call__(self, step: int) -> float:
@@ -54,17 +56,17 @@ class WarmupLinear:
 class TriStage:
     """Linear warm-up from 1 %, constant, exponential decay to 5 % (fairseq ``tri_stage``; fine-tuning)."""
 
-    peak: float = 5e-5
+    peak: NotNegative = 5e-5
     """Highest learning rate."""
-    total_steps: int = 20_000
+    total_steps: Count = 20_000
     """Optimiser steps of all three stages."""
-    warmup: float = 0.1
+    warmup: NotNegative = 0.1
     """Share of the steps in the first stage (``phase_ratio[0]``)."""
-    hold: float = 0.4
+    hold: NotNegative = 0.4
     """Share of the steps in the second stage (``phase_ratio[1]``)."""
-    initial_scale: float = 0.01
+    initial_scale: NotNegative = 0.01
     """Learning rate at step 0, as a share of the peak (``init_lr_scale``)."""
-    final_scale: float = 0.05
+    final_scale: NotNegative = 0.05
     """Learning rate at the end, as a share of the peak (``final_lr_scale``)."""
 
     def __call__(self, step: int) -> float:
@@ -86,11 +88,11 @@ class OptimConfig:
     """Learning rate by optimiser step; the recipe chooses which."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Adam's (fairseq ``adam_betas``)."""
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     """Adam's (``adam_eps``)."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled, on all parameters, biases and norms too, as fairseq does."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest norm of the gradient; longer ones are scaled down. None: off, as published."""
 
     def build(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:

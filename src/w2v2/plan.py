@@ -24,7 +24,7 @@ from w2v2.config import DataConfig, PretrainConfig
 from w2v2.data.corpora import Split, read_run
 from w2v2.errors import UsageError
 from w2v2.model.masking import equalize_masks, keyed_generator
-from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.model.wav2vec2 import SAMPLE_RATE, ContrastiveConfig
 from w2v2.train import pretrain
 
 WARM_UP_STEPS = 5
@@ -65,7 +65,7 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
         short = _shortened(config, steps, Path(folder))
         splits = read_run(short.data)
         few = {"train": splits["train"], "valid": Split.of(islice(splits["valid"], 32))}
-        build = short.model.build
+        build, every = short.model.build, short.train.accumulate
 
         def timed() -> Any:
             model = build()
@@ -76,7 +76,6 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
 
         short.model.build = timed  # type: ignore[method-assign]
         model = pretrain(short, few, Path(folder) / "run")
-    every = short.train.accumulate
     wall, cpu, audio = clock.read()[:, WARM_UP_STEPS * every :]
     updates = np.arange(len(wall)) % every == every - 1
     low, updating, high = np.quantile((wall / audio)[updates], [0.25, 0.5, 0.75]).tolist()
@@ -181,6 +180,7 @@ class Masks:
 
 def preview_masks(config: PretrainConfig, seconds: float, draws: int = 1_000) -> Masks:
     """Draw masks of at least so many crops as training does, with the model configuration's own ``sample_mask``."""
+    assert isinstance(config.model, ContrastiveConfig)
     model, samples = config.model, round(seconds * SAMPLE_RATE)
     frames = model.frames([samples])[0]
     rows = max(model.sub_batches([samples] * crops(config.data, seconds)))
@@ -223,7 +223,7 @@ class Plan:
     largest_batch_seconds: float | None
     """Micro-batch that would about fill nine tenths of the memory."""
     masks: tuple[Masks, ...]
-    """Of the shortest and of the longest crops."""
+    """Of the shortest and of the longest crops; empty for an objective that draws none."""
     measured: Measured
 
 
@@ -266,6 +266,7 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
     updates = train.max_steps or config.optim.schedule.total_steps
     hours = heard * updates / 3600
     needed, largest = _memory(config, measured, memory)
+    lengths = sorted({data.min_seconds, data.max_seconds}) if isinstance(config.model, ContrastiveConfig) else []
     return Plan(
         devices=devices,
         accumulate=train.accumulate,
@@ -281,18 +282,17 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
         passes=hours / measured.corpus_hours if measured.corpus_hours else None,
         memory_gb=needed,
         largest_batch_seconds=largest,
-        masks=tuple(preview_masks(config, length) for length in sorted({data.min_seconds, data.max_seconds})),
+        masks=tuple(preview_masks(config, length) for length in lengths),
         measured=measured,
     )
 
 
 def _memory(config: PretrainConfig, measured: Measured, limit: float | None) -> tuple[float, float | None]:
     """GB needed on each device, and seconds of a micro-batch that would about fill nine tenths of the limit."""
-    train, parameters = config.train, measured.parameters
-    devices = train.devices * train.num_nodes
-    state = 16e-9 * parameters  # float32 weights, gradients, and two moments of Adam
+    train, devices = config.train, config.train.devices * config.train.num_nodes
+    state = 16e-9 * measured.parameters  # float32 weights, gradients, and two moments of Adam
     fixed = state / devices if train.shard else state
-    buckets = 4e-9 * parameters if devices > 1 and not train.shard else 0.0  # DDP keeps the gradient a second time
+    buckets = state / 4 if devices > 1 and not train.shard else 0.0  # DDP keeps the gradient a second time
     needed = measured.memory_gb - state + fixed + buckets
     if limit is None:
         return needed, None

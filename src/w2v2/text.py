@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from w2v2.config import from_dict, to_dict
 from w2v2.errors import UsageError
+from w2v2.serial import from_dict, to_dict
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
 SPACE = "\u2581"
@@ -140,13 +140,13 @@ class PhonemeVocabulary(Vocabulary):
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], case: Callable[[str], str] = str) -> PhonemeVocabulary:
-        """The labels that occur in transcripts, sorted, after blank and unknown.
+        """The labels that occur in transcripts, sorted, after blank and unknown, whose names are none of them.
 
         Raises:
             UsageError: no labels at all.
         """
-        found = {label for text in texts for label in normalize_text(text, case).split()} - {BLANK, UNKNOWN}
-        return cls(labels=(BLANK, UNKNOWN, *_some(found)))
+        labels = {label for text in texts for label in normalize_text(text, case).split()}
+        return cls(labels=(_other_than(labels, BLANK), _other_than(labels, UNKNOWN), *_some(labels)))
 
     def normalize(self, text: str) -> str:
         """Single spaces, composed characters."""
@@ -228,6 +228,12 @@ class PieceVocabulary(Vocabulary):
         return sorted({*self.normalize(text)} - {*"".join(self.ids)} - {" "} | ({SPACE} & {*text}))
 
 
+def _other_than(labels: set[str], name: str) -> str:
+    while name in labels:
+        name = f"<{name}>"
+    return name
+
+
 def _some(labels: Iterable[str]) -> list[str]:
     found = sorted(labels)
     if not found:
@@ -251,6 +257,6 @@ def load_vocabulary(path: Path) -> Vocabulary:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict({"_type": f"{__name__}:{Vocabulary.__name__}", **fields}, Vocabulary)
+        return from_dict({"_type": Vocabulary.__name__, **fields}, Vocabulary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a vocabulary of 'w2v2 finetune' ({error}); check the path") from error

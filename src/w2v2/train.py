@@ -23,12 +23,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
 from w2v2.checkpoint import CONFIG, load_pretrained, load_weights
-from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig, differences, load_config, save_config, to_dict
+from w2v2.config import FinetuneConfig, PretrainConfig, TrainConfig
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.datamodule import SpeechDataModule, stop_workers
 from w2v2.errors import UsageError
 from w2v2.flops import training_flops
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
+from w2v2.serial import differences, load_config, save_config, to_dict
 from w2v2.tasks.callbacks import CSVMetrics, Progress
 from w2v2.tasks.checkpoints import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.tasks.health import Sentinel
@@ -60,6 +61,7 @@ def pretrain(
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
+    assert isinstance(model, Wav2Vec2ForPretraining)
     if init_from is not None:
         load_weights(model, init_from)
     start_folder(out, config, splits, resume)
@@ -98,7 +100,7 @@ def fit_task(
     max_steps = train.max_steps or optim.schedule.total_steps
     metrics = CSVMetrics(out / "metrics.csv")
     checkpoints = Checkpoints(out, config, max_steps)
-    sentinel = Sentinel(checkpoints, train.max_steps_left_out, judge=train.sentinel)
+    sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel)
     tune(task.model, train)
     pretraining = isinstance(config, PretrainConfig)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None

@@ -1,8 +1,9 @@
-"""Proof of a conversion: the model here and the one in transformers on the same audio, layer by layer.
+"""Proof of a conversion: the model here and the one in transformers give the same outputs and losses of the same audio.
 
 transformers is loaded from files, by its own loader and without any of our names, so it is an independent reader of
 the Hugging Face side. fairseq cannot be installed on current versions of Python: for its files the comparison is of the
-tensors as read from them, once in our model and once in transformers'.
+tensors as read from them, once in our model and once in transformers'. Layer by layer it is done in
+``tests/test_convert.py``. Legend: B utterances, S samples, T frames, N masked frames, K distractors, U labels.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ import contextlib
 import importlib.util
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from w2v2.convert.contents import Contents
 from w2v2.convert.huggingface import class_name
 from w2v2.errors import JobError, UsageError
+from w2v2.losses import ctc_loss
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.masking import Draws, keyed_generator
 from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
 
-SCHEMA, SEED, TOLERANCE = 1, 0, 1e-5
-FRAMES = (1, 24, 57, 99, 150)
-"""Lengths of the audio, frames: one, and even and odd ones up to about three seconds."""
-FEWEST_MASKED = 24
-"""Losses are compared on utterances that have so many frames."""
+SCHEMA, SEED, TOLERANCE = 2, 0, 1e-5
+FRAMES = (24, 57, 150)
+"""Lengths of the audio, frames: even and odd, from half a second, the least that has masks, to three."""
 
 
 def has_transformers() -> bool:
@@ -48,7 +49,7 @@ def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, 
     Args:
         contents: ours.
         theirs: folder for transformers to load; None: it is not installed, and nothing is compared.
-        show: told how far it is.
+        show: called with the progress.
 
     Returns:
         The part of the certificate that says what was compared and what came out; docs/convert.md has its keys.
@@ -58,7 +59,7 @@ def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, 
         UsageError: transformers is needed and not installed.
     """
     packages = ["w2v2", "torch", *(["transformers"] if has_transformers() else [])]
-    found: dict[str, Any] = {
+    certificate: dict[str, Any] = {
         "schema": SCHEMA,
         "model": class_name(contents.kind),
         "parameters": sum(tensor.numel() for tensor in contents.state.values()),
@@ -67,48 +68,37 @@ def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, 
         "device": "cpu",
     }
     if theirs is None:
-        return found | {"compared_with": None, "why_not": "transformers is not installed: pip install 'w2v2[hf]'"}
-    audio = _audio(contents.config)
-    pair = _Pair(contents, _load(theirs, class_name(contents.kind)))
+        return certificate | {"compared_with": None, "why_not": "transformers is not installed: pip install 'w2v2[hf]'"}
+    # GroupNorm's statistics are over padding too in transformers: an utterance's numbers depend on its batch.
+    invariant = contents.config.conv_norm == "layer"
+    model, other = contents.build(), _load(theirs, class_name(contents.kind))
     with torch.no_grad():
+        utterances = _utterances(model, contents)
+        singles, together = [[row] for row in utterances], [utterances]
         rows = {}
-        for share, part in ((0.5, "alone"), (1.0, "padded")):
-            rows[part] = pair.compare(audio, padded=part == "padded")
-            show("compare", share)
-    largest = max(row["relative"] for part in rows.values() for row in part)
-    found |= {
+        for part, ours, their in (
+            ("alone", singles, singles),
+            ("padded", together, together if invariant else singles),
+        ):
+            results = [_ours(model, batch, contents) for batch in ours]
+            rows[part] = _rows(results, [_theirs(other, batch, contents, attend=invariant) for batch in their])
+            show("compare", len(rows) / 2)
+    faults = [f"{row['what']} {row['relative']:.2g} ({part})" for part in rows for row in rows[part] if not row["same"]]
+    if faults:
+        raise JobError(
+            f"the two models differ by more than {TOLERANCE:g}: {', '.join(faults)}; nothing is left of the conversion"
+        )
+    return certificate | {
         "compared_with": f"transformers {class_name(contents.kind)}, loaded by transformers, eager attention",
-        "audio": {
-            "seed": SEED,
-            "sample_rate": 16_000,
-            "samples": [len(row) for row in audio],
-            "kind": "Gaussian noise",
-        },
-        "measure": "largest absolute difference over all frames and channels; relative: divided by the largest "
-        "absolute value of transformers' tensor, or by 1 if that is less",
+        "audio": {"seed": SEED, "sample_rate": 16_000, "samples": [len(u.audio) for u in utterances], "kind": "noise"},
+        "measure": "largest absolute difference, divided by transformers' largest absolute value, or by 1",
         "tolerance": TOLERANCE,
-        "largest": largest,
-        "padding": pair.padding,
+        "largest": max(row["relative"] for part in rows.values() for row in part),
+        "padding": "all utterances in one batch in both"
+        if invariant
+        else "all utterances in one batch here, one by one without padding in transformers, whose GroupNorm is over it",
         **rows,
     }
-    worst = [
-        f"{row['what']} {row['relative']:.2g} ({part})" for part, rs in rows.items() for row in rs if not row["same"]
-    ]
-    if worst:
-        raise JobError(
-            f"the two models differ by more than {TOLERANCE:g}: {', '.join(worst)}; nothing is left of the conversion"
-        )
-    return found
-
-
-def _audio(config: Wav2Vec2Config) -> list[Tensor]:
-    """(S,) noise of unit variance for each length; not all lengths fill their last frame's hop."""
-    field, hop = receptive_field(config.conv_kernel_sizes, config.conv_strides), 1
-    for stride in config.conv_strides:
-        hop *= stride
-    rng = torch.Generator().manual_seed(SEED)
-    samples = [field + hop * (n - 1) + (i * hop) // len(FRAMES) for i, n in enumerate(FRAMES)]
-    return [torch.randn(n, generator=rng) for n in samples]
 
 
 @contextlib.contextmanager
@@ -149,201 +139,128 @@ def _load(folder: Path, name: str) -> nn.Module:
         raise JobError(
             f"transformers does not take the weights as they are: {faults}; nothing is left of the conversion"
         )
+    model.config.ctc_loss_reduction, model.config.ctc_zero_infinity = "sum", True
+    model.config.apply_spec_augment = True  # else it takes no masks from outside either
     loaded: nn.Module = model.eval()
     return loaded
 
 
-class _Pair:
-    """Both models, and what they make of the same input."""
+@dataclass
+class _Utterance:
+    """What both models are given of an utterance."""
 
-    def __init__(self, contents: Contents, theirs: Any) -> None:
-        self.ours, self.theirs = contents.build(), theirs
-        self.encoder = getattr(theirs, "wav2vec2", theirs)
-        self.vocabulary = contents.vocabulary
-        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}
-        # GroupNorm's statistics are over padding too in transformers: an utterance's numbers depend on its batch
-        self.invariant = contents.config.conv_norm == "layer"
-        if contents.vocabulary is not None:
-            theirs.config.ctc_loss_reduction, theirs.config.ctc_zero_infinity = "sum", True
-        theirs.config.apply_spec_augment = True  # else it takes no masks from outside either
+    audio: Tensor
+    """(S,)"""
+    targets: Tensor
+    """(U,) labels of a CTC model, no two the same in succession, so that they fit in the frames; else none."""
+    mask: Tensor
+    """(T,) masked frames of a pretraining model, bool; else none."""
+    distractors: Tensor
+    """(N, K) places of distractors among the masked frames."""
 
-    @property
-    def padding(self) -> str:
-        """How the padded batch is compared."""
-        if self.invariant:
-            return "padded: all utterances in one batch in both, with an attention mask in transformers"
-        return (
-            "padded: all utterances in one batch here, one by one without padding in transformers, whose GroupNorm "
-            "lets padding into its statistics: there a padded utterance gives other numbers than the same alone"
+
+def _utterances(model: Any, contents: Contents) -> list[_Utterance]:
+    """Noise of unit variance for each length; not all lengths fill their last frame's hop."""
+    config, vocabulary = contents.config, contents.vocabulary
+    field, hop = receptive_field(config.conv_kernel_sizes, config.conv_strides), 1
+    for stride in config.conv_strides:
+        hop *= stride
+    rng = torch.Generator().manual_seed(SEED)
+    labels = [] if vocabulary is None else [i for i in range(len(vocabulary.labels)) if i != vocabulary.blank]
+    rows = []
+    for turn, frames in enumerate(FRAMES):
+        audio = torch.randn(field + hop * (frames - 1) + turn * hop // len(FRAMES), generator=rng)
+        targets = torch.tensor([labels[i % len(labels)] for i in range(frames // 3)] if labels else [])
+        mask, distractors = torch.zeros(frames, dtype=torch.bool), torch.zeros(0, 0).long()
+        if isinstance(model, Wav2Vec2ForPretraining):
+            mask = Wav2Vec2Config().sample_mask(frames, keyed_generator(SEED, frames))
+            distractors = _distractors(model, audio, mask)
+        rows.append(_Utterance(audio, targets, mask, distractors))
+    return rows
+
+
+def _distractors(model: Wav2Vec2ForPretraining, audio: Tensor, mask: Tensor) -> Tensor:
+    """(N, K) of other codes than the target's wherever there are such.
+
+    Equal ones are left out of the loss by comparing codes here, and by comparing projected vectors in transformers,
+    whose last bits may differ for the same code.
+    """
+    normalised, _ = model.feature_projection(model.feature_encoder(audio[None]))
+    codes = model.quantizer(normalised[0][mask], 1.0).codes  # (N, groups)
+    other = (codes[:, None] != codes[None]).any(-1)  # (N, N)
+    anyone = ~torch.eye(len(codes), dtype=torch.bool)
+    usable = torch.where(other.any(1, keepdim=True), other, anyone).float()
+    rng = keyed_generator(SEED, len(mask), "distractors")
+    return torch.multinomial(usable, model.config.num_distractors, replacement=True, generator=rng)
+
+
+def _pad(batch: Sequence[_Utterance]) -> tuple[Tensor, list[int]]:
+    """(B, S) audio, and the samples of each."""
+    return pad_sequence([row.audio for row in batch], batch_first=True), [len(row.audio) for row in batch]
+
+
+def _ours(model: Any, batch: Sequence[_Utterance], contents: Contents) -> dict[str, Tensor]:
+    """Outputs, (T of all utterances, ...), and summed losses, (), by name."""
+    audio, lengths = _pad(batch)
+    states, frames = model.encode(audio, lengths)
+    results = {"last_hidden_state": _join(states, frames)}
+    if isinstance(model, Wav2Vec2ForCTC):
+        assert contents.vocabulary is not None
+        log_probs, _ = model(audio, lengths)
+        targets, sizes = [row.targets for row in batch], torch.tensor([len(row.targets) for row in batch])
+        padded = pad_sequence(targets, batch_first=True)
+        loss = ctc_loss(log_probs, frames, padded, sizes, blank=contents.vocabulary.blank)
+        results |= {"log_probs": _join(log_probs, frames), "ctc": loss}
+    if isinstance(model, Wav2Vec2ForPretraining):
+        masked = torch.cat([row.mask for row in batch]).nonzero().flatten()
+        counts = tuple(int(row.mask.sum()) for row in batch)
+        draws = Draws(masked, counts, torch.cat([row.distractors for row in batch]), covered=masked)
+        results["contrastive"] = model(audio, draws, lengths).losses["contrastive"]
+    return results
+
+
+def _theirs(model: Any, batch: Sequence[_Utterance], contents: Contents, *, attend: bool) -> dict[str, Tensor]:
+    """The same of transformers' model; ``attend``: with an attention mask."""
+    audio, lengths = _pad(batch)
+    frames = contents.config.frames(lengths)
+    mask = torch.stack([torch.arange(audio.shape[1]) < n for n in lengths]).long() if attend else None
+    states = getattr(model, "wav2vec2", model)(audio, attention_mask=mask).last_hidden_state
+    if states.shape[1] != max(frames):
+        raise JobError(
+            f"transformers makes {states.shape[1]} frames of {max(lengths)} samples, expected {max(frames)}; "
+            "nothing is left of the conversion"
         )
-
-    def compare(self, audio: list[Tensor], *, padded: bool) -> list[dict[str, Any]]:
-        """A row for each hidden state, output and loss; utterances one by one, or in one padded batch."""
-        batches = [audio] if padded else [[row] for row in audio]
-        ours = [self._ours(batch) for batch in batches]
-        theirs = [self._theirs(batch) for batch in (batches if self.invariant else [[row] for row in audio])]
-        rows = []
-        for what in ours[-1]:
-            if what == "code_perplexity" and len(ours) != len(theirs):
-                continue  # of a batch, not a sum over its utterances
-            mine = [tensor for found in ours for tensor in found.get(what, ())]
-            other = [tensor for found in theirs for tensor in found.get(what, ())]
-            rows.append(_row(what, mine, other))
-        return rows
-
-    def _ours(self, audio: list[Tensor]) -> dict[str, list[Tensor]]:
-        """Tensors of each utterance by what they are."""
-        batch, lengths = nn.utils.rnn.pad_sequence(audio, batch_first=True), [len(row) for row in audio]
-        states, frames = self.ours.hidden_states(batch, lengths)
-        found = {name: _cut(state, frames) for name, state in _named(states).items()}
-        if isinstance(self.ours, Wav2Vec2ForCTC):
-            log_probs, _ = self.ours(batch, lengths)
-            rows = _cut(log_probs, frames)
-            found |= {"log_probs": rows, "ctc": [self._ctc(row) for row in rows]}
-        if isinstance(self.ours, Wav2Vec2ForPretraining):
-            found |= self._ours_masked(self.ours, [row for row, n in zip(audio, frames, strict=True) if _maskable(n)])
-        return found
-
-    def _theirs(self, audio: list[Tensor]) -> dict[str, list[Tensor]]:
-        batch, lengths = nn.utils.rnn.pad_sequence(audio, batch_first=True), [len(row) for row in audio]
-        frames = self.ours.config.frames(lengths)
-        mask = torch.stack([torch.arange(batch.shape[1]) < n for n in lengths]).long() if self.invariant else None
-        out = self.encoder(batch, attention_mask=mask, output_hidden_states=True)
-        states = [*out.hidden_states[:-1], out.last_hidden_state]
-        if states[0].shape[1] != max(frames):
-            raise JobError(
-                f"transformers makes {states[0].shape[1]} frames of {max(lengths)} samples, expected {max(frames)}; "
-                "nothing is left of the conversion"
-            )
-        found = {name: _cut(state, frames) for name, state in _named(states).items()}
-        if isinstance(self.ours, Wav2Vec2ForCTC):
-            logits = self.theirs(batch, attention_mask=mask).logits
-            found["log_probs"] = _cut(logits.log_softmax(-1), frames)
-            found["ctc"] = [self._their_ctc(row) for row in audio]
-        if isinstance(self.ours, Wav2Vec2ForPretraining):
-            found |= self._theirs_masked([row for row, n in zip(audio, frames, strict=True) if _maskable(n)])
-        return found
-
-    def _targets(self, frames: int) -> Tensor:
-        """(U,) labels, no two the same in succession, so that they fit in the frames."""
-        assert self.vocabulary is not None
-        labels = [i for i in range(len(self.vocabulary.labels)) if i != self.vocabulary.blank]
-        return torch.tensor([labels[i % len(labels)] for i in range(max(frames // 3, 1))])
-
-    def _ctc(self, log_probs: Tensor) -> Tensor:
-        assert self.vocabulary is not None
-        targets = self._targets(len(log_probs))
-        sizes = torch.tensor([len(log_probs)]), torch.tensor([len(targets)])
-        return F.ctc_loss(
-            log_probs[:, None], targets[None], *sizes, self.vocabulary.blank, reduction="sum", zero_infinity=True
-        )
-
-    def _their_ctc(self, row: Tensor) -> Tensor:
-        targets = self._targets(self.ours.config.frames([len(row)])[0])
-        loss: Tensor = self.theirs(row[None], labels=targets[None]).loss
-        return loss
-
-    def _draw(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """(T,) masked frames of an utterance and (N, K) distractors among them.
-
-        Of other codes than the target's wherever there are such: equal ones are left out of the loss by comparing codes
-        here, and by comparing projected vectors in transformers, whose last bits may differ for the same code.
-        """
-        ours, config = self.ours, self.ours.config
-        assert isinstance(ours, Wav2Vec2ForPretraining)
-        frames = config.frames([len(row)])[0]
-        if frames in self.drawn:
-            return self.drawn[frames]
-        rng = keyed_generator(SEED, frames)
-        mask = Wav2Vec2Config().sample_mask(frames, rng)
-        normalised, _ = ours.feature_projection(ours.feature_encoder(row[None]))
-        codes = ours.quantizer(normalised[0][mask], 1.0).codes
-        other = (codes[:, None] != codes[None]).any(-1)
-        anyone = ~torch.eye(len(codes), dtype=torch.bool)
-        usable = torch.where(other.any(1, keepdim=True), other, anyone)
-        distractors = torch.multinomial(usable.float(), config.num_distractors, replacement=True, generator=rng)
-        self.drawn[frames] = mask, distractors
-        return mask, distractors
-
-    def _ours_masked(self, model: Wav2Vec2ForPretraining, audio: list[Tensor]) -> dict[str, list[Tensor]]:
-        if not audio:
-            return {}
-        drawn = [self._draw(row) for row in audio]
-        masked = torch.cat([mask for mask, _ in drawn]).nonzero().flatten()
-        counts = tuple(int(mask.sum()) for mask, _ in drawn)
-        distractors = torch.cat([places for _, places in drawn])
-        draws = Draws(masked=masked, counts=counts, distractors=distractors, covered=masked)
-        assert model.project_q is not None
-        batch, lengths = nn.utils.rnn.pad_sequence(audio, batch_first=True), [len(row) for row in audio]
-        with _outputs(model.out_linear) as contexts, _outputs(model.project_q) as targets:
-            out = model(batch, draws, lengths)
-        probs = (out.metrics["codes"] / len(masked)).double()
-        perplexity = torch.exp(-torch.xlogy(probs, probs).sum(-1)).sum()
-        return {
-            "contexts": list(contexts[0].split(counts)),
-            "targets": list(targets[0].split(counts)),
-            "contrastive": [out.losses["contrastive"]],
-            "code_perplexity": [perplexity],
-        }
-
-    def _theirs_masked(self, audio: list[Tensor]) -> dict[str, list[Tensor]]:
-        if not audio:
-            return {}
-        batch, lengths = nn.utils.rnn.pad_sequence(audio, batch_first=True), [len(row) for row in audio]
-        frames = self.ours.config.frames(lengths)
-        masks = torch.zeros(len(audio), max(frames), dtype=torch.bool)
-        negatives = torch.zeros(len(audio), max(frames), self.ours.config.num_distractors, dtype=torch.long)
-        for b, row in enumerate(audio):
-            mask, distractors = self._draw(row)
-            masks[b, : len(mask)] = mask
-            negatives[b, masks[b]] = mask.nonzero().flatten()[distractors] + b * max(frames)
-        attention = torch.stack([torch.arange(batch.shape[1]) < n for n in lengths]).long() if self.invariant else None
-        out = self.theirs(batch, attention_mask=attention, mask_time_indices=masks, sampled_negative_indices=negatives)
-        return {
-            "contexts": [states[mask] for states, mask in zip(out.projected_states, masks, strict=True)],
-            "targets": [states[mask] for states, mask in zip(out.projected_quantized_states, masks, strict=True)],
-            "contrastive": [out.contrastive_loss],
-            "code_perplexity": [out.codevector_perplexity],
-        }
+    results = {"last_hidden_state": _join(states, frames)}
+    if contents.kind is Wav2Vec2ForCTC:
+        targets = pad_sequence([row.targets for row in batch], batch_first=True, padding_value=-100)
+        out = model(audio, attention_mask=mask, labels=targets)
+        results |= {"log_probs": _join(out.logits.log_softmax(-1), frames), "ctc": out.loss}
+    if contents.kind is Wav2Vec2ForPretraining:
+        masks = pad_sequence([row.mask for row in batch], batch_first=True)  # (B, T)
+        negatives = torch.zeros(
+            *masks.shape, contents.contrastive.num_distractors, dtype=torch.long
+        )  # among B * T frames
+        for b, row in enumerate(batch):
+            negatives[b, masks[b]] = row.mask.nonzero().flatten()[row.distractors] + b * max(frames)
+        out = model(audio, attention_mask=mask, mask_time_indices=masks, sampled_negative_indices=negatives)
+        results["contrastive"] = out.contrastive_loss
+    return results
 
 
-def _maskable(frames: int) -> bool:
-    return frames >= FEWEST_MASKED
+def _join(x: Tensor, frames: Sequence[int]) -> Tensor:
+    """(B, T, ...) -> (T of all utterances, ...), without padding."""
+    return torch.cat([row[:n] for row, n in zip(x, frames, strict=True)])
 
 
-def _named(states: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The input of the first block, the output of each, the last one after the norm where that comes last."""
-    return {f"hidden_states.{i}": state for i, state in enumerate(states)}
-
-
-def _cut(x: Tensor, frames: Sequence[int]) -> list[Tensor]:
-    """(B, T, ...) without padding."""
-    return [row[:n] for row, n in zip(x, frames, strict=True)]
-
-
-@contextlib.contextmanager
-def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module gives back while this lasts."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, args, out: seen.append(out))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _row(what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, Any]:
-    """Difference of the same tensor of all utterances; scalars are summed over them first."""
-    if ours[0].ndim == 0:
-        ours, theirs = [torch.stack(list(ours)).sum()], [torch.stack(list(theirs)).sum()]
-    assert [x.shape for x in ours] == [x.shape for x in theirs], what
-    difference = max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-    value = max(b.abs().max().item() for b in theirs)
-    relative = difference / max(value, 1.0)
-    return {
-        "what": what,
-        "difference": difference,
-        "largest_value": value,
-        "relative": relative,
-        "same": relative <= TOLERANCE,  # false for NaN too
-    }
+def _rows(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Difference of each output, and of each loss summed over batches."""
+    rows = []
+    for what in ours[0]:
+        pair = [torch.cat([x[what].double().reshape(-1) for x in side]) for side in (ours, theirs)]
+        a, b = (x.sum() for x in pair) if ours[0][what].ndim == 0 else pair
+        difference, value = (a - b).abs().max().item(), b.abs().max().item()
+        relative = difference / max(value, 1.0)
+        same = relative <= TOLERANCE  # false for NaN too
+        row = {"what": what, "difference": difference, "largest_value": value, "relative": relative, "same": same}
+        rows.append(row)
+    return rows

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from w2v2.checkpoint import check_fit
-from w2v2.config import check_model
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
 from w2v2.text import Vocabulary
 
 
@@ -40,6 +39,12 @@ class Contents:
         """The class of the model: encoder, pretraining or CTC."""
         return kind_of(self.state)
 
+    @property
+    def contrastive(self) -> ContrastiveConfig:
+        """The configuration of a model that other formats can hold, by ``misfits``."""
+        assert isinstance(self.config, ContrastiveConfig)
+        return self.config
+
     def build(self) -> Wav2Vec2:
         """The model, in evaluation mode; it shares the tensors."""
         model = empty_model(self.config, self.kind, len(self.vocabulary.labels) if self.vocabulary else 0)
@@ -61,7 +66,7 @@ def empty_model(config: Wav2Vec2Config, kind: type[Wav2Vec2], n_labels: int) -> 
     Raises:
         UsageError: a configuration that no model can have.
     """
-    check_model(config)
+    config.check()
     with torch.device("meta"):
         return Wav2Vec2ForCTC(config, n_labels) if issubclass(kind, Wav2Vec2ForCTC) else kind(config)
 
@@ -69,7 +74,7 @@ def empty_model(config: Wav2Vec2Config, kind: type[Wav2Vec2], n_labels: int) -> 
 def misfits(contents: Contents) -> list[str]:
     """Why transformers' and fairseq's wav2vec 2.0 cannot be this model, every reason of them; empty: they can."""
     config = contents.config
-    if type(config) is not Wav2Vec2Config:
+    if not isinstance(config, ContrastiveConfig) or type(config) is not ContrastiveConfig:
         return [f"its configuration is a {type(config).__name__}, which may build modules of its own"]
     found = []
     if contents.vocabulary is not None and type(contents.vocabulary) is not Vocabulary:
@@ -185,28 +190,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def differing_fields(config: Wav2Vec2Config, again: Wav2Vec2Config) -> dict[str, Any]:
     """Fields that came back differently from another format: what that has no place for, to be kept beside it."""
-    both = [(f.name, getattr(config, f.name), getattr(again, f.name)) for f in fields(Wav2Vec2Config)]
+    both = [(f.name, getattr(config, f.name), getattr(again, f.name)) for f in fields(ContrastiveConfig)]
     return {name: value for name, value, other in both if value != other}
 
 
-def restored(config: Wav2Vec2Config, kept: Any, where: Path) -> Wav2Vec2Config:
+def restored(config: ContrastiveConfig, kept: Any, where: Path) -> ContrastiveConfig:
     """A configuration with the fields that ``differing_fields`` kept."""
-    names = {f.name for f in fields(Wav2Vec2Config)}
+    names = {f.name for f in fields(ContrastiveConfig)}
     if not isinstance(kept, dict) or not kept.keys() <= names:
         raise UsageError(f"{where} has settings of w2v2 that this version does not know: {sorted(kept)}")
-    default = Wav2Vec2Config()
+    default = ContrastiveConfig()
     values: dict[str, Any] = {
         name: None if value is None and name in _OPTIONAL else checked(value, _like(name, default), name, where)
         for name, value in kept.items()
     }
-    return Wav2Vec2Config(**{f.name: values.get(f.name, getattr(config, f.name)) for f in fields(Wav2Vec2Config)})
+    return ContrastiveConfig(**{f.name: values.get(f.name, getattr(config, f.name)) for f in fields(ContrastiveConfig)})
 
 
 _OPTIONAL = {"similarity_dim": 256, "sub_batch_seconds": 87.5}
 """Fields that may be None, and what they are like otherwise."""
 
 
-def _like(name: str, default: Wav2Vec2Config) -> Any:
+def _like(name: str, default: ContrastiveConfig) -> Any:
     return _OPTIONAL.get(name, getattr(default, name))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from w2v2.checkpoint import CONFIG, VOCABULARY, WEIGHTS, check_fit, read_weights, run_config, save_weights
-from w2v2.config import FinetuneConfig, save_config
+from w2v2.config import FinetuneConfig
 from w2v2.convert.certificate import Show, certify, has_transformers
 from w2v2.convert.contents import Contents, differing_fields, empty_model, kind_of, read_json, refuse_bad_values
 from w2v2.convert.fairseq import fairseq_misfits, read_fairseq, write_fairseq
@@ -23,6 +23,7 @@ from w2v2.convert.folder import new_folder
 from w2v2.convert.huggingface import hf_misfits, read_huggingface, write_huggingface
 from w2v2.errors import JobError, UsageError
 from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.serial import save_config
 from w2v2.text import load_vocabulary
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from w2v2.convert.contents import (
 )
 from w2v2.convert.pickles import Inert, read_pickle
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC
+from w2v2.model.wav2vec2 import ContrastiveConfig, Wav2Vec2, Wav2Vec2ForCTC
 from w2v2.text import Vocabulary
 
 MODEL, DICTIONARY = "model.pt", "dict.ltr.txt"
@@ -109,7 +109,7 @@ _FIXED: dict[str, Any] = {
 _CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 
 
-def fairseq_names(names: list[str], config: Wav2Vec2Config, kind: type[Wav2Vec2]) -> dict[str, str]:
+def fairseq_names(names: list[str], config: ContrastiveConfig, kind: type[Wav2Vec2]) -> dict[str, str]:
     """Ours of each tensor of a model, and fairseq's."""
     norm = r"feature_extractor.conv_layers.\1.2." + ("1." if config.conv_norm == "layer" else "")
     encoder = [(r"feature_encoder\.conv_layers\.(\d+)\.1\.", norm), *_ENCODER]
@@ -217,7 +217,7 @@ def _refuse_what_is_not_ours(model: dict[str, Any], tuned: dict[str, Any], path:
         raise UsageError(f"{path} holds a model that is not to be had here: {', '.join(faults)}")
 
 
-def _model_config(model: dict[str, Any], task: dict[str, Any], tuned: dict[str, Any], path: Path) -> Wav2Vec2Config:
+def _model_config(model: dict[str, Any], task: dict[str, Any], tuned: dict[str, Any], path: Path) -> ContrastiveConfig:
     ours = {name: _value(model, theirs, default, path) for name, theirs, default in FIELDS}
     if tuned:
         ours |= {name: _value(tuned, theirs, default, path) for name, theirs, default in _CTC_FIELDS}
@@ -231,7 +231,7 @@ def _model_config(model: dict[str, Any], task: dict[str, Any], tuned: dict[str, 
         raise UsageError(f"{path}: latent_dim must be a multiple of latent_groups ({ours['n_groups']}), got {latent}")
     start, end, decay = _temperature(model.get("latent_temp", (2, 0.5, 0.999995)), path)
     layer_norm = model.get("extractor_mode") == "layer_norm"
-    return Wav2Vec2Config(
+    return ContrastiveConfig(
         **ours,
         conv_channels=channels,
         conv_kernel_sizes=kernels,
@@ -331,7 +331,7 @@ def _vocabulary(labels: tuple[str, ...]) -> Vocabulary:
 
 def fairseq_misfits(contents: Contents) -> list[str]:
     """Why fairseq cannot have this model; empty: it can."""
-    config, vocabulary = contents.config, contents.vocabulary
+    config, vocabulary = contents.contrastive, contents.vocabulary
     found = misfits(contents)
     if config.conv_channels[-1] == config.n_embd:
         found.append(f"n_embd {config.n_embd} equal to the conv channels: it makes no feature projection then")
@@ -350,7 +350,7 @@ def write_fairseq(contents: Contents, folder: Path) -> None:
 
     fairseq reads the dictionary from its ``data`` folder: ``load_model_ensemble_and_task([...], {"data": FOLDER})``.
     """
-    config, kind = contents.config, contents.kind
+    config, kind = contents.contrastive, contents.kind
     names = fairseq_names(list(contents.state), config, kind)
     settings = _ctc_settings(contents) if kind is Wav2Vec2ForCTC else _pretraining_settings(config)
     again = _model_config(*_settings({"cfg": settings}, kind, folder), folder)
@@ -370,7 +370,7 @@ def write_fairseq(contents: Contents, folder: Path) -> None:
         (folder / DICTIONARY).write_text("".join(lines), encoding="utf-8")
 
 
-def _pretraining_settings(config: Wav2Vec2Config) -> dict[str, Any]:
+def _pretraining_settings(config: ContrastiveConfig) -> dict[str, Any]:
     layers = zip(config.conv_channels, config.conv_kernel_sizes, config.conv_strides, strict=True)
     model = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS} | {
         "_name": "wav2vec2",
@@ -387,7 +387,7 @@ def _pretraining_settings(config: Wav2Vec2Config) -> dict[str, Any]:
 
 
 def _ctc_settings(contents: Contents) -> dict[str, Any]:
-    config = contents.config
+    config = contents.contrastive
     pretraining = _pretraining_settings(config)
     model = {theirs: getattr(config, ours) for ours, theirs, _ in _CTC_FIELDS} | {
         "_name": "wav2vec_ctc",

@@ -34,7 +34,7 @@ from w2v2.convert.contents import (
 from w2v2.convert.pickles import read_pickle
 from w2v2.convert.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import SAMPLE_RATE, ContrastiveConfig, Wav2Vec2, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
 from w2v2.text import Vocabulary
 
 BINARY, PREPROCESSOR = "pytorch_model.bin", "preprocessor_config.json"
@@ -132,7 +132,7 @@ def hf_config(contents: Contents) -> dict[str, Any]:
     The mask vector is only there in transformers where something is masked: where nothing is here, ``mask_time_prob``
     says otherwise and ``apply_spec_augment`` is off.
     """
-    config = contents.config
+    config = contents.contrastive
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS}
     values |= {
         "model_type": "wav2vec2",
@@ -174,9 +174,9 @@ def write_huggingface(contents: Contents, folder: Path) -> None:
         "sampling_rate": SAMPLE_RATE,
         "padding_side": "right",
         "padding_value": 0.0,
-        "do_normalize": contents.config.normalize_audio,
+        "do_normalize": contents.contrastive.normalize_audio,
         # transformers lets padding into GroupNorm's statistics, with an attention mask or without
-        "return_attention_mask": contents.config.conv_norm == "layer",
+        "return_attention_mask": contents.contrastive.conv_norm == "layer",
     }
     (folder / PREPROCESSOR).write_text(json.dumps(extractor, indent=2) + "\n")
     if contents.vocabulary is not None:
@@ -197,7 +197,7 @@ def read_huggingface(folder: Path) -> Contents:
     config = _model_config(values, kind, normalize, folder / CONFIG)
     if kind is Wav2Vec2ForPretraining and _KEPT not in values and values.get("mask_time_prob", 0.05) == 0.05:
         # The default, of SpecAugment in fine-tuning; in pretraining transformers is given its masks from outside.
-        config = replace(config, mask_prob=Wav2Vec2Config.mask_prob)
+        config = replace(config, mask_prob=ContrastiveConfig.mask_prob)
         notes.append(f"mask_time_prob 0.05 is transformers' default, not of pretraining: {config.mask_prob} here")
     prefix = "" if kind is Wav2Vec2 else "wav2vec2."
     if not prefix:  # some encoders keep the names that they had inside a model with a head
@@ -246,7 +246,7 @@ def _refuse_what_is_not_ours(values: dict[str, Any], where: Path) -> None:
         raise UsageError(f"{where} describes a model that is not to be had here: {', '.join(faults)}")
 
 
-def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> Wav2Vec2Config:
+def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> ContrastiveConfig:
     ours = {name: _value(values, theirs, default, where) for name, theirs, default in FIELDS}
     dim, groups = _value(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
     if dim % groups and kind is Wav2Vec2ForPretraining:
@@ -254,7 +254,7 @@ def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool,
     layer_norm = values.get("feat_extract_norm", OTHERS["feat_extract_norm"]) == "layer"
     if not values.get("apply_spec_augment", OTHERS["apply_spec_augment"]):
         ours["mask_prob"] = 0.0
-    config = Wav2Vec2Config(
+    config = ContrastiveConfig(
         **ours,
         conv_paddings=(0,) * len(ours["conv_channels"]),
         conv_norm="layer" if layer_norm else f"group:{ours['conv_channels'][0]}",

@@ -24,12 +24,13 @@ from torch.export import Dim
 
 import w2v2
 from w2v2.checkpoint import CONFIG, VOCABULARY
-from w2v2.config import DataConfig, save_config
+from w2v2.config import DataConfig
 from w2v2.convert.check import check_audio, check_lengths, compare, write_check, write_preprocessor
 from w2v2.data.corpora import Splits
 from w2v2.errors import JobError, UsageError
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2ForCTC
 from w2v2.recognizer import Recognizer, normalize_waveform
+from w2v2.serial import save_config
 from w2v2.text import Vocabulary
 
 MODEL, INT8, TORCH = "model.onnx", "model.int8.onnx", "model.pt2"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from w2v2.errors import Count, NotNegative, Positive, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
 from w2v2.model.masking import (
@@ -34,25 +35,25 @@ SAMPLE_RATE = 16_000
 
 @dataclass(kw_only=True)
 class Wav2Vec2Config:
-    """Everything that decides the shape and the objective of the model. Defaults are the page's BASE."""
+    """Everything that decides the shape of the encoder, and what is masked. Defaults are the page's BASE."""
 
-    n_layer: int = 12
+    n_layer: Count = 12
     """Transformer blocks (fairseq ``encoder_layers``)."""
-    n_head: int = 8
+    n_head: Count = 8
     """Attention heads; the released BASE has 12 (``encoder_attention_heads``)."""
-    n_embd: int = 768
+    n_embd: Count = 768
     """Width of the context network (``encoder_embed_dim``)."""
-    ffn_dim: int = 3072
+    ffn_dim: Count = 3072
     """Width of the feed-forward layers (``encoder_ffn_embed_dim``)."""
-    max_seq_len: int = 1024
+    max_seq_len: Count = 1024
     """Frames in a training crop at most: 20.48 s. A guard; the model itself takes any length."""
-    conv_channels: tuple[int, ...] = (512,) * 7
+    conv_channels: tuple[Count, ...] = (512,) * 7
     """Channels of each convolution (``conv_feature_layers``)."""
-    conv_kernel_sizes: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_kernel_sizes: tuple[Count, ...] = (10, 3, 3, 3, 3, 2, 2)
     """Kernels of the convolutions, in frames of their input."""
-    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_strides: tuple[Count, ...] = (5, 2, 2, 2, 2, 2, 2)
     """Strides; their product is the hop of a frame, 320 samples: 20 ms."""
-    conv_paddings: tuple[int, ...] = (4, 1, 1, 1, 1, 0, 0)
+    conv_paddings: tuple[Whole, ...] = (4, 1, 1, 1, 1, 0, 0)
     """Zeros on each side of each convolution's input. The page pads, so 1 s gives 50 frames; the paper does not."""
     conv_bias: bool = False
     """Whether the convolutions have a bias."""
@@ -64,62 +65,58 @@ class Wav2Vec2Config:
     utterance_norm: bool = False
     """Whether each feature channel gets zero mean and unit variance over the utterance, before the LayerNorm. Not in
     the paper: it takes away what tells speakers and rooms apart, which a short run would learn first."""
-    conv_init_smoothing: float = 0.0
+    conv_init_smoothing: Share = 0.0
     """How far the initial kernels after the first are pulled towards equal taps, 0 to 1. 0: the paper's Kaiming normal.
     Smooth features can be predicted from their neighbours at once; from noisy ones a short run learns nothing."""
-    conv_gradient_scale: float = 0.1
+    conv_gradient_scale: NotNegative = 0.1
     """Factor on the gradient into the convolutions (``feature_grad_mult``)."""
     norm_first: bool = True
     """Norms before attention and MLP, and ``ln_f`` last; else after them, and ``ln_f`` first (``layer_norm_first``)."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """After the positional embedding and on each residual branch (``dropout``)."""
-    attention_dropout: float = 0.1
+    attention_dropout: ShareBelowOne = 0.1
     """On the attention probabilities (``attention_dropout``)."""
-    activation_dropout: float = 0.0
+    activation_dropout: ShareBelowOne = 0.0
     """Inside the feed-forward layers (``activation_dropout``)."""
-    dropout_input: float = 0.1
+    dropout_input: ShareBelowOne = 0.1
     """On the projected features that the context network gets (``dropout_input``)."""
-    dropout_features: float = 0.1
-    """On the features that the quantizer gets (``dropout_features``)."""
-    layer_drop: float = 0.05
+    layer_drop: ShareBelowOne = 0.05
     """Probability that a block is skipped in training (``encoder_layerdrop``)."""
-    pos_conv_kernel: int = 128
+    pos_conv_kernel: Count = 128
     """Frames that the positional convolution sees (``conv_pos``)."""
-    pos_conv_groups: int = 16
+    pos_conv_groups: Count = 16
     """Its groups (``conv_pos_groups``)."""
-    mask_prob: float = 0.65
+    mask_prob: Share = 0.65
     """Share of frames that would be masked if no spans overlapped (``mask_prob``); the paper's 0.065 times the span."""
-    mask_length: int = 10
+    mask_length: Count = 10
     """Frames of a span: 200 ms (``mask_length``)."""
-    target_features: str = "projected"
-    """What is quantised: ``projected``, D wide, as on the page; ``encoder``, the normalised C-wide features (paper)."""
-    n_groups: int = 2
-    """Codebooks G (``latent_groups``)."""
-    n_entries: int = 320
-    """Entries V of each codebook (``latent_vars``)."""
-    codebook_dim: int = 384
-    """Width of an entry (``latent_dim / latent_groups``)."""
-    similarity_dim: int | None = None
-    """Width of the space in which contexts and targets meet (``final_dim``); None: the quantizer's own, unprojected."""
-    num_distractors: int = 100
-    """Distractors K for each target (``num_negatives``)."""
-    logit_temperature: float = 0.1
-    """Cosine similarities are divided by it (``logit_temp``)."""
-    gumbel_start: float = 2.0
-    """Gumbel temperature at step 0 (``latent_temp[0]``)."""
-    gumbel_end: float = 0.5
-    """Its lower bound (``latent_temp[1]``)."""
-    gumbel_decay: float = 0.999995
-    """Its factor per optimiser step (``latent_temp[2]``)."""
 
-    sub_batch_seconds: float | None = 87.5
-    """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of
-    masked frames are taken: a batch that fills a larger GPU has the objective of the published one (``max_tokens`` 1.4M
-    samples). None: of the whole batch."""
+    def check(self) -> None:
+        """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
+        check_ranges(self, "model")
+        shape = [self.conv_kernel_sizes, self.conv_strides, self.conv_paddings]
+        if any(len(part) != len(self.conv_channels) for part in shape):
+            raise UsageError(
+                f"--model.conv-kernel-sizes, conv-strides and conv-paddings need one number for each of the "
+                f"{len(self.conv_channels)} conv-channels, got {', '.join(str(len(part)) for part in shape)}"
+            )
+        for name, parts in (("n-head", self.n_head), ("pos-conv-groups", self.pos_conv_groups)):
+            if self.n_embd % parts:
+                raise UsageError(f"--model.n-embd must be a multiple of {name} ({parts}), got {self.n_embd}")
+        kind, _, groups = self.conv_norm.partition(":")
+        if self.conv_norm != "layer" and (kind != "group" or not groups.isdigit() or int(groups) == 0):
+            raise UsageError(
+                f"--model.conv-norm must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
+            )
+        if kind == "group" and self.conv_channels[0] % int(groups):
+            raise UsageError(
+                f"--model.conv-norm needs groups that divide the first of conv-channels ({self.conv_channels[0]}), "
+                f"got {groups}"
+            )
 
-    def build(self) -> Wav2Vec2ForPretraining:
-        """The pretraining model, freshly initialised from torch's global generator."""
-        return Wav2Vec2ForPretraining(self)
+    def build(self) -> Wav2Vec2:
+        """The model, freshly initialised from torch's global generator: of this configuration an encoder."""
+        return Wav2Vec2(self)
 
     def build_conv_norms(self) -> list[nn.Module]:
         """The norm after each convolution."""
@@ -132,20 +129,9 @@ class Wav2Vec2Config:
         """Module of (x (B, T, D) or packed, lengths) -> positions to add to x."""
         return PositionalConvEmbedding(self.n_embd, self.pos_conv_kernel, self.pos_conv_groups)
 
-    def build_quantizer(self, input_dim: int) -> nn.Module:
-        """Module of (x (M, input_dim), temperature) -> QuantizerOutput, with an ``output_dim``."""
-        return GumbelVectorQuantizer(input_dim, self.n_groups, self.n_entries, self.codebook_dim)
-
     def sample_mask(self, n_frames: int, rng: torch.Generator) -> Tensor:
         """(n_frames,) bool on the host: which frames of one utterance are masked; at least two, not all."""
         return sample_span_mask(n_frames, self.mask_prob, self.mask_length, rng)
-
-    def sub_batches(self, samples: Sequence[int]) -> tuple[int, ...]:
-        """How many utterances, in their order, make up each sub-batch of a batch of these lengths."""
-        if self.sub_batch_seconds is None:
-            return (len(samples),)
-        # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
-        return cut_batch(samples, round(self.sub_batch_seconds * SAMPLE_RATE * 1.001))
 
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
@@ -324,10 +310,65 @@ class SSLOutput:
     """Targets in the batch, known on the host."""
 
 
+@dataclass(kw_only=True)
+class ContrastiveConfig(Wav2Vec2Config):
+    """The encoder's, and everything that decides the contrastive objective. Defaults are the page's BASE."""
+
+    dropout_features: ShareBelowOne = 0.1
+    """On the features that the quantizer gets (``dropout_features``)."""
+    target_features: str = "projected"
+    """What is quantised: ``projected``, D wide, as on the page; ``encoder``, the normalised C-wide features (paper)."""
+    n_groups: Count = 2
+    """Codebooks G (``latent_groups``)."""
+    n_entries: Count = 320
+    """Entries V of each codebook (``latent_vars``)."""
+    codebook_dim: Count = 384
+    """Width of an entry (``latent_dim / latent_groups``)."""
+    similarity_dim: Count | None = None
+    """Width of the space in which contexts and targets meet (``final_dim``); None: the quantizer's own, unprojected."""
+    num_distractors: Count = 100
+    """Distractors K for each target (``num_negatives``)."""
+    logit_temperature: Positive = 0.1
+    """Cosine similarities are divided by it (``logit_temp``)."""
+    gumbel_start: Positive = 2.0
+    """Gumbel temperature at step 0 (``latent_temp[0]``)."""
+    gumbel_end: Positive = 0.5
+    """Its lower bound (``latent_temp[1]``)."""
+    gumbel_decay: Positive = 0.999995
+    """Its factor per optimiser step (``latent_temp[2]``)."""
+    sub_batch_seconds: Positive | None = 87.5
+    """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of
+    masked frames are taken: a batch that fills a larger GPU has the objective of the published one (``max_tokens`` 1.4M
+    samples). None: of the whole batch."""
+
+    def check(self) -> None:
+        """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
+        super().check()
+        if self.target_features not in ("projected", "encoder"):
+            raise UsageError(f"--model.target-features must be 'projected' or 'encoder', got {self.target_features!r}")
+
+    def build(self) -> Wav2Vec2ForPretraining:
+        """The pretraining model, freshly initialised from torch's global generator."""
+        return Wav2Vec2ForPretraining(self)
+
+    def build_quantizer(self, input_dim: int) -> nn.Module:
+        """Module of (x (M, input_dim), temperature) -> QuantizerOutput, with an ``output_dim``."""
+        return GumbelVectorQuantizer(input_dim, self.n_groups, self.n_entries, self.codebook_dim)
+
+    def sub_batches(self, samples: Sequence[int]) -> tuple[int, ...]:
+        """How many utterances, in their order, make up each sub-batch of a batch of these lengths."""
+        if self.sub_batch_seconds is None:
+            return (len(samples),)
+        # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
+        return cut_batch(samples, round(self.sub_batch_seconds * SAMPLE_RATE * 1.001))
+
+
 class Wav2Vec2ForPretraining(Wav2Vec2):
     """The encoder with quantizer and contrastive objective."""
 
-    def __init__(self, config: Wav2Vec2Config) -> None:
+    config: ContrastiveConfig
+
+    def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__(config)
         target_dim = config.n_embd if config.target_features == "projected" else config.conv_channels[-1]
         self.quantizer = config.build_quantizer(target_dim)
@@ -487,17 +528,14 @@ def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     return distinct
 
 
-class CTCHead(nn.Linear):
-    """Linear layer from the context network to the vocabulary."""
-
-
 class Wav2Vec2ForCTC(Wav2Vec2):
     """The encoder with a linear layer over the vocabulary."""
 
     def __init__(self, config: Wav2Vec2Config, n_labels: int) -> None:
         super().__init__(config)
-        self.lm_head = CTCHead(config.n_embd, n_labels)
-        init_weights(self.lm_head)
+        self.lm_head = nn.Linear(config.n_embd, n_labels)
+        nn.init.xavier_uniform_(self.lm_head.weight)  # as fairseq
+        nn.init.zeros_(self.lm_head.bias)
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """All but the output layer's: what is frozen in the first updates of a fine-tuning."""
@@ -548,7 +586,6 @@ def init_weights(model: nn.Module) -> None:
     | positional convolution | N(0, sqrt(4 / (kernel D))), bias 0, at its construction | fairseq |
     | mask vector | U(0, 1) | fairseq |
     | quantizer | projector N(0, 1), bias 0; codebook U(0, 1) | fairseq |
-    | CTC head | Xavier uniform, bias 0 | fairseq |
     | feature projection, out_linear, project_q, norms | PyTorch's default | fairseq |
     """
     for module in model.modules():
@@ -563,9 +600,6 @@ def init_weights(model: nn.Module) -> None:
             nn.init.normal_(module.projector.weight)
             nn.init.zeros_(module.projector.bias)
             nn.init.uniform_(module.codebook)
-        elif isinstance(module, CTCHead):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 def _init_convolutions(model: Wav2Vec2) -> None:

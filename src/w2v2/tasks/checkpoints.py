@@ -15,8 +15,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from w2v2.config import FinetuneConfig, PretrainConfig, save_config
+from w2v2.config import FinetuneConfig, PretrainConfig
 from w2v2.errors import JobError, StoppedError
+from w2v2.serial import save_config
 from w2v2.tasks.pretrain import NormalizedTask
 from w2v2.tasks.sharding import whole_weights
 

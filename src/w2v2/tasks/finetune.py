@@ -175,6 +175,7 @@ class FinetuneTask(NormalizedTask):
             freeze_encoder=self.global_step < self.config.freeze_encoder_steps,
         )
         loss, counts = self._count(log_probs, frames, batch)
+        self.record({"ctc": loss}, batch.audio)
         self.sums.add(counts)
         return self.sum_loss(loss, len(frames))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,29 @@ class Sums:
         return taken
 
 
+@dataclass
+class MicroBatch:
+    """What there is to say of a micro-batch if its step is not finite; tensors stay on the device."""
+
+    ids: list[str]
+    losses: dict[str, Tensor]
+    """Sum of each loss, ()."""
+    audio_finite: Tensor
+    """(B,) of each utterance, bool."""
+
+
+@dataclass
+class Step:
+    """An optimiser step, as this process saw it."""
+
+    number: int
+    """From 1."""
+    finite: Tensor
+    """() whether the gradient's norm over all processes was; else the step was left out."""
+    micro_batches: list[MicroBatch]
+    """Of this process."""
+
+
 def norm_figures(norms: dict[str, float]) -> dict[str, float]:
     """Mean gradient norm of the steps that had a finite one, if any did, and the number of the others."""
     figures = {"grad_norm": norms["norm"] / norms["finite"]} if norms["finite"] else {}
@@ -125,19 +149,24 @@ class NormalizedTask(pl.LightningModule):
         # For those who watch the run (tasks/health.py): sums apart from the logged ones, and what a step was made of.
         self.watched: Sums | None = None
         self.watched_norms: Sums | None = None
-        self.host_batch: Batch | None = None
-        self.step_finite: Tensor | None = None
-        self.replayed_step: int | None = None
-
-    @property
-    def global_step(self) -> int:
-        """Optimiser steps done; while a step is run again to find a fault, those before it."""
-        return super().global_step if self.replayed_step is None else self.replayed_step
+        self.last_step: Step | None = None
+        self.micro_batches: list[MicroBatch] = []
+        self.batch_ids: list[str] = []
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Remember what is on its way to the device."""
-        self.host_batch = batch
+        """Remember which utterances are on their way to the device."""
+        self.batch_ids = batch.ids
         return batch
+
+    def record(self, losses: dict[str, Tensor], audio: Tensor) -> None:
+        """Keep what names a micro-batch, until its step is known to be finite.
+
+        Args:
+            losses: sums over the micro-batch.
+            audio: (B, S) on the device.
+        """
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        self.micro_batches.append(MicroBatch(self.batch_ids, losses, audio.isfinite().all(1)))
 
     def train_figures(self) -> dict[str, float]:
         """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
@@ -222,7 +251,8 @@ class NormalizedTask(pl.LightningModule):
         ones = torch.ones_like(norm)
         norms = {"norm": torch.where(finite, norm, 0.0), "finite": finite * ones, "steps": ones}
         self.norm_sums.add(norms)
-        self.step_finite = finite
+        self.last_step = Step(self.global_step + 1, finite, self.micro_batches)
+        self.micro_batches = []
         if self.watched_norms is not None:
             self.watched_norms.add(norms)
 
@@ -300,6 +330,7 @@ class PretrainTask(NormalizedTask):
         self.seed_step(batch_idx)
         out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
         total = weighted_sum(out.losses, self.loss_weights)
+        self.record(out.losses, audio)
         loggable = self._loggable(out, total, audio, lengths)
         self.sums.add(loggable)
         if self.watched is not None:

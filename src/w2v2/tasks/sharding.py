@@ -1,13 +1,11 @@
 """FSDP2: parameters, gradients and optimiser state shared out over the processes instead of kept whole by each.
 
-What torch and Lightning do not do by themselves: which modules are gathered together, LayerDrop, tensors that everybody
-needs whole, and passes that only one process runs.
+What torch and Lightning do not do by themselves: which modules are gathered together, LayerDrop, and tensors that
+everybody needs whole.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import cast
 
 from torch import Tensor, nn
@@ -60,25 +58,3 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
         return model.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
-
-
-@contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """A model whose passes, inside, need no other process. Every process must enter.
-
-    Gradients are not shared out inside: take them with ``torch.autograd.grad``.
-    """
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-        part.set_reshard_after_backward(False, recurse=False)
-        part.set_requires_gradient_sync(False, recurse=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_requires_gradient_sync(True, recurse=False)
-            part.set_reshard_after_backward(True, recurse=False)
-            part.set_reshard_after_forward(part is not model, recurse=False)
-            part.reshard()

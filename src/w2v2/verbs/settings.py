@@ -94,11 +94,11 @@ def reading(**given: Any) -> DataConfig:
     Raises:
         UsageError: impossible numbers, named by the verb's options.
     """
-    from w2v2.config import DataConfig, TrainConfig, check_run
+    from w2v2.config import DataConfig
 
     config = DataConfig(**{name: value for name, value in given.items() if value is not None})
     try:
-        check_run(config, TrainConfig())
+        config.check()
     except UsageError as error:
         raise UsageError(str(error).replace("--data.num-workers", "--workers").replace("--data.", "--")) from None
     return config

@@ -153,7 +153,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> None:
 
 def _measured(config: PretrainConfig, steps: int) -> Measured:
     """Measure in a process of its own, whose memory is that of the run alone, and which may be killed."""
-    from w2v2.config import to_dict
+    from w2v2.serial import to_dict
 
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -168,9 +168,10 @@ def _measured(config: PretrainConfig, steps: int) -> Measured:
 
 
 def _measure(values: dict[str, Any], steps: int) -> Measured:
-    from w2v2.config import PretrainConfig, from_dict
+    from w2v2.config import PretrainConfig
     from w2v2.plan import measure
     from w2v2.recipes import load_recipe
+    from w2v2.serial import from_dict
 
     load_recipe(values["recipe"], PretrainConfig)  # so that the types of a user's file are known
     return measure(from_dict(values, PretrainConfig), steps)
@@ -178,7 +179,7 @@ def _measure(values: dict[str, Any], steps: int) -> Measured:
 
 def _command(recipe: PretrainConfig, config: PretrainConfig) -> str:
     """What starts the run that was planned: every setting in which it differs from its recipe."""
-    from w2v2.config import differences, to_dict
+    from w2v2.serial import differences, to_dict
 
     words = ["w2v2", "pretrain", config.recipe]
     for source in config.data.sources or ("DIR",):
