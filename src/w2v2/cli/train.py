@@ -1,14 +1,18 @@
-"""``w2v2 pretrain``, ``finetune``, and what goes with a run: ``plan``, ``mask-preview``."""
+"""``w2v2 pretrain``, ``finetune``, and what a run will take: ``plan``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import multiprocessing
+import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from w2v2.cli.options import AddVerb, configure, run_folder
 from w2v2.cli.progress import progress
@@ -16,8 +20,8 @@ from w2v2.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from w2v2.data.corpora import Splits
-    from w2v2.training.config import FinetuneConfig
-
+    from w2v2.training.config import FinetuneConfig, PretrainConfig
+    from w2v2.training.plan import Measured, Plan
 
 log = logging.getLogger("w2v2")
 
@@ -26,7 +30,6 @@ def add(verb: AddVerb) -> None:
     """Add the verbs."""
     _add_runs(verb)
     _add_plan(verb)
-    _add_mask_preview(verb)
 
 
 def _add_runs(verb: AddVerb) -> None:
@@ -119,7 +122,7 @@ def _finish(out: Path) -> None:
 
 
 def _add_plan(verb: AddVerb) -> None:
-    text = "what a pretraining run will take and give, from some measured steps and published figures"
+    text = "what a pretraining run will take, from some measured steps: time, memory, batch and rate; and what it masks"
     epilog = "Any setting of the recipe can follow, such as --data.batch-seconds 40."
     sub = verb("plan", _plan, text, epilog=epilog, overrides=True)
     sub.add_argument("recipe", help="name of a recipe, or FILE.py:FUNCTION")
@@ -135,44 +138,82 @@ def _add_plan(verb: AddVerb) -> None:
 def _plan(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.recipes import load_recipe
     from w2v2.training.config import PretrainConfig
-    from w2v2.training.plan import make_plan, measure, plan_table, settle
+    from w2v2.training.plan import make_plan, settle
 
     for name, value in (("--gpus", args.gpus), ("--steps", args.steps), ("--hours-per-update", args.hours_per_update)):
         if value is not None and value <= 0:
             raise UsageError(f"{name} must be more than 0, got {value:g}")
     recipe = load_recipe(args.recipe, PretrainConfig)
     config = configure(args, rest, PretrainConfig, need_data=False)
-    config = settle(recipe, config, devices=args.gpus, hours_per_update=args.hours_per_update, given=rest)
+    fields = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in rest}
+    config = settle(recipe, config, devices=args.gpus, hours=args.hours_per_update, fixed=fields)
     config.check()
-    plan = make_plan(recipe, config, measure(config, args.steps), args.memory)
-    lines = [json.dumps(asdict(plan), indent=2)] if args.json else plan_table(plan)
+    plan, command = make_plan(recipe, config, _measured(config, args.steps), args.memory), _command(recipe, config)
+    as_json = json.dumps(asdict(plan) | {"command": command}, indent=2)
+    lines = [as_json] if args.json else [*_plan_table(plan, args.memory), command]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _add_mask_preview(verb: AddVerb) -> None:
-    sub = verb(
-        "mask-preview",
-        _mask_preview,
-        "how much of an utterance is really masked, and in what spans, by its duration",
-        epilog="Any setting of the recipe can follow, such as --model.mask-prob 0.5.",
-        overrides=True,
-    )
-    sub.add_argument("recipe", help="name of a recipe, or FILE.py:FUNCTION")
-    sub.add_argument(
-        "--durations", nargs="+", type=float, default=[1, 2, 4, 8, 15.6], help="seconds (default: 1 2 4 8 15.6)"
-    )
-    sub.add_argument("--draws", type=int, default=2000, help="utterances of each duration (default: %(default)s)")
-    sub.add_argument("--data", action="append", help="corpus whose own durations (quantiles) are taken instead")
-    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    sub.set_defaults(help=False)
+def _measured(config: PretrainConfig, steps: int) -> Measured:
+    """Measure in a process of its own, whose memory is that of the run alone, and which may be killed."""
+    from w2v2.serial import to_dict
+
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            return process.submit(_measure, to_dict(config), steps).result()
+    except (BrokenProcessPool, RuntimeError) as error:
+        if isinstance(error, BrokenProcessPool) or "memory" in str(error):
+            raise UsageError(
+                "the steps to measure ran out of memory, or were killed; lower --data.batch-seconds "
+                f"{config.data.batch_seconds:g}, or set --train.activation-checkpointing True"
+            ) from error
+        raise
 
 
-def _mask_preview(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.mask_preview import corpus_durations, mask_table, preview_masks
+def _measure(values: dict[str, Any], steps: int) -> Measured:
+    from w2v2.recipes import load_recipe
+    from w2v2.serial import from_dict
     from w2v2.training.config import PretrainConfig
+    from w2v2.training.plan import measure
 
-    config = configure(args, rest, PretrainConfig, need_data=False)
-    config.check()
-    rows = preview_masks(config, corpus_durations(config) if config.data.sources else args.durations, args.draws)
-    found = [json.dumps([asdict(row) for row in rows], indent=2)]
-    sys.stdout.write("\n".join(found if args.json else mask_table(rows, config.model.mask_length)) + "\n")
+    load_recipe(values["recipe"], PretrainConfig)  # so that the types of a user's file are known
+    return measure(from_dict(values, PretrainConfig), steps)
+
+
+def _command(recipe: PretrainConfig, config: PretrainConfig) -> str:
+    """What starts the run that was planned: every setting in which it differs from its recipe."""
+    from w2v2.serial import differences, to_dict
+
+    words = ["w2v2", "pretrain", config.recipe]
+    for source in config.data.sources or ("DIR",):
+        words += ["--data", source]
+    for name, (_, value) in differences(to_dict(recipe), to_dict(config)).items():
+        if name != "data.sources":
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _plan_table(plan: Plan, memory: float | None) -> list[str]:
+    limit, measured = "", plan.measured
+    if memory is not None:
+        fits = "" if plan.memory_gb <= memory else " (does not fit)"
+        limit = f" of {memory:g}{fits}; micro-batches of about {plan.largest_batch_seconds:g} s would fill it"
+    rows = {
+        "devices": f"{plan.devices} ({measured.device}), {plan.accumulate} micro-batches each per update",
+        "audio per update": f"{plan.hours_per_update:.4g} h",
+        "peak learning rate": f"{plan.peak:g} (the recipe's, scaled by the root of the batch: {plan.scaled_peak:.3g})",
+        "memory per device": f"{plan.memory_gb:.2f} GB{limit}",
+        "seconds per update": f"{plan.seconds_per_update:.4g}, {plan.audio_seconds_per_second:.4g} audio-s/s "
+        f"({measured.steps} steps measured, middle half within {measured.spread:.0%})",
+        "of these": f"{plan.cpu_seconds_per_update:.4g} on the CPU's cores, whatever else the machine does",
+        "time to finish": f"{plan.hours_to_finish:.4g} h ({plan.hours_to_finish / 24:.3g} days) for {plan.updates:,} "
+        "updates; validation and transfers between devices not counted",
+        "audio heard": f"{plan.hours_heard:,.1f} h" + (f", {plan.passes:.1f} passes" if plan.passes else ""),
+    }
+    for masks in plan.masks:
+        low, middle, high = masks.spans
+        rows[f"masked of {masks.seconds:g} s"] = (
+            f"{masks.trained:.1%} of {masks.frames} frames ({masks.drawn:.1%} before rows are made equal), in spans of "
+            f"{middle} frames, {low} to {high} in eight of ten"
+        )
+    return [f"{name:20} {text}" for name, text in rows.items()]
