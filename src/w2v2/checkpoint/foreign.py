@@ -77,7 +77,7 @@ def _restored(config: ContrastiveConfig, kept: Any, where: Path) -> ContrastiveC
     like = {f.name: getattr(ContrastiveConfig(), f.name) for f in fields(ContrastiveConfig)} | _OPTIONAL
     if not isinstance(kept, dict) or not kept.keys() <= like.keys():
         raise UsageError(f"{where} has settings of w2v2 that this version does not know: {sorted(kept)}")
-    values = {
+    values: dict[str, Any] = {
         name: value if value is None and name in _OPTIONAL else checked(value, like[name], name, where)
         for name, value in kept.items()
     }
