@@ -62,19 +62,26 @@ class ContainerFile:
         if importlib.util.find_spec("av") is None:
             raise AudioError(f"{container} needs PyAV: pip install 'w2v2[m4a]'")
         self.file, self.format = file, container
-        self.slack = 4096 if container == "M4A" else 0  # MP4 counts its padding
         self.process = _process()
         size = file.seek(0, os.SEEK_END)
         description, _ = self._ask(do="open", size=size, name=name, rates=rates, channels=most_channels)
         self.samplerate: int = description["rate"]
         self.channels: int = description["channels"]
         self.subtype: str = description["codec"]
+        # MP4 counts the encoder's padding; elsewhere packets tell how long they last, and not what is to be left out.
+        self.slack = 4096 if container == "M4A" else self.samplerate // 4
 
     @functools.cached_property
     def length(self) -> tuple[int, str]:
         """Samples per channel that the container announces, or to the end of its last packet; and what is missing."""
         description, _ = self._ask(do="length")
-        return description["frames"], description["missing"]
+        missing: str = description["missing"]
+        if self.format == "AVI":  # FFmpeg takes for its length what there is
+            self.file.seek(4)
+            announced, there = int.from_bytes(self.file.read(4), "little") + 8, self.file.seek(0, os.SEEK_END)
+            if there < announced < 0x7FFF_0000:
+                missing = f"{there} bytes of {announced}"
+        return description["frames"], missing
 
     def seek(self, start: int) -> None:
         """Go to a sample, or to the end if there are fewer."""

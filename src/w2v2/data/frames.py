@@ -7,7 +7,7 @@ import re
 import struct
 from typing import BinaryIO, NamedTuple
 
-from w2v2.data.splice import Layout, Span, find, read_at
+from w2v2.data.splice import Layout, Span, cyclic_check, find, read_at
 
 _TAIL = 1 << 17  # bytes that hold the last frame of a FLAC stream
 
@@ -36,18 +36,22 @@ def flac_layout(file: BinaryIO, start: int, size: int) -> Layout:
 def _last_sample(file: BinaryIO, start: int, end: int, announced: int) -> int:
     """The sample after the last frame, or what is announced, if no frame proves anything else.
 
-    A frame that ends where the header says is believed, any other by its check sum; if nothing is announced, in the end
-    any.
+    A frame that ends where the header says is believed, any other by its check sum, or, where it is cut off, by the one
+    before it.
     """
     nominal = int.from_bytes(read_at(file, start + 8, 2), "big")
     first = max(start + 42, end - _TAIL)
     tail = read_at(file, first, max(end - first, 0))
-    last, at = 0, len(tail)
+    last, at, following = 0, len(tail), len(tail)
     while (at := tail.rfind(b"\xff", 0, at)) >= 0:
         sample = _frame_end(tail[at : at + 17], nominal)
-        if sample is not None and (sample == announced or _crc(tail[at:], 16, 0x8005) == 0):
+        if sample is None:
+            continue
+        if sample == announced:
             return sample
-        last = last or sample or 0
+        if cyclic_check(tail[at:following], 16, 0x8005) == 0:
+            return last or sample
+        last, following = sample, at
     return announced or last
 
 
@@ -68,28 +72,9 @@ def _frame_end(head: bytes, nominal: int) -> int | None:
     else:
         block = 192 if code == 1 else 576 << code - 2 if code < 6 else 256 << code - 8
     at += {12: 1, 13: 2, 14: 2}.get(head[2] & 15, 0)  # so does the rate
-    if len(head) <= at or _crc(head[: at + 1], 8, 0x07) != 0:
+    if len(head) <= at or cyclic_check(head[: at + 1], 8, 0x07) != 0:
         return None
     return (number if head[1] & 1 else number * nominal) + block
-
-
-@functools.cache
-def _crc_table(bits: int, polynomial: int) -> list[int]:
-    table = []
-    for value in range(256):
-        crc = value << bits - 8
-        for _ in range(8):
-            crc = (crc << 1 ^ (polynomial if crc >> bits - 1 else 0)) & (1 << bits) - 1
-        table.append(crc)
-    return table
-
-
-def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """Zero for data that ends with its own check sum."""
-    table, crc, mask = _crc_table(bits, polynomial), 0, (1 << bits) - 1
-    for byte in data:
-        crc = (crc << 8 & mask) ^ table[crc >> bits - 8 ^ byte]
-    return crc
 
 
 # --- MP3 (ISO 11172-3, 13818-3) ---------------------------------------------------------------------------------------

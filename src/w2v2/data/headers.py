@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from w2v2.data.frames import flac_layout, id3_end, mp3_frame, mp3_layout
-from w2v2.data.splice import Layout, Span, find, read_at
+from w2v2.data.splice import Layout, Span, cyclic_check, find, read_at
 from w2v2.data.storage import is_remote
 
 _PLACEHOLDER = 1_900_000_000  # bytes: what writers to a pipe announce is 2e9, near 2^31 (SoX, arecord), or near 2^32
@@ -134,12 +134,12 @@ def _wav_header(file: BinaryIO, start: int, at: int, length: int, chunks: dict[b
 
 
 def _ogg(file: BinaryIO, size: int) -> Layout:
-    """Each link of a chain (RFC 3533): the pages that begin streams start one, unless they follow each other."""
-    links: list[int] = []
+    """Each link of a chain (RFC 3533), with the mark of its end: pages that begin streams start one, but together."""
+    links: list[list[int]] = []  # where each begins, where its last page does, and that page's flags
     at, begins, missing = 0, False, ""
     while at < size:
         head = read_at(file, at, 27)
-        if not b"OggS".startswith(head[:4]) and head[:4] != b"OggS":  # lost bytes, or something after the audio
+        if head[:4] != b"OggS"[: len(head)]:  # lost bytes, or something after the audio
             at = find(file, b"OggS", at + 1, size)
             continue
         table = file.read(head[26]) if len(head) == 27 else b""
@@ -147,10 +147,22 @@ def _ogg(file: BinaryIO, size: int) -> Layout:
         if len(head) < 27 or len(table) < head[26] or end > size:
             missing = "the last page is cut off"
             break
-        if head[5] & 2 and not begins:
-            links.append(at)
+        if not links or (head[5] & 2 and not begins):
+            links.append([at, at, 0])
+        links[-1][1:] = at, head[5]
         begins, at = bool(head[5] & 2), end
-    if len(links) < 2:
+    if missing or (len(links) == 1 and links[0][2] & 4):
         return Layout(missing=missing)
-    ends = [*links[1:], size]
-    return Layout(tuple(Span(b"", start, end) for start, end in zip(links, ends, strict=True)), missing)
+    ends = [start for start, _, _ in links[1:]] + [size]
+    return Layout(tuple(_link(file, link[0], link[1], link[2], end) for link, end in zip(links, ends, strict=True)))
+
+
+def _link(file: BinaryIO, start: int, last: int, flags: int, end: int) -> Span:
+    if flags & 4:
+        return Span(b"", start, end)
+    page = bytearray(read_at(file, last, end - last))
+    del page[27 + page[26] + sum(page[27 : 27 + page[26]]) :]
+    page[5] |= 4
+    page[22:26] = bytes(4)
+    page[22:26] = struct.pack("<I", cyclic_check(bytes(page), 32, 0x04C1_1DB7))
+    return Span(b"", start, last, suffix=bytes(page))

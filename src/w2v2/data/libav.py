@@ -212,7 +212,7 @@ def answer(command: dict[str, Any], decoder: Decoder | None) -> Decoder | None:
         send({"rate": decoder.rate, "channels": decoder.channels, "codec": decoder.codec})
     elif command["do"] == "length" and decoder is not None:
         frames, missing = decoder.length()
-        send({"frames": frames, "missing": missing})
+        send({"frames": min(max(frames, 0), 1 << 53), "missing": missing})
     elif command["do"] == "seek" and decoder is not None:
         decoder.seek(command["start"])
         send({"position": decoder.position})

@@ -171,10 +171,12 @@ class _Chain:
 
 
 def _cut_off(file: Any, stream: BinaryIO) -> str:
-    """What an AIFF, AU, RF64, W64 or SPH file lacks, of which libsndfile reads what there is; its log tells."""
+    """What an AIFF, AU, RF64, W64, CAF or SPH file lacks, of which libsndfile reads what there is; its log tells."""
     if file.format == "NIST":
         count = re.search(rb"sample_count -i (\d+)", read_at(stream, 0, 1024))
         return f"{file.frames} samples of {int(count[1])}" if count and int(count[1]) > file.frames else ""
+    if file.format == "CAF":
+        return _caf_missing(stream)
     if file.format not in ("AIFF", "AU", "RF64", "W64"):
         return ""
     for line in file.extra_info.splitlines():
@@ -190,19 +192,19 @@ def _cut_off(file: Any, stream: BinaryIO) -> str:
     return ""
 
 
+def _caf_missing(stream: BinaryIO) -> str:
+    size, at = stream.seek(0, os.SEEK_END), 8
+    while len(chunk := read_at(stream, at, 12)) == 12:
+        length = int.from_bytes(chunk[4:], "big", signed=True)  # -1: to the end
+        at = size if length < 0 else at + 12 + length
+    return f"{size} bytes of {at}" if at > size else ""
+
+
 def _refusal(error: soundfile.LibsndfileError, stream: BinaryIO) -> AudioError:
     """Why a file is not read, where libsndfile's own reason would mislead."""
     head = read_at(stream, 0, 192)
-    if head[:4] == b"caff":
-        size, at = stream.seek(0, os.SEEK_END), 8
-        while at < size:
-            chunk = read_at(stream, at, 12)
-            length = int.from_bytes(chunk[4:], "big", signed=True)
-            if length < 0:
-                break
-            at += 12 + length
-        if at > size:
-            return TruncatedError(f"it breaks off: {size} bytes of {at}")
+    if head[:4] == b"caff" and (missing := _caf_missing(stream)):
+        return TruncatedError(f"it breaks off: {missing}")
     if head and all(byte >= 32 or byte in b"\t\n\r" for byte in head):
         start = head[:20].decode("utf-8", "replace").split("\n")[0]
         return AudioError(f"it is no audio but text, which begins with {start!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -9,11 +10,12 @@ from typing import Any, BinaryIO, cast
 
 @dataclass(frozen=True)
 class Span:
-    """What a decoder is to read as one file: some bytes, then a part of the file."""
+    """What a decoder is to read as one file: some bytes, a part of the file, some bytes."""
 
     prefix: bytes
     start: int
     end: int
+    suffix: bytes = b""
     claim: int = 0
     """Bytes that it seems to have, for a decoder that would guess too short a length from those that it has."""
 
@@ -35,7 +37,8 @@ class Layout:
 class _Spliced(io.RawIOBase):
     def __init__(self, file: BinaryIO, span: Span) -> None:
         self.file, self.span, self.position = file, span, 0
-        self.size = len(span.prefix) + span.end - span.start
+        self.middle = len(span.prefix) + span.end - span.start
+        self.size = self.middle + len(span.suffix)
 
     def readable(self) -> bool:
         return True
@@ -53,18 +56,22 @@ class _Spliced(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        data = self._bytes(len(view))
-        view[: len(data)] = data
-        self.position += len(data)
-        return len(data)
+        filled = 0
+        while filled < len(view) and (data := self._bytes(len(view) - filled)):  # libsndfile asks but once
+            view[filled : filled + len(data)] = data
+            self.position += len(data)
+            filled += len(data)
+        return filled
 
     def _bytes(self, count: int) -> bytes:
         prefix, place = self.span.prefix, self.position
         if place > self.size:  # where a decoder looks for a tag, at the end that the span claims to have
             return bytes(max(0, min(count, self.span.claim - place)))
-        data = prefix[place : place + count]
-        count = min(count - len(data), self.size - place - len(data))
-        return data + read_at(self.file, self.span.start + max(0, place - len(prefix)), count) if count else data
+        if place >= self.middle:
+            return self.span.suffix[place - self.middle :][:count]
+        if place >= len(prefix):
+            return read_at(self.file, self.span.start + place - len(prefix), min(count, self.middle - place))
+        return prefix[place : place + count]
 
 
 def spliced(file: BinaryIO, span: Span) -> BinaryIO:
@@ -76,6 +83,25 @@ def read_at(file: BinaryIO, start: int, count: int) -> bytes:
     """``count`` bytes of a file from ``start`` on; fewer at its end."""
     file.seek(start)
     return file.read(count)
+
+
+@functools.cache
+def _crc_table(bits: int, polynomial: int) -> list[int]:
+    table = []
+    for value in range(256):
+        crc = value << bits - 8
+        for _ in range(8):
+            crc = (crc << 1 ^ (polynomial if crc >> bits - 1 else 0)) & (1 << bits) - 1
+        table.append(crc)
+    return table
+
+
+def cyclic_check(data: bytes, bits: int, polynomial: int) -> int:
+    """The check sum of FLAC and Ogg: most significant bit first, from zero; zero for data that ends with its own."""
+    table, crc, mask = _crc_table(bits, polynomial), 0, (1 << bits) - 1
+    for byte in data:
+        crc = (crc << 8 & mask) ^ table[crc >> bits - 8 ^ byte]
+    return crc
 
 
 def find(file: BinaryIO, mark: bytes, start: int, end: int) -> int:
