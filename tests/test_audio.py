@@ -16,8 +16,8 @@ from conftest import RATE, sound
 
 from w2v2.data import containers
 from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError
-from w2v2.data.audit import AuditConfig, Part, audit
-from w2v2.transcribe import find_sources
+from w2v2.inference.transcribe import find_sources
+from w2v2.preparation.audit import AuditConfig, Part, audit
 
 av = pytest.importorskip("av")
 
@@ -349,7 +349,7 @@ def test_without_pyav_a_container_says_what_it_needs(tmp_path: Path) -> None:
     write(tmp_path / "b.wav", sound(1, 0))
     program = (
         "import sys; sys.modules['av'] = None\n"
-        "from w2v2.data.audit import AuditConfig, Part, audit\n"
+        "from w2v2.preparation.audit import AuditConfig, Part, audit\n"
         "print([audit(path, [Part(1)], AuditConfig())[0].reasons for path in sys.argv[1:]])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.webm"), str(tmp_path / "b.wav")]

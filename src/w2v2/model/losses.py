@@ -1,0 +1,139 @@
+"""The losses as pure fp32 functions that return sums over the targets: masked frames (paper 3.2), utterances for CTC.
+
+The caller divides once, by the number of targets of the whole optimiser step: see ``training/task.py``.
+Legend: B utterances, M masked frames of all of them, N of one, K distractors, P similarity space, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def _rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """(M, ...) -> (B, N, ...), a row per utterance, padded with zeros where they differ in length."""
+    if min(counts) == max(counts):
+        return x.view(len(counts), counts[0], *x.shape[1:])
+    return pad_sequence(list(x.split(list(counts))), batch_first=True)
+
+
+def _unrows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """(B, N, ...) -> (M, ...): inverse of ``_rows``."""
+    if min(counts) == max(counts):
+        return x.flatten(0, 1)
+    return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])
+
+
+def contrastive_logits(
+    context: Tensor,
+    targets: Tensor,
+    codes: Tensor,
+    distractors: Tensor,
+    counts: Sequence[int],
+    temperature: float = 0.1,
+) -> Tensor:
+    """Similarity of each masked frame's context with its target and its distractors.
+
+    All cosines of an utterance come from one matrix product, from which the distractors' are picked: N * N scalars
+    rather than N * K gathered vectors.
+
+    Args:
+        context: (M, P) context vectors at the masked frames.
+        targets: (M, P) quantised targets of the same frames.
+        codes: (M, G) code indices the targets were made of, as sampled.
+        distractors: (M, K) positions among the utterance's own masked frames.
+        counts: masked frames of each utterance.
+        temperature: of the softmax (kappa; fairseq ``logit_temp``).
+
+    Returns:
+        (M, 1 + K) float32, the target at 0. Distractors made of the target's own codes are -inf.
+    """
+    with torch.autocast(context.device.type, enabled=False):
+        c = _rows(F.normalize(context.float(), dim=-1, eps=1e-8), counts)
+        q = _rows(F.normalize(targets.float(), dim=-1, eps=1e-8), counts)
+        cosine = torch.bmm(c, q.mT) / temperature  # (B, N, P), (B, P, N) -> (B, N, N)
+        others = _rows(distractors, counts)  # (B, N, K)
+        positive = cosine.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        negatives = cosine.gather(2, others)
+        row_codes = _rows(codes, counts)  # (B, N, G)
+        same = torch.ones_like(others, dtype=torch.bool)
+        for group in row_codes.unbind(-1):
+            picked = group.gather(1, others.flatten(1)).view_as(others)
+            same &= picked == group.unsqueeze(-1)
+        negatives = negatives.masked_fill(same, float("-inf"))
+        return _unrows(torch.cat([positive, negatives], dim=-1), counts)
+
+
+@dataclass
+class ContrastiveOutput:
+    """Sums over the M masked frames."""
+
+    loss: Tensor
+    """Cross-entropy in nats, with gradient."""
+    correct: Tensor
+    """Frames whose target scores higher than every distractor that is not identical to it, and has at least one such.
+
+    Ties are no hits, so neither a constant model nor one whose targets are all the same scores any.
+    """
+    identical: Tensor
+    """Share of distractors identical to the target, summed over frames."""
+
+
+def contrastive_loss(logits: Tensor) -> ContrastiveOutput:
+    """Cross-entropy of (M, 1 + K) logits with the target at 0; a frame whose distractors are all identical costs 0."""
+    logits = logits.float()
+    excluded = logits[:, 1:].isneginf()
+    hardest = logits[:, 1:].amax(-1)
+    return ContrastiveOutput(
+        loss=(torch.logsumexp(logits, -1) - logits[:, 0]).sum(),
+        correct=((logits[:, 0] > hardest) & ~excluded.all(-1)).sum(),
+        identical=excluded.float().mean(-1).sum(),
+    )
+
+
+def diversity_loss(prob_perplexity: Tensor, n_codes: int, num_targets: int) -> Tensor:
+    """``(G V - perplexity) / (G V)`` times the number of targets: minimised, so perplexity is maximised.
+
+    Args:
+        prob_perplexity: scalar, summed over groups, in [G, G V].
+        n_codes: G V.
+        num_targets: M of this micro-batch.
+    """
+    return num_targets * (n_codes - prob_perplexity.float()) / n_codes
+
+
+def feature_penalty(features: Tensor, num_targets: int) -> Tensor:
+    """Mean square of the conv stack's raw output, over all frames, times the number of targets (``features_pen``)."""
+    with torch.autocast(features.device.type, enabled=False):
+        return num_targets * features.float().square().mean()
+
+
+def ctc_loss(
+    log_probs: Tensor, frames: Sequence[int], targets: Tensor, target_lengths: Tensor, *, blank: int
+) -> Tensor:
+    """CTC in nats, summed over utterances (fairseq ``ctc``, ``zero_infinity``).
+
+    Args:
+        log_probs: (B, T, labels) float32.
+        frames: of each utterance.
+        targets: (B, U) int64: with this type torch takes its own kernel, as published, not cuDNN's.
+        target_lengths: (B,) int64, on the host.
+        blank: id of the blank.
+
+    Returns:
+        Scalar; utterances whose labels do not fit in their frames cost nothing.
+    """
+    return F.ctc_loss(
+        log_probs.float().transpose(0, 1),  # (B, T, labels) -> (T, B, labels)
+        targets,
+        torch.tensor(frames),
+        target_lengths,
+        blank=blank,
+        reduction="sum",
+        zero_infinity=True,
+    )
