@@ -1,0 +1,50 @@
+"""What the labels of a CTC model are: a recipe's choice, from which the transcripts make a vocabulary.
+
+Your own is a dataclass with ``vocabulary``, in your recipe file, and a subclass of :class:`w2v2.Vocabulary`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary
+
+
+@dataclass(kw_only=True)
+class Characters:
+    """The characters of the transcripts, of any script, and a label after each word (the paper's letters)."""
+
+    upper: bool = True
+    """Whether text is upper-cased; else case is kept, and both cases are labels."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        return Vocabulary.from_texts(texts, _case(self.upper))
+
+
+@dataclass(kw_only=True)
+class Phonemes:
+    """What spaces separate in the transcripts: phonemes, or whatever else is written so (paper section 5.3, TIMIT)."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        return PhonemeVocabulary.from_texts(texts)
+
+
+@dataclass(kw_only=True)
+class SentencePieces:
+    """Pieces of words, learned from the transcripts by SentencePiece (``pip install 'w2v2[pieces]'``)."""
+
+    size: int = 500
+    """Pieces at most; fewer where the transcripts do not hold as many."""
+    upper: bool = True
+    """Whether text is upper-cased; else case is kept."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        return PieceVocabulary.from_texts(texts, _case(self.upper), self.size)
+
+
+def _case(upper: bool) -> Callable[[str], str]:
+    return str.upper if upper else str
