@@ -20,7 +20,7 @@ from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError, load
 from w2v2.data.corpora import read_corpus
 from w2v2.data.sources import table_rows
 from w2v2.errors import UsageError
-from w2v2.inference.transcribe import find_sources
+from w2v2.inference.recordings import find_sources
 from w2v2.preparation.audit import AuditConfig, Part, audit
 from w2v2.preparation.run import PrepareConfig, prepare
 
