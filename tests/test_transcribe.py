@@ -294,7 +294,7 @@ def test_one_bad_file_never_stops_the_others(
     assert lines == [
         f"{bad[2]}: no audio files in this folder",
         f"{bad[0]}: No such file or directory",
-        f"{bad[1]}: Format not recognised",
+        f"{bad[1]}: it is no audio but text, which begins with 'no audio'",
     ]
     assert err.splitlines()[-1].startswith("w2v2: failed: 3 of 5 could not be transcribed")
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary
+if TYPE_CHECKING:
+    from w2v2.text.vocabulary import Vocabulary
 
 
 @dataclass(kw_only=True)
@@ -20,6 +22,8 @@ class Characters:
 
     def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
         """Labels for transcripts."""
+        from w2v2.text.vocabulary import Vocabulary  # late: pretraining, whose recipes stand beside, needs no text
+
         return Vocabulary.from_texts(texts, _case(self.upper))
 
 
@@ -29,6 +33,8 @@ class Phonemes:
 
     def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
         """Labels for transcripts."""
+        from w2v2.text.vocabulary import PhonemeVocabulary
+
         return PhonemeVocabulary.from_texts(texts)
 
 
@@ -43,6 +49,8 @@ class SentencePieces:
 
     def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
         """Labels for transcripts."""
+        from w2v2.text.vocabulary import PieceVocabulary
+
         return PieceVocabulary.from_texts(texts, _case(self.upper), self.size)
 
 
