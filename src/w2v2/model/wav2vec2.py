@@ -86,7 +86,8 @@ class Wav2Vec2Config:
         if any(len(part) != len(self.conv_channels) for part in shape):
             raise UsageError(
                 f"`model.conv_kernel_sizes`, `model.conv_strides` and `model.conv_paddings` need one number for "
-                f"each of the {len(self.conv_channels)} `model.conv_channels`, got {', '.join(str(len(part)) for part in shape)}"
+                f"each of the {len(self.conv_channels)} `model.conv_channels`, got "
+                f"{', '.join(str(len(part)) for part in shape)}"
             )
         for name, parts in (("n_head", self.n_head), ("pos_conv_groups", self.pos_conv_groups)):
             if self.n_embd % parts:
