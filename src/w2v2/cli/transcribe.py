@@ -15,6 +15,7 @@ from w2v2.cli.decoding import SETTINGS, add_decoder_options, decoder_asked_for, 
 from w2v2.cli.options import AddVerb, place
 from w2v2.cli.progress import progress
 from w2v2.errors import JobError, UsageError
+from w2v2.files import write_text
 
 if TYPE_CHECKING:
     from w2v2.inference.recognizer import Recognizer
@@ -180,9 +181,7 @@ class _Writer:
             return
         path = self.out / self.paths[transcript.name]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.partial")  # a name may be as long as names can be
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
 
 
 def _is_beside(path: Path, audio: str) -> bool:
