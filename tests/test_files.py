@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from w2v2.data.corpora import Split
 from w2v2.errors import UsageError
 from w2v2.files import whole, whole_folder, write_json, write_text
-from w2v2.serial import load_config, save_config
+from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
 from w2v2.training.run import CONFIG, start_folder
 
@@ -31,12 +32,15 @@ def test_a_file_takes_its_place_when_it_is_whole_and_not_before(tmp_path: Path) 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     write_text(tmp_path / "a.txt", "old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
     with pytest.raises(error), whole(tmp_path / "a.txt") as partial:
-        partial.write_text("half")
-        raise error
+        fail(partial)
     with pytest.raises(error), whole_folder(tmp_path / "folder") as folder:
-        (folder / "half").touch()
-        raise error
+        fail(folder / "half")
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
@@ -87,19 +91,19 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 
 def test_resume_on_a_full_disk_leaves_the_configuration(tmp_path: Path) -> None:
     """A limit on the size of a file fails where a full disk does, in the write."""
-    config = PretrainConfig()
-    save_config(config, tmp_path / CONFIG)
-    write_json(tmp_path / "environment.json", {"data": {}})
+    config, splits = PretrainConfig(), {"train": Split.of([]), "valid": Split.of([])}
+    start_folder(tmp_path, config, splits, resume=False)
     config.train.max_steps = 7
     child = os.fork()
     if not child:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
         try:
-            start_folder(tmp_path, config, {}, resume=True)
+            start_folder(tmp_path, config, splits, resume=True)
         except OSError:
             os._exit(3)
-        os._exit(4)
+        finally:
+            os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     assert load_config(tmp_path / CONFIG, PretrainConfig) == PretrainConfig()
     assert sorted(os.listdir(tmp_path)) == [CONFIG, "environment.json"]
