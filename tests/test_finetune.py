@@ -28,7 +28,7 @@ from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import keyed_generator, sample_channel_masks
 from w2v2.serial import save_config
-from w2v2.text.vocabulary import Phonemes, SentencePieces, Vocabulary, load_vocabulary
+from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training import preflight as preflights
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.data import SpeechDataModule
@@ -36,6 +36,7 @@ from w2v2.training.finetune import FinetuneTask, emission_counts, finetune, labe
 from w2v2.training.plateau import Plateau
 from w2v2.training.preflight import preflight
 from w2v2.training.run import validate_task
+from w2v2.training.units import Phonemes, SentencePieces
 
 
 def thin(**train) -> FinetuneConfig:

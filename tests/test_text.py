@@ -12,20 +12,12 @@ from hypothesis import strategies as st
 
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
-from w2v2.inference.transcripts import word_times
+from w2v2.inference.words import word_times
 from w2v2.serial import from_dict, to_dict
 from w2v2.text.check import check_transcripts
-from w2v2.text.vocabulary import (
-    Characters,
-    Phonemes,
-    PhonemeVocabulary,
-    PieceVocabulary,
-    SentencePieces,
-    Vocabulary,
-    frames_needed,
-    load_vocabulary,
-)
+from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary, frames_needed, load_vocabulary
 from w2v2.training.config import FinetuneConfig
+from w2v2.training.units import Characters, Phonemes, SentencePieces
 
 TEXTS = ["the cat sat on the mat", "a dog and a cat ran", "the man had a hat", "on and on the dog ran"] * 4
 

@@ -20,7 +20,7 @@ from w2v2 import recipes
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
-from w2v2.decoding.beam import BeamConfig, make_decoder
+from w2v2.decoding.decoder import BeamConfig, make_decoder
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.inference.align import align
@@ -294,7 +294,7 @@ def test_one_bad_file_never_stops_the_others(
     assert lines == [
         f"{bad[2]}: no audio files in this folder",
         f"{bad[0]}: No such file or directory",
-        f"{bad[1]}: Format not recognised",
+        f"{bad[1]}: it is no audio but text, which begins with 'no audio'",
     ]
     assert err.splitlines()[-1].startswith("w2v2: failed: 3 of 5 could not be transcribed")
 

@@ -36,6 +36,14 @@ class JobError(RuntimeError):
     """The work itself could not be done (exit code 1). The message is one line; what was finished is kept."""
 
 
+class AudioError(Exception):
+    """Audio that cannot be had; the message says which and why."""
+
+
+class TruncatedError(AudioError):
+    """Audio that lacks its end."""
+
+
 @dataclass(frozen=True)
 class Range:
     """What a number in a configuration may be, beside its field: ``Annotated[int, Range(1)]``."""

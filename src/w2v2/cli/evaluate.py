@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2v2.data.batch import Batch
     from w2v2.data.config import DataConfig
     from w2v2.data.corpora import Splits
-    from w2v2.decoding.beam import BeamConfig
+    from w2v2.decoding.decoder import BeamConfig
     from w2v2.decoding.greedy import Decoder
     from w2v2.inference.recognizer import Recognizer
 
@@ -110,7 +110,8 @@ _RECOGNIZERS_ONLY = (
 def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits) -> None:
     from w2v2.checkpoint.native import is_foreign
     from w2v2.data.loader import whole_utterances
-    from w2v2.evaluation.evaluate import evaluation_table, hypotheses_file, run_evaluation
+    from w2v2.evaluation.evaluate import hypotheses_file, run_evaluation
+    from w2v2.evaluation.table import evaluation_table
     from w2v2.inference.recognizer import load_recognizer
     from w2v2.training.config import FinetuneConfig, run_config
 

@@ -28,7 +28,8 @@ from w2v2.data.storage import is_remote
 from w2v2.decoding.greedy import Decoder, Hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer
-from w2v2.inference.transcripts import Transcript, label_scores, word_times
+from w2v2.inference.transcripts import Transcript
+from w2v2.inference.words import label_scores, word_times
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.text.vocabulary import Vocabulary
 

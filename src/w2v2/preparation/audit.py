@@ -20,10 +20,10 @@ from w2v2.data.audio import (
     AudioError,
     AudioFile,
     FloatArray,
-    announced_but_missing,
+    TruncatedError,
     mix_down,
-    says_length,
 )
+from w2v2.data.headers import examine
 from w2v2.data.storage import is_remote, open_binary
 from w2v2.text.vocabulary import normalize_text
 
@@ -203,15 +203,14 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
         if not is_remote(location) and not stat.S_ISREG(os.stat(location).st_mode):
             raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
-            missing = announced_but_missing(location, file.format)
             for part, found in zip(parts, findings, strict=True):
-                _audit_part(file, location, part, found, config)
-                if missing and not any(reason == "truncated" for reason, _ in found.reasons):
+                _audit_part(file, part, found, config)
+                if file.missing and not any(reason == "truncated" for reason, _ in found.reasons):
                     found.reasons = [said for said in found.reasons if said[0] != "empty"]
-                    found.add("truncated", missing)
+                    found.add("truncated", file.missing)
                 _check_extension(location, file.format, found)
     except (AudioError, OSError) as error:
-        reason = _why_undecodable(location)
+        reason = "truncated" if isinstance(error, TruncatedError) else _why_undecodable(location)
         for found in findings:
             if not found.samples and not found.reasons:
                 found.add(reason, str(error))
@@ -220,7 +219,7 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
     return findings
 
 
-def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, config: AuditConfig) -> None:
+def _audit_part(file: AudioFile, part: Part, found: Finding, config: AuditConfig) -> None:
     found.rate, found.channels, found.total = file.rate, file.channels, file.frames
     found.first = round((part.start or 0.0) * file.rate)
     if found.first and found.first >= file.frames:
@@ -235,11 +234,11 @@ def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, conf
         scan.add(block)
     found.samples, found.content = scan.samples, scan.hash.hexdigest()
     found.total = scan.samples if whole else max(file.frames, found.first + scan.samples)
-    # The end of a row is often rounded up from the recording's own; MP4 announces its padding too.
-    slack = file.padding or (0 if whole else round(0.1 * file.rate))
+    # The end of a row is often rounded up from the recording's own.
+    slack = file.slack or (0 if whole else round(0.1 * file.rate))
     if scan.samples == 0:
         found.add("empty", "no samples")
-    elif scan.samples < expected - slack and (part.end is not None or says_length(location, file.format)):
+    elif scan.samples < expected - slack:
         found.add("truncated", f"{scan.samples} samples of {expected}")
     else:
         scan.judge(found, config)
@@ -278,9 +277,8 @@ def _why_undecodable(location: str) -> str:
             raw.seek(0)
             if size == 0:
                 return "empty"
-            if raw.read(4) == b"OggS" and announced_but_missing(location, "OGG"):
+            if examine(raw).missing:
                 return "truncated"
-            raw.seek(0)
             with AudioFile(raw) as file:
                 try:
                     for _ in _blocks(file, None):

@@ -14,8 +14,8 @@ from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.serial import load_config
-from w2v2.text.vocabulary import Characters, Phonemes, SentencePieces
 from w2v2.training.optim import OptimConfig
+from w2v2.training.units import Characters, Phonemes, SentencePieces
 
 
 def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
