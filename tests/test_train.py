@@ -432,7 +432,7 @@ def test_a_corpus_without_validation_is_refused_in_a_line(corpus: Path, tmp_path
 
 def test_another_run_in_the_folder_is_left_as_it_is(run: Path, corpus: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"is not empty; choose another --out, or go on with --resume"):
+    with pytest.raises(UsageError, match=r"is not empty; choose another `out`, or go on with `resume`"):
         pretrain(nano(seed=1), read_corpus(corpus), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

@@ -44,10 +44,10 @@ class BeamConfig:
         for name, smallest in (("beam_size", 1), ("beam_size_token", 1), ("beam_threshold", 0)):
             value = getattr(self, name)
             if value is not None and not value >= smallest:
-                raise UsageError(f"{name} of a beam search must be {smallest} or more, got {value}")
+                raise UsageError(f"`{name}` of a beam search must be {smallest} or more, got {value}")
         for name in ("lm_weight", "word_score", "silence_score", "hot_word_boost"):
             if not math.isfinite(getattr(self, name)):
-                raise UsageError(f"{name} of a beam search must be a finite number, got {getattr(self, name)}")
+                raise UsageError(f"`{name}` of a beam search must be a finite number, got {getattr(self, name)}")
 
 
 def make_decoder(

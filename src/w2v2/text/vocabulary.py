@@ -204,7 +204,7 @@ class PieceVocabulary(Vocabulary):
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
             said = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
-            raise UsageError(f"no {size} pieces can be made of the transcripts: {said}; change --units.size") from error
+            raise UsageError(f"no {size} pieces can be made of the transcripts: {said}; change `units.size`") from error
         processor = module.SentencePieceProcessor(model_proto=model.getvalue())
         pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
         return cls(labels=(BLANK, *pieces), model=base64.b64encode(model.getvalue()).decode())

@@ -46,7 +46,7 @@ class AtomicIO(CheckpointIO):
         except (RuntimeError, OSError) as error:  # torch's writer does not say that the disk is full
             reason = str(error).splitlines()[0]
             raise OSError(
-                f"cannot write {path}: {reason}; earlier checkpoints are whole, go on with --resume"
+                f"cannot write {path}: {reason}; earlier checkpoints are whole, go on with `resume`"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("%s is damaged (%s); the one before is used", path, said[:200])
     raise JobError(
-        f"no checkpoint in {folder / 'checkpoints'} can be read; start again with --init-from {folder / 'best'}"
+        f"no checkpoint in {folder / 'checkpoints'} can be read; start again with `init_from` {folder / 'best'}"
     )
 
 
@@ -148,7 +148,7 @@ class Checkpoints(pl.Callback):
         if number or step == self.max_steps or step % self.config.train.checkpoint_every == 0:
             self._save(trainer)
         if number:
-            raise StoppedError(number, f"{signal.Signals(number).name} at step {step}: saved; go on with --resume")
+            raise StoppedError(number, f"{signal.Signals(number).name} at step {step}: saved; go on with `resume`")
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """The signal that any process got; all learn of it at the same step."""
