@@ -33,7 +33,7 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     loaded = w2v2.load(source)
     vocabulary = loaded.vocabulary if isinstance(loaded, Recognizer) else None
     shape = (loaded.model if isinstance(loaded, Recognizer) else loaded).config
-    check = json.loads((folder / CHECK).read_text())
+    check = json.loads((folder / CHECK).read_text(encoding="utf-8"))
     data = ModelCardData(
         library_name="w2v2",
         license=license_id,
@@ -84,7 +84,7 @@ def _training(source: Path, sources: tuple[str, ...]) -> str:
     path = source / "environment.json"
     if not path.exists():
         return ""
-    train = json.loads(path.read_text())["data"]["train"]
+    train = json.loads(path.read_text(encoding="utf-8"))["data"]["train"]
     named = ", ".join(f"`{_last_name(name)}`" for name in sources)
     return f" on {train['hours']:.2f} hours of {named}, {train['speakers']:,} speakers"
 
@@ -93,7 +93,7 @@ def _evaluations(source: Path) -> str:
     """A table of what ``w2v2 evaluate`` left in the run; docs/evaluation.md has the keys."""
     rows = []
     for path in sorted(source.glob("evaluation/*/evaluation.json")):
-        of: dict[str, Any] = json.loads(path.read_text())
+        of: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rates = [
             _rate(of[rate], of[units].get("interval")) for rate, units in (("wer", "words"), ("cer", "characters"))
         ]

@@ -29,6 +29,7 @@ from w2v2.checkpoint.contents import (
 )
 from w2v2.checkpoint.pickles import Inert, read_pickle
 from w2v2.errors import UsageError
+from w2v2.files import write_text
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2
@@ -384,7 +385,7 @@ def write_fairseq(contents: Contents, folder: Path) -> None:
     torch.save(checkpoint, folder / MODEL)
     if contents.vocabulary is not None:
         lines = [f"{label} 1\n" for label in contents.vocabulary.labels[4:]]
-        (folder / DICTIONARY).write_text("".join(lines), encoding="utf-8")
+        write_text(folder / DICTIONARY, "".join(lines))
 
 
 def _pretraining_settings(config: ContrastiveConfig) -> dict[str, Any]:

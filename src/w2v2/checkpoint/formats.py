@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from w2v2.checkpoint.fairseq import fairseq_misfits, read_fairseq, write_fairseq
 from w2v2.checkpoint.huggingface import hf_misfits, read_huggingface, write_huggingface
 from w2v2.checkpoint.native import CONFIG, VOCABULARY, WEIGHTS, check_fit, model_config, read_weights, save_weights
 from w2v2.errors import JobError, Show, UsageError, quiet
-from w2v2.files import new_folder
+from w2v2.files import whole_folder, write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.serial import save_config
 from w2v2.text.vocabulary import load_vocabulary
@@ -144,7 +143,7 @@ def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, A
         raise UsageError(
             f"{source} has no twin at {target.title}: {'; '.join(faults)}; 'w2v2 export' takes it as it is"
         )
-    with new_folder(out) as folder:
+    with whole_folder(out) as folder:
         target.write(contents, folder)
         again = target.read(recognize(folder)[1])
         _check_round_trip(contents, again)
@@ -157,7 +156,7 @@ def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, A
             "round_trip": "bitwise",
             "notes": contents.notes,
         }
-        (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+        write_json(folder / CERTIFICATE, certificate)
     return certificate
 
 

@@ -5,7 +5,6 @@ Reading and writing need no transformers; what is written is compared with it by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from w2v2.checkpoint.native import CONFIG, WEIGHTS
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.checkpoint.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
 from w2v2.errors import UsageError
+from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
@@ -177,7 +177,7 @@ def hf_misfits(contents: Contents) -> list[str]:
 
 def write_huggingface(contents: Contents, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the processor's files into a folder."""
-    (folder / CONFIG).write_text(json.dumps(hf_config(contents), indent=2) + "\n")
+    write_json(folder / CONFIG, hf_config(contents))
     tensors = put(contents.state, hf_names(contents.state, contents.kind))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     extractor = {
@@ -190,7 +190,7 @@ def write_huggingface(contents: Contents, folder: Path) -> None:
         # transformers lets padding into GroupNorm's statistics, with an attention mask or without
         "return_attention_mask": contents.contrastive.conv_norm == "layer",
     }
-    (folder / PREPROCESSOR).write_text(json.dumps(extractor, indent=2) + "\n")
+    write_json(folder / PREPROCESSOR, extractor)
     if contents.vocabulary is not None:
         write_tokenizer(contents.vocabulary, folder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from w2v2.errors import UsageError
+from w2v2.files import whole
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -39,9 +39,8 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
 
 def save_state(state: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write ``model.safetensors``, whole or not at all."""
-    partial = folder / (WEIGHTS + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
-    os.replace(partial, folder / WEIGHTS)
+    with whole(folder / WEIGHTS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
 
 
 def load_weights(model: M, folder: Path) -> M:
@@ -108,7 +107,7 @@ def is_foreign(path: Path) -> bool:
     if not (path / CONFIG).is_file():
         return path.is_file() or len(list(path.glob("*.pt"))) == 1
     try:
-        values = json.loads((path / CONFIG).read_text())
+        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError:
         return False
     return isinstance(values, dict) and "model_type" in values and "_type" not in values
@@ -159,7 +158,7 @@ def model_config(folder: Path) -> Wav2Vec2Config:
         return contents.config
     expect_file(folder, CONFIG)
     try:
-        values = json.loads((folder / CONFIG).read_text())
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{folder / CONFIG} is not JSON ({error}); expected what 'w2v2' wrote") from error
     return from_dict(values.get("model", values), Wav2Vec2Config)

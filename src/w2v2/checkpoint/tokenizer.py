@@ -12,6 +12,7 @@ from typing import Any
 
 from w2v2.checkpoint.contents import read_json
 from w2v2.errors import UsageError
+from w2v2.files import write_text
 from w2v2.text.vocabulary import Vocabulary
 
 TOKENS, SETTINGS, SPECIAL, ADDED = (
@@ -56,7 +57,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:

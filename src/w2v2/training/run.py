@@ -26,6 +26,7 @@ from w2v2.checkpoint.native import CONFIG
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.loader import stop_workers
 from w2v2.errors import UsageError
+from w2v2.files import write_json
 from w2v2.model.flops import training_flops
 from w2v2.serial import differences, load_config, save_config, to_dict
 from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
@@ -235,7 +236,7 @@ def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Spl
         _refuse_changes(out, config, splits)
     save_config(config, out / CONFIG)
     if not resume:
-        (out / "environment.json").write_text(json.dumps(environment(splits), indent=2) + "\n")
+        write_json(out / "environment.json", environment(splits))
 
 
 _MAY_CHANGE = (
@@ -254,7 +255,7 @@ def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: 
     """
     changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
     said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
-    data = json.loads((out / "environment.json").read_text())["data"]
+    data = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
     for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
         said += [
             f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
