@@ -16,8 +16,8 @@ from test_convert import KINDS, LETTERS, OUR_LETTERS, SHAPES, ours, save_fairseq
 
 from w2v2.checkpoint import certificate, fairseq, huggingface
 from w2v2.checkpoint import formats as conversion
-from w2v2.checkpoint.contents import renamed
 from w2v2.checkpoint.fairseq import conv_layers
+from w2v2.checkpoint.foreign import renamed
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.cli.main import main
 from w2v2.errors import UsageError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import w2v2
-from w2v2.checkpoint.native import is_foreign
+from w2v2.checkpoint.formats import OURS, recognize
 from w2v2.export import CHECK
 from w2v2.inference.recognizer import Recognizer
 from w2v2.model.wav2vec2 import Wav2Vec2Config
@@ -28,7 +28,7 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    config = None if is_foreign(source) else run_config(source)
+    config = run_config(source) if recognize(source)[0] is OURS else None
     sources = () if config is None or isinstance(config, Wav2Vec2Config) else config.data.sources
     loaded = w2v2.load(source)
     vocabulary = loaded.vocabulary if isinstance(loaded, Recognizer) else None

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2v2.checkpoint.native import CONFIG, load_pretrained, load_weights
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import CONFIG
 from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
@@ -43,11 +44,12 @@ def pretrain(
     check_splits(splits, config.train)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
+    start = None if init_from is None else read(init_from)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
     assert isinstance(model, Wav2Vec2ForPretraining)
-    if init_from is not None:
-        load_weights(model, init_from)
+    if start is not None:
+        start.fill(model)
     start_folder(out, config, splits, resume)
     task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
     fit_task(task, data, config, out, resume)
@@ -56,7 +58,9 @@ def pretrain(
 
 def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, float]:
     """Loss, accuracies and perplexities of a finished pretraining run on a split."""
-    model = load_pretrained(run)
+    model = read(run).build()
+    if not isinstance(model, Wav2Vec2ForPretraining):
+        raise UsageError(f"{run} holds a {type(model).__name__}; expected a contrastive model of 'w2v2 pretrain'")
     config = load_config(run / CONFIG, PretrainConfig)
     task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
     data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio)
