@@ -29,7 +29,7 @@ from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import keyed_generator, sample_channel_masks
 from w2v2.serial import save_config
-from w2v2.text.vocabulary import Phonemes, SentencePieces, Vocabulary, load_vocabulary
+from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training import preflight as preflights
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.data import SpeechDataModule
@@ -37,6 +37,7 @@ from w2v2.training.finetune import FinetuneTask, emission_counts, finetune, labe
 from w2v2.training.plateau import Plateau
 from w2v2.training.preflight import preflight
 from w2v2.training.run import validate_task
+from w2v2.training.units import Phonemes, SentencePieces
 
 
 def thin(**train) -> FinetuneConfig:
@@ -120,12 +121,12 @@ def test_no_channel_is_masked_where_the_share_rounds_to_no_span() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("channel_mask_length", 40, "--channel-mask-length must be at most half of the 48 channels, got 40"),
-        ("channel_mask_prob", 1.5, "--channel-mask-prob must be 0 to 1, got 1.5"),
-        ("layer_decay", 1.1, "--layer-decay must be more than 0, at most 1, got 1.1"),
-        ("lora_rank", -1, "--lora-rank must be 0 to 48, got -1"),
-        ("lora_alpha", 0.0, "--lora-alpha must be more than 0, got 0"),
-        ("freeze_encoder_steps", -1, "--freeze-encoder-steps must be 0 or more"),
+        ("channel_mask_length", 40, "`channel_mask_length` must be at most half of the 48 channels, got 40"),
+        ("channel_mask_prob", 1.5, "`channel_mask_prob` must be 0 or more, less than 1, got 1.5"),
+        ("layer_decay", 1.1, "`layer_decay` must be more than 0, at most 1, got 1.1"),
+        ("lora_rank", -1, "`lora_rank` must be 0 or more, got -1"),
+        ("lora_alpha", 0.0, "`lora_alpha` must be more than 0, got 0"),
+        ("freeze_encoder_steps", -1, "`freeze_encoder_steps` must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: float, said: str) -> None:
@@ -140,16 +141,16 @@ def test_settings_that_cannot_work_are_refused(field: str, value: float, said: s
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("model.dropout", 1.5, "--model.dropout must be 0 or more, less than 1, got 1.5"),
-        ("model.layer_drop", 1.0, "--model.layer-drop must be 0 or more, less than 1, got 1"),
-        ("model.mask_length", 0, "--model.mask-length must be 1 or more, got 0"),
-        ("model.mask_prob", 1.7, "--model.mask-prob must be 0 to 1, got 1.7"),
-        ("model.logit_temperature", 0.0, "--model.logit-temperature must be more than 0, got 0"),
-        ("optim.schedule.peak", -1.0, "--optim.schedule.peak must be 0 or more, got -1"),
-        ("optim.schedule.peak", math.nan, "--optim.schedule.peak must be 0 or more, got nan"),
-        ("optim.schedule.total_steps", 0, "--optim.schedule.total-steps must be 1 or more, got 0"),
-        ("optim.clip_norm", -1.0, "--optim.clip-norm must be more than 0, or None, got -1"),
-        ("optim.weight_decay", -0.1, "--optim.weight-decay must be 0 or more, got -0.1"),
+        ("model.dropout", 1.5, "`model.dropout` must be 0 or more, less than 1, got 1.5"),
+        ("model.layer_drop", 1.0, "`model.layer_drop` must be 0 or more, less than 1, got 1"),
+        ("model.mask_length", 0, "`model.mask_length` must be 1 or more, got 0"),
+        ("model.mask_prob", 1.7, "`model.mask_prob` must be 0 to 1, got 1.7"),
+        ("model.logit_temperature", 0.0, "`model.logit_temperature` must be more than 0, got 0"),
+        ("optim.schedule.peak", -1.0, "`optim.schedule.peak` must be 0 or more, got -1"),
+        ("optim.schedule.peak", math.nan, "`optim.schedule.peak` must be 0 or more, got nan"),
+        ("optim.schedule.total_steps", 0, "`optim.schedule.total_steps` must be 1 or more, got 0"),
+        ("optim.clip_norm", -1.0, "`optim.clip_norm` must be more than 0, got -1"),
+        ("optim.weight_decay", -0.1, "`optim.weight_decay` must be 0 or more, got -0.1"),
     ],
 )
 @pytest.mark.parametrize("recipe", [recipes.tiny, recipes.tiny_ctc])
@@ -297,7 +298,7 @@ def test_a_frozen_encoder_is_left_to_itself_even_by_weight_decay_and_learns_afte
 
 def test_low_rank_updates_of_random_weights_are_refused(splits: Splits, tmp_path: Path) -> None:
     for call in (lambda: finetune(lora(), splits, tmp_path / "run"), lambda: preflight(lora(), splits)):
-        with pytest.raises(UsageError, match=r"--lora-rank 4 keeps the weights of --init-from RUN"):
+        with pytest.raises(UsageError, match=r"`lora_rank` 4 keeps the weights of `init_from` RUN"):
             call()
     assert not (tmp_path / "run").exists()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from w2v2.errors import UsageError
+from w2v2.files import write_json
 
 T = TypeVar("T")
 
@@ -108,7 +109,7 @@ def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, 
 
 def save_config(config: Any, path: Path) -> None:
     """Write a configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_json(path, to_dict(config))
 
 
 def load_config(path: Path, kinds: type[T] | tuple[type[T], ...]) -> T:

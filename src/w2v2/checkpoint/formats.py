@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from w2v2.checkpoint.foreign import differing_fields
 from w2v2.checkpoint.huggingface import hf_misfits, read_huggingface, write_huggingface
 from w2v2.checkpoint.native import CONFIG, read_native, write_native
 from w2v2.errors import JobError, Show, UsageError, quiet
-from w2v2.files import new_folder
+from w2v2.files import whole_folder, write_json
 from w2v2.serial import read_json
 
 log = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, A
         raise UsageError(
             f"{source} has no twin at {target.title}: {'; '.join(faults)}; 'w2v2 export' takes it as it is"
         )
-    with new_folder(out) as folder:
+    with whole_folder(out) as folder:
         target.write(checkpoint, folder)
         again = target.read(recognize(folder)[1])
         _check_round_trip(checkpoint, again)
@@ -126,7 +125,7 @@ def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, A
             "round_trip": "bitwise",
             "notes": checkpoint.notes,
         }
-        (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n")
+        write_json(folder / CERTIFICATE, certificate)
     return certificate
 
 

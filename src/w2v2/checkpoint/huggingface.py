@@ -5,7 +5,6 @@ Reading and writing need no transformers; what is written is compared with it by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_safetensors
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.checkpoint.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
 from w2v2.errors import UsageError
+from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
@@ -154,7 +154,7 @@ def hf_misfits(checkpoint: Checkpoint) -> list[str]:
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the processor's files into a folder."""
     config = checkpoint.config
-    (folder / CONFIG).write_text(json.dumps(hf_config(checkpoint), indent=2) + "\n")
+    write_json(folder / CONFIG, hf_config(checkpoint))
     tensors = foreign.put(checkpoint.state, hf_names(checkpoint.state, checkpoint.kind))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # transformers lets padding into GroupNorm's statistics, with an attention mask or without
@@ -180,7 +180,7 @@ def write_extractor(folder: Path, *, normalize: bool, attention_mask: bool) -> N
         "do_normalize": normalize,
         "return_attention_mask": attention_mask,
     }
-    (folder / PREPROCESSOR).write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / PREPROCESSOR, settings)
 
 
 def read_huggingface(folder: Path) -> Checkpoint:

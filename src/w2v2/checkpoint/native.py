@@ -5,7 +5,6 @@ A run folder is one too; its ``config.json`` holds the configuration of the whol
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from w2v2.checkpoint.contents import Checkpoint, blank_model, check_finite, check_fit
 from w2v2.errors import UsageError
+from w2v2.files import whole
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.serial import from_dict, read_json, save_config
 from w2v2.text.vocabulary import load_vocabulary
@@ -68,9 +68,8 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 def save_state(state: Mapping[str, Tensor], folder: Path) -> None:
     """Write ``model.safetensors``, whole or not at all."""
-    partial = folder / (WEIGHTS + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
-    os.replace(partial, folder / WEIGHTS)
+    with whole(folder / WEIGHTS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

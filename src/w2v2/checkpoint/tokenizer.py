@@ -16,6 +16,7 @@ from typing import Any
 
 from w2v2.checkpoint.pickles import plain
 from w2v2.errors import UsageError
+from w2v2.files import write_text
 from w2v2.serial import read_json
 from w2v2.text.vocabulary import Vocabulary
 
@@ -61,7 +62,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
@@ -146,8 +147,7 @@ def dictionary_misfits(vocabulary: Vocabulary) -> list[str]:
 
 def write_dictionary(vocabulary: Vocabulary, folder: Path) -> None:
     """Write ``dict.ltr.txt``."""
-    lines = [f"{label} 1\n" for label in vocabulary.labels[4:]]
-    (folder / DICTIONARY).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / DICTIONARY, "".join(f"{label} 1\n" for label in vocabulary.labels[4:]))
 
 
 def read_dictionary(task_state: Any, path: Path) -> Vocabulary:

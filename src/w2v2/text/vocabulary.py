@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from w2v2.errors import UsageError
+from w2v2.files import write_text
 from w2v2.serial import from_dict, read_json, to_dict
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
@@ -131,7 +132,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write as JSON: its type and fields."""
-        path.write_text(json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -291,7 +291,7 @@ def check_start(config: FinetuneConfig, init_from: Path | None) -> None:
     """Refuse low-rank updates of weights that are random."""
     if config.lora_rank and init_from is None:
         raise UsageError(
-            f"--lora-rank {config.lora_rank} keeps the weights of --init-from RUN; name one, or leave it at 0"
+            f"`lora_rank` {config.lora_rank} keeps the weights of `init_from` RUN; name one, or leave it at 0"
         )
 
 
