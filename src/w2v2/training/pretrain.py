@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2v2.checkpoint.formats import read
-from w2v2.checkpoint.native import CONFIG
+from w2v2.checkpoint.native import CONFIG, read_native
 from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
@@ -44,7 +43,11 @@ def pretrain(
     check_splits(splits, config.train)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
-    start = None if init_from is None else read(init_from)
+    start = None
+    if init_from is not None:
+        from w2v2.checkpoint.formats import read  # late: other formats have labels, which pretraining runs without
+
+        start = read(init_from)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
     assert isinstance(model, Wav2Vec2ForPretraining)
@@ -58,7 +61,7 @@ def pretrain(
 
 def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, float]:
     """Loss, accuracies and perplexities of a finished pretraining run on a split."""
-    model = read(run).build()
+    model = read_native(run).build()
     if not isinstance(model, Wav2Vec2ForPretraining):
         raise UsageError(f"{run} holds a {type(model).__name__}; expected a contrastive model of 'w2v2 pretrain'")
     config = load_config(run / CONFIG, PretrainConfig)
