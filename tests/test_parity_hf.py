@@ -13,12 +13,13 @@ Where the two differ by definition, the comparison is arranged so that the diffe
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from w2v2 import recipes
-from w2v2.checkpoint.contents import Contents
+from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.huggingface import hf_config, hf_names
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.losses import ctc_loss
@@ -62,7 +63,7 @@ def ours(preset):
 
 def theirs(model):
     """Their model of the same shape, and our name of each parameter with theirs."""
-    values = hf_config(Contents(config=model.config, state=model.state_dict()))
+    values = hf_config(Checkpoint(source=Path(), config=model.config, state=model.state_dict()))
     hf = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**values, attn_implementation="eager"))
     spelling = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
     names = hf_names(model.state_dict(), type(model))

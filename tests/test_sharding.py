@@ -100,7 +100,7 @@ def test_on_one_process_nothing_is_sharded_and_everything_is_whole():
 def test_what_sharding_cannot_do_is_refused_in_a_line():
     config = recipes.tiny_ctc()
     config.train.shard, config.freeze_encoder_steps = True, 10
-    with pytest.raises(UsageError, match=r"--train\.shard cannot freeze.*got 10"):
+    with pytest.raises(UsageError, match=r"`train\.shard` cannot freeze.*got 10"):
         config.check()
     with pytest.raises(UsageError, match="16-mixed"):
         check_device(nano(shard=True, precision="16-mixed").train)

@@ -14,7 +14,7 @@ from conftest import utterances
 
 import w2v2
 from w2v2 import recipes
-from w2v2.checkpoint.native import load_pretrained
+from w2v2.checkpoint.formats import read
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.loader import whole_utterances
 from w2v2.decoding.greedy import Greedy
@@ -98,7 +98,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(run: Path, corp
     pretrain(nano(max_steps=5), read_corpus(corpus), out)
     pretrain(nano(max_steps=10), read_corpus(corpus), out, resume=True)
     same_numbers(run, out)
-    first, second = load_pretrained(run).state_dict(), load_pretrained(out).state_dict()
+    first, second = read(run).state, read(out).state
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -111,7 +111,7 @@ def test_the_weights_of_a_run_start_another(run: Path, corpus: Path, tmp_path: P
     config.optim.schedule.peak = 0.0
     config.optim.weight_decay = 0.0
     started = pretrain(config, read_corpus(corpus), tmp_path / "b", init_from=run).state_dict()
-    assert all(torch.equal(started[name], tensor) for name, tensor in load_pretrained(run).state_dict().items())
+    assert all(torch.equal(started[name], tensor) for name, tensor in read(run).state.items())
 
 
 def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> None:
@@ -124,7 +124,7 @@ def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> 
 def test_validation_does_not_depend_on_the_batch(run: Path, corpus: Path, tmp_path: Path, batch_seconds: float) -> None:
     config = load_config(run / "config.json", PretrainConfig)
     splits = read_corpus(corpus)
-    model = load_pretrained(run)
+    model = read(run).build()
     task = PretrainTask(model, config.optim, config.loss_weights, 0)
     config.data.batch_seconds = batch_seconds
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
@@ -255,13 +255,13 @@ def test_a_damaged_or_foreign_weights_file_is_refused_with_all_its_faults(run: P
     (broken / "config.json").write_text((run / "config.json").read_text())
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UsageError, match="is damaged"):
-        load_pretrained(broken)
+        read(broken)
     config = json.loads((run / "config.json").read_text())
     config["model"]["n_layer"], config["model"]["n_entries"] = 3, 16
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"missing transformer\.2.*quantizer\.codebook has"):
-        load_pretrained(broken)
+        read(broken)
 
 
 @pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
@@ -307,12 +307,9 @@ def test_a_quantizer_and_a_mask_of_ones_own_live_in_ones_recipe_file(corpus: Pat
     config.model.my_entries = 32
     model = pretrain(config, read_corpus(corpus), tmp_path / "run")
     assert model.quantizer.codebook.shape == (32, 16)
-    assert load_pretrained(tmp_path / "run").config.my_entries == 32
+    assert read(tmp_path / "run").config.my_entries == 32
     # A fresh process does not import a file that a configuration merely names.
-    code = (
-        "from w2v2.checkpoint.native import load_pretrained; from pathlib import Path; "
-        f"load_pretrained(Path({str(tmp_path / 'run')!r}))"
-    )
+    code = f"import w2v2; w2v2.load({str(tmp_path / 'run')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert "needs the type 'mine:MyModel', which is not known here" in done.stderr
 

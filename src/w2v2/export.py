@@ -8,7 +8,6 @@ the numbers. So utterances of unequal lengths are run one by one, which on a CPU
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import statistics
 import time
@@ -30,6 +29,7 @@ from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
 from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.files import write_json
 from w2v2.inference.recognizer import Recognizer, normalize_waveform
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
@@ -346,7 +346,7 @@ def write_check(
         **more,
         "packages": {name: metadata.version(name) for name in ("w2v2", "torch", *packages)},
     }
-    (folder / CHECK).write_text(json.dumps(found, indent=2) + "\n")
+    write_json(folder / CHECK, found)
 
 
 def write_preprocessor(folder: Path) -> None:
@@ -363,4 +363,4 @@ def write_preprocessor(folder: Path) -> None:
         "do_normalize": False,
         "return_attention_mask": False,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / "preprocessor_config.json", settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import w2v2
-from w2v2.checkpoint.native import is_foreign
+from w2v2.checkpoint.formats import OURS, recognize
 from w2v2.export import CHECK
 from w2v2.inference.recognizer import Recognizer
 from w2v2.model.wav2vec2 import Wav2Vec2Config
@@ -28,12 +28,12 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    config = None if is_foreign(source) else run_config(source)
+    config = run_config(source) if recognize(source)[0] is OURS else None
     sources = () if config is None or isinstance(config, Wav2Vec2Config) else config.data.sources
     loaded = w2v2.load(source)
     vocabulary = loaded.vocabulary if isinstance(loaded, Recognizer) else None
     shape = (loaded.model if isinstance(loaded, Recognizer) else loaded).config
-    check = json.loads((folder / CHECK).read_text())
+    check = json.loads((folder / CHECK).read_text(encoding="utf-8"))
     data = ModelCardData(
         library_name="w2v2",
         license=license_id,
@@ -84,7 +84,7 @@ def _training(source: Path, sources: tuple[str, ...]) -> str:
     path = source / "environment.json"
     if not path.exists():
         return ""
-    train = json.loads(path.read_text())["data"]["train"]
+    train = json.loads(path.read_text(encoding="utf-8"))["data"]["train"]
     named = ", ".join(f"`{_last_name(name)}`" for name in sources)
     return f" on {train['hours']:.2f} hours of {named}, {train['speakers']:,} speakers"
 
@@ -93,7 +93,7 @@ def _evaluations(source: Path) -> str:
     """A table of what ``w2v2 evaluate`` left in the run; docs/evaluation.md has the keys."""
     rows = []
     for path in sorted(source.glob("evaluation/*/evaluation.json")):
-        of: dict[str, Any] = json.loads(path.read_text())
+        of: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rates = [
             _rate(of[rate], of[units].get("interval")) for rate, units in (("wer", "words"), ("cer", "characters"))
         ]

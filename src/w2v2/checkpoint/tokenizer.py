@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from w2v2.checkpoint.contents import read_json
 from w2v2.errors import UsageError
+from w2v2.files import write_text
+from w2v2.serial import read_json
 from w2v2.text.vocabulary import Vocabulary
 
 TOKENS, SETTINGS, SPECIAL, ADDED = (
@@ -20,15 +21,15 @@ TOKENS, SETTINGS, SPECIAL, ADDED = (
 
 
 def tokenizer_misfits(vocabulary: Vocabulary) -> list[str]:
-    """Why the tokenizer cannot have a vocabulary; empty: it can."""
-    found = []
+    """Return every reason why the tokenizer cannot have a vocabulary; empty: it can."""
+    faults = []
     if vocabulary.boundary is None:
-        found.append("a vocabulary without a word boundary: their tokenizer puts one for every space")
+        faults.append("a vocabulary without a word boundary: their tokenizer puts one for every space")
     if len(set(vocabulary.labels)) < len(vocabulary.labels):
-        found.append("a vocabulary with a label twice: their vocab.json has one id for each")
+        faults.append("a vocabulary with a label twice: their vocab.json has one id for each")
     if len(vocabulary.silent) > 2:
-        found.append(f"{len(vocabulary.silent)} silent labels: their tokenizer has two, bos_token and eos_token")
-    return found
+        faults.append(f"{len(vocabulary.silent)} silent labels: their tokenizer has two, bos_token and eos_token")
+    return faults
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
@@ -56,11 +57,11 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
-    """The vocabulary of a folder's tokenizer.
+    """Return the vocabulary of a folder's tokenizer.
 
     Args:
         n_labels: outputs of the model; each must have its label.

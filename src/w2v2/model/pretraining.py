@@ -274,7 +274,7 @@ class ContrastiveConfig(Wav2Vec2Config):
         """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
         super().check()
         if self.target_features not in ("projected", "encoder"):
-            raise UsageError(f"--model.target-features must be 'projected' or 'encoder', got {self.target_features!r}")
+            raise UsageError(f"`model.target_features` must be 'projected' or 'encoder', got {self.target_features!r}")
 
     def build(self) -> Wav2Vec2ForPretraining:
         """The pretraining model, freshly initialised from torch's global generator."""

@@ -85,21 +85,22 @@ class Wav2Vec2Config:
         shape = [self.conv_kernel_sizes, self.conv_strides, self.conv_paddings]
         if any(len(part) != len(self.conv_channels) for part in shape):
             raise UsageError(
-                f"--model.conv-kernel-sizes, conv-strides and conv-paddings need one number for each of the "
-                f"{len(self.conv_channels)} conv-channels, got {', '.join(str(len(part)) for part in shape)}"
+                f"`model.conv_kernel_sizes`, `model.conv_strides` and `model.conv_paddings` need one number for "
+                f"each of the {len(self.conv_channels)} `model.conv_channels`, got "
+                f"{', '.join(str(len(part)) for part in shape)}"
             )
-        for name, parts in (("n-head", self.n_head), ("pos-conv-groups", self.pos_conv_groups)):
+        for name, parts in (("n_head", self.n_head), ("pos_conv_groups", self.pos_conv_groups)):
             if self.n_embd % parts:
-                raise UsageError(f"--model.n-embd must be a multiple of {name} ({parts}), got {self.n_embd}")
+                raise UsageError(f"`model.n_embd` must be a multiple of `model.{name}` ({parts}), got {self.n_embd}")
         kind, _, groups = self.conv_norm.partition(":")
         if self.conv_norm != "layer" and (kind != "group" or not groups.isdigit() or int(groups) == 0):
             raise UsageError(
-                f"--model.conv-norm must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
+                f"`model.conv_norm` must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
             )
         if kind == "group" and self.conv_channels[0] % int(groups):
             raise UsageError(
-                f"--model.conv-norm needs groups that divide the first of conv-channels ({self.conv_channels[0]}), "
-                f"got {groups}"
+                f"`model.conv_norm` needs groups that divide the first of `model.conv_channels` "
+                f"({self.conv_channels[0]}), got {groups}"
             )
 
     def build(self) -> Wav2Vec2:

@@ -15,7 +15,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from w2v2.checkpoint.native import VOCABULARY, load_encoder, load_weights, vocabulary_of
+from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import VOCABULARY
 from w2v2.data.batch import Batch, Fits
 from w2v2.data.corpora import Splits
 from w2v2.decoding.greedy import Greedy
@@ -275,7 +277,7 @@ def check_start(config: FinetuneConfig, init_from: Path | None) -> None:
     """Refuse low-rank updates of weights that are random."""
     if config.lora_rank and init_from is None:
         raise UsageError(
-            f"--lora-rank {config.lora_rank} keeps the weights of --init-from RUN; name one, or leave it at 0"
+            f"`lora_rank` {config.lora_rank} keeps the weights of `init_from` RUN; name one, or leave it at 0"
         )
 
 
@@ -292,7 +294,8 @@ def begin(
     Raises:
         UsageError: transcripts or weights that cannot be used.
     """
-    vocabulary, takes_head = _settle_vocabulary(config, splits, init_from, vocabulary)
+    pretrained = None if init_from is None else read(init_from)
+    vocabulary, takes_head = _settle_vocabulary(config, splits, pretrained, vocabulary)
     fits = label_fit(config.model, vocabulary)
     for name in ("train", "valid"):
         said = transcribed(splits[name], config.data.min_seconds)
@@ -300,15 +303,15 @@ def begin(
             rank_zero_only(log.warning)("%s", line)
     torch.manual_seed(step_seed(config.train.seed))
     model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels))
-    if init_from is not None:
-        (load_weights if takes_head else load_encoder)(model, init_from)
+    if pretrained is not None:
+        (pretrained.fill if takes_head else pretrained.fill_encoder)(model)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
     return Start(model, vocabulary, fits)
 
 
 def _settle_vocabulary(
-    config: FinetuneConfig, splits: Splits, init_from: Path | None, given: Vocabulary | None
+    config: FinetuneConfig, splits: Splits, pretrained: Checkpoint | None, given: Vocabulary | None
 ) -> tuple[Vocabulary, bool]:
     """The vocabulary, and whether it comes with the output layer of the run to start from.
 
@@ -319,9 +322,9 @@ def _settle_vocabulary(
         return (text for _, _, text in transcribed(splits["train"], config.data.min_seconds))
 
     own = given or config.units.vocabulary(texts())
-    theirs = None if init_from is None else vocabulary_of(init_from)
-    if theirs is None:
+    if pretrained is None or pretrained.vocabulary is None:
         return own, False
+    theirs = pretrained.vocabulary
     if given is not None:
         why = "" if theirs == given else "it has another vocabulary than the one given"
     elif type(theirs) is type(own):
@@ -331,9 +334,9 @@ def _settle_vocabulary(
         why = f"its labels are a {type(theirs).__name__}, these a {type(own).__name__}"
     say = rank_zero_only(log.info)
     if why:
-        say("the output layer starts afresh, not from %s: %s", init_from, why)
+        say("the output layer starts afresh, not from %s: %s", pretrained.source, why)
         return own, False
-    say("vocabulary and output layer are those of %s, %d labels", init_from, len(theirs.labels))
+    say("vocabulary and output layer are those of %s, %d labels", pretrained.source, len(theirs.labels))
     return theirs, True
 
 

@@ -10,7 +10,9 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from w2v2.checkpoint.native import CONFIG, load_encoder, load_model, load_weights, model_config
+from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import CONFIG
 from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
@@ -51,26 +53,26 @@ def pretrain(
     check_splits(splits, config.train)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
+    start = None if init_from is None else read(init_from)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
     objective = as_objective(model)
-    if init_from is not None:
-        _start_from(model, init_from)
+    if start is not None:
+        _start_from(start, model)
     start_folder(out, config, splits, resume)
     task = PretrainTask(objective, config.optim, config.loss_weights, config.train.seed)
     fit_task(task, data, config, out, resume)
     return model
 
 
-def _start_from(model: Wav2Vec2, folder: Path) -> None:
-    pretrained = model_config(folder)
-    if type(pretrained) is type(model.config):
-        load_weights(model, folder)
+def _start_from(start: Checkpoint, model: Wav2Vec2) -> None:
+    if type(start.config) is type(model.config):
+        start.fill(model)
         return
-    load_encoder(model, folder)
+    start.fill_encoder(model)
     rank_zero_only(log.warning)(
-        "%s holds a model of %s: its encoder is taken, what %s adds starts afresh",
-        folder, type(pretrained).__name__, type(model.config).__name__,
+        "%s holds a model of %s: its encoder is taken, what %s has beside starts afresh",
+        start.source, type(start.config).__name__, type(model.config).__name__,
     )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def as_objective(model: Wav2Vec2) -> SSLModel[Any]:
 
 def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, float]:
     """Losses and figures of a finished pretraining run on a split."""
-    model = load_model(run)
+    model = read(run).build()
     config = load_config(run / CONFIG, PretrainConfig)
     task = PretrainTask(as_objective(model), config.optim, config.loss_weights, config.train.seed)
     data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio)
