@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import ContrastiveConfig as HFConfig
+from transformers import Wav2Vec2Config as HFConfig
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import recipes
-from w2v2.model.masking import Draws
+from w2v2.data.batch import Batch
+from w2v2.model.masking import ContrastiveDraws
 from w2v2.training.pretrain import weighted_sum
 
 WORKLOADS = {"equal": (3.0, 3.0, 3.0, 3.0), "unequal": (4.68, 3.6, 2.4, 1.2)}
@@ -52,11 +53,13 @@ def ours(samples: list[int], audio: torch.Tensor) -> Callable[[], float]:
     return step
 
 
-def draw(samples: list[int]) -> Draws:
+def draw(samples: list[int]) -> ContrastiveDraws:
     """Masks and distractors, the same for both sides."""
     model = recipes.paper_base().model
     model.n_layer = 0
-    return model.build().draw(samples, [("bench", i) for i in range(len(samples))])
+    ids = [str(i) for i in range(len(samples))]
+    batch = Batch(torch.empty(0), torch.tensor(samples), torch.zeros(len(ids)), ids, [0] * len(ids))
+    return model.build().draw(batch)
 
 
 def hugging_face(samples: list[int], audio: torch.Tensor) -> Callable[[], float]:

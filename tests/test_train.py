@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import utterances
 
 import w2v2
 from w2v2 import recipes
@@ -26,7 +27,7 @@ from w2v2.evaluation.evaluate import evaluate
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.model import pretraining
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.masking import keyed_generator
+from w2v2.model.masking import Draws, keyed_generator
 from w2v2.model.pretraining import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.serial import from_dict, load_config, to_dict
@@ -144,8 +145,11 @@ class Quadratic(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(torch.zeros(()))
 
-    def draw(self, samples, keys, *, step_key=None):
-        return Nothing()
+    def draw(self, batch, step_key):
+        return Draws()
+
+    def baseline(self, draws):
+        return None
 
     def forward(self, audio, draws, lengths=None, *, step=0) -> SSLOutput:
         n = audio.numel() // 100
@@ -153,11 +157,6 @@ class Quadratic(torch.nn.Module):
 
     def summarize(self, sums):
         return {"n": sums["n"].item()}
-
-
-class Nothing:
-    def to(self, device):
-        return self
 
 
 def first_gradient(corpus: Path, batch_seconds: float, accumulate: int) -> tuple[float, float]:
@@ -205,8 +204,7 @@ def test_one_batch_can_be_overfitted_while_the_codebook_stays_in_use(corpus: Pat
     model = config.model.build()
     data = SpeechDataModule(read_corpus(corpus), config.data, seed=0)
     batch = next(iter(data.train_dataloader()))
-    samples = batch.lengths.tolist()
-    draws = model.draw(samples, [(0, name) for name in batch.ids], step_key=(0, 0))
+    draws = model.draw(batch, (0, 0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for step in range(150):
@@ -412,7 +410,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(corpus: Path)
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        draws = model.draw([32_000] * 2, [("a",), ("b",)], step_key=(0, 0))
+        draws = model.draw(utterances([32_000] * 2), (0, 0))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(torch.randn(2, 32_000), draws)
         kept.append(sum(held.values()))

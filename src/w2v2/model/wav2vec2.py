@@ -122,6 +122,10 @@ class Wav2Vec2Config:
         """(n_frames,) bool on the host: which frames of one utterance are masked; at least two, not all."""
         return sample_span_mask(n_frames, self.mask_prob, self.mask_length, rng)
 
+    def sample_masks(self, samples: Sequence[int], rngs: Sequence[torch.Generator]) -> list[Tensor]:
+        """A mask for each utterance of so many samples."""
+        return [self.sample_mask(n, rng) for n, rng in zip(self.frames(samples), rngs, strict=True)]
+
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
         return output_lengths(samples, self.conv_kernel_sizes, self.conv_strides, self.conv_paddings)
