@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from w2v2.model.conv_stack import ConvStack, Geometry, Layers, Slots, folded_weights
+from w2v2.model.packing import is_plain
+
 
 def output_lengths(
     samples: Sequence[int], kernel_sizes: Sequence[int], strides: Sequence[int], paddings: Sequence[int]
@@ -112,18 +115,51 @@ class FeatureEncoder(nn.Module):
 
         Args:
             audio: (B, S) float32.
-            lengths: valid samples of each utterance, when they differ. Each utterance then goes through the stack on
-                its own: norm statistics over its valid frames alone, no padding to re-zero, no work on padding.
+            lengths: valid samples of each utterance, when they differ. Norm statistics are then of its valid frames
+                alone, and there is no work on padding.
 
         Returns:
             (B, T, C), or (1, sum of T, C) packed when ``lengths`` is given.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0):
-            if lengths is None:
+        learns = torch.is_grad_enabled() and self.gradient_scale > 0
+        layers = self._layers()
+        # Without a gradient torch's convolutions are as fast on a CPU, and need no copy of their weights.
+        joined = (learns or audio.is_cuda) and layers is not None and not is_plain() and not audio.requires_grad
+        with torch.set_grad_enabled(learns):
+            if joined:
+                assert layers is not None
+                x = self._joined(audio, lengths, layers)
+            elif lengths is None:
                 x = self._stack(audio)
             else:
                 x = torch.cat([self._stack(row[None, :n]) for row, n in zip(audio, lengths, strict=True)], dim=1)
         return scale_gradient(x, self.gradient_scale) if x.requires_grad else x
+
+    def _layers(self) -> Layers | None:
+        """The parameters after the first convolution; None where the norms are others than the published ones."""
+        convs, norms, _ = zip(*self.conv_layers, strict=True)  # type: ignore[arg-type]
+        kinds = {type(norm) for norm in norms[1:]}
+        if type(norms[0]) is nn.GroupNorm and norms[0].affine and kinds <= {nn.Identity}:
+            norms = (None,) * len(norms)
+        elif {type(norms[0])} | kinds != {ChannelLayerNorm}:
+            return None
+        return Layers([conv.weight for conv in convs[1:]], [conv.bias for conv in convs[1:]], norms)
+
+    def _joined(self, audio: Tensor, lengths: Sequence[int] | None, layers: Layers) -> Tensor:
+        """All utterances in one go."""
+        device = audio.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv_layers[0][0].weight.dtype
+        rows = list(lengths) if lengths is not None else [audio.shape[1]] * len(audio)
+        with torch.autocast(device, enabled=False):
+            slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), rows, audio.device)
+            windows = slots.windows(audio, dtype)
+            conv, norm, _ = self.conv_layers[0]
+            if layers.norms[0] is None:
+                first = folded_weights(conv, norm, slots.moments(windows))
+            else:
+                first = folded_weights(conv, None, None)
+            x: Tensor = ConvStack.apply(windows, first, slots, norm.eps, *layers.flat())
+        return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
 
     def _stack(self, audio: Tensor) -> Tensor:
         x = audio.unsqueeze(1)  # (B, S) -> (B, 1, S)
