@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nested._internal import sdpa
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,8 +69,8 @@ class Counts(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         self.kernels[name] += 1
         if name not in PRODUCTS and "attention" not in name:
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-            self.bytes[name] += sum(t.numel() * t.element_size() for t in tensors)
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and not t.is_nested]
+            self.bytes[name] += sum(int(t.numel()) * t.element_size() for t in tensors)
         return out
 
 
@@ -87,7 +90,7 @@ class Kept:
 
     def bytes(self) -> int:
         """Of all of them."""
-        return sum(storage.nbytes() for storage in self.storages.values())
+        return sum(int(storage.nbytes()) for storage in self.storages.values())
 
 
 def step(samples: list[int], *, again: bool = False) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def step(samples: list[int], *, again: bool = False) -> dict[str, Any]:
     with torch.device("meta"):
         meta = config.model.build()
     draws = meta.draw(samples, [("count", i) for i in range(len(samples))], step_key=("count",))
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as fake:
         with torch.device("cuda"):
             model = config.model.build().train()
             audio = torch.empty(len(samples), max(samples))
@@ -129,6 +132,8 @@ def step(samples: list[int], *, again: bool = False) -> dict[str, Any]:
 
 def flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
     """The kernel that a card would choose; the shim does not know what it has."""
+    if q.is_nested:
+        return sdpa.jagged_scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
     return out
 
@@ -140,6 +145,8 @@ def install(shim: Path) -> None:
     ctypes.CDLL(str(shim)).install()
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # what autocast asks
     torch.nn.functional.scaled_dot_product_attention = flash
+    sdpa._select_sdp_backend = lambda *args: SDPBackend.FLASH_ATTENTION
+    torch.Tensor.pin_memory = lambda tensor: tensor
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.model.packing import host_tensor
+from w2v2.model.packing import row_index
 
 WINDOW = 16
 """Columns of a first window: its taps, a one for the bias, zeros up to what bf16 products want rows to be aligned to."""
@@ -67,18 +67,17 @@ class Slots:
         self.frames = [max(column) for column in zip(*room, strict=True)]
         """Output frames that each utterance's slot is wide."""
         self.equal = len(set(lengths)) == 1
-        gaps = [self._gaps(layer) if p else [] for layer, (_, p, _) in enumerate(self._padded())]
-        rows = host_tensor([row for layer in gaps for row in layer], torch.int64, device)
-        self.gaps = rows.split([len(layer) for layer in gaps])
+        self.gaps = [self._gaps(layer, device) for layer in range(len(geometry.kernels))]
         """Rows that must be zero before each convolution that pads."""
 
     def _padded(self) -> Iterator[tuple[list[int], int, int]]:
         return zip(self.lengths, (*self.geometry.paddings, 0), self.hops, strict=True)
 
-    def _gaps(self, layer: int) -> list[int]:
-        if layer == 0:
-            return []  # cut so that they are zero
-        return [row for span, n in zip(self.spans(layer), self.lengths[layer], strict=True) for row in span[n:]]
+    def _gaps(self, layer: int, device: torch.device) -> Tensor:
+        if layer == 0 or self.geometry.paddings[layer] == 0:
+            return torch.empty(0, dtype=torch.int64)  # the audio is laid out with zeros, and nobody reads the others
+        gaps = [span[n:] for span, n in zip(self.spans(layer), self.lengths[layer], strict=True)]
+        return row_index([gap.start for gap in gaps], [len(gap) for gap in gaps], device)
 
     def spans(self, layer: int) -> list[range]:
         """Rows of each utterance's slot before convolution ``layer``."""

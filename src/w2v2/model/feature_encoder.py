@@ -121,11 +121,10 @@ class FeatureEncoder(nn.Module):
         Returns:
             (B, T, C), or (1, sum of T, C) packed when ``lengths`` is given.
         """
-        learns = torch.is_grad_enabled() and self.gradient_scale > 0
-        layers = self._layers()
-        # Without a gradient torch's convolutions are as fast on a CPU, and need no copy of their weights.
-        joined = (learns or audio.is_cuda) and layers is not None and not is_plain() and not audio.requires_grad
-        with torch.set_grad_enabled(learns):
+        layers = None if is_plain() or audio.requires_grad else self._layers()
+        # Where nothing learns, torch's convolutions are as fast on a CPU, and need no copy of their weights.
+        joined = layers is not None and (torch.is_grad_enabled() or audio.is_cuda)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0):
             if joined:
                 assert layers is not None
                 x = self._joined(audio, lengths, layers)

@@ -1,10 +1,15 @@
-"""Utterances of unequal lengths laid end to end: (1, sum of T, D) and the list of lengths, and nothing done on padding."""
+"""Utterances of unequal lengths laid end to end: (1, sum of T, D) and the list of lengths, and nothing done on padding.
+
+Lengths stay on the host; where rows have to be found on a device, their numbers are copied without waiting for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,10 +32,56 @@ def is_plain() -> bool:
     return _plain.get()
 
 
-def host_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that the host knows, on a device that is not waited for."""
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+@dataclass(frozen=True)
+class Rows:
+    """Some of a batch's frames, in order."""
+
+    index: Tensor
+    """(N,) int64: their positions among all frames laid end to end."""
+    counts: Sequence[int]
+    """How many of each utterance."""
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def starts_of(lengths: Iterable[int]) -> list[int]:
+    """Where each of consecutive parts begins."""
+    return list(itertools.accumulate(lengths, initial=0))[:-1]
+
+
+def row_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(sum of lengths,) int64: so many consecutive rows from each start."""
+    index = [torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]
+    return to_device(torch.cat(index) if index else torch.empty(0, dtype=torch.int64), device)
+
+
+def spread(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """(N, ...) -> (rows, ...) with x's rows at the index, and zeros elsewhere."""
+    return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
+
+
+def unpack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """(1, sum of T, ...) packed frames -> (B, T, ...) padded with zeros; unchanged when ``lengths`` is None."""
+    if lengths is None:
+        return x
+    if min(lengths) == max(lengths):
+        return x.unflatten(1, (len(lengths), -1))[0]
+    longest = max(lengths)
+    index = row_index(range(0, len(lengths) * longest, longest), lengths, x.device)
+    return spread(x[0], index, len(lengths) * longest).unflatten(0, (len(lengths), longest))
+
+
+def pack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """(B, T, ...) padded -> (1, sum of T, ...) packed; unchanged when ``lengths`` is None."""
+    if lengths is None:
+        return x
+    if min(lengths) == x.shape[1]:
+        return x.flatten(0, 1)[None]
+    index = row_index(range(0, x.shape[0] * x.shape[1], x.shape[1]), lengths, x.device)
+    return x.flatten(0, 1).index_select(0, index)[None]
 
 
 def repeat_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
