@@ -43,7 +43,7 @@ VIEWS = {
     "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::empty_permuted",
     "aten::_unsafe_view", "aten::_reshape_alias", "aten::set_", "aten::resize_", "prim::device",
 }  # fmt: skip
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "convolution", "convolution_backward")
 
 
 def is_view(func: Any) -> bool:
@@ -64,12 +64,14 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, and go on."""
         out = func(*args, **(kwargs or {}))
-        if is_view(func):
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if is_view(func) or not any(t.is_cuda and not t.is_nested for t in made):
             return out
         name = func._schema.name.removeprefix("aten::")
         self.kernels[name] += 1
         if name not in PRODUCTS and "attention" not in name:
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and not t.is_nested]
+            tensors = tensors[1:-1] if name == "index_fill_" else tensors  # it touches a few rows
             self.bytes[name] += sum(int(t.numel()) * t.element_size() for t in tensors)
         return out
 

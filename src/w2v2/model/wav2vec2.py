@@ -409,16 +409,12 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         diversity = [
             diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n) for q, n in zip(quantized, masked, strict=True)
         ]
-        # Of each utterance on its own, so that it does not depend on the batch; for crops of one length with equal
-        # numbers of masked frames, as in training, that is the mean over the batch.
-        rows = features.flatten(0, 1).split(frames)
-        penalty = [feature_penalty(row, n) for row, n in zip(rows, draws.counts, strict=True)]
         ones = torch.ones((), device=audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
                 "diversity": torch.stack(diversity).sum(),
-                "feature_penalty": torch.stack(penalty).sum(),
+                "feature_penalty": feature_penalty(features, frames, draws.counts),
             },
             metrics={
                 "contrastive": contrastive.loss.detach().double(),
@@ -490,14 +486,11 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
 
 def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
-    ids = torch.zeros_like(codes[:, 0])
+    ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
     for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
         ids = ids * 6364136223846793005 + group + 1
-    distinct = torch.zeros((), device=codes.device)
-    for row in ids.split(list(counts)):
-        ordered = row.sort().values
-        distinct += 1 + (ordered[1:] != ordered[:-1]).sum()
-    return distinct
+    ordered = ids.sort().values
+    return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 
 
 class CTCHead(nn.Linear):
