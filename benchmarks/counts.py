@@ -50,7 +50,7 @@ def is_view(func: Any) -> bool:
     """Whether an operator launches nothing."""
     name = func._schema.name
     aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-    return aliases or name in VIEWS
+    return aliases or name in VIEWS or name.startswith("aten::_nested")
 
 
 class Counts(TorchDispatchMode):
@@ -64,7 +64,7 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, and go on."""
         out = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(args if out is None else out) if isinstance(t, Tensor)]
         if is_view(func) or not any(t.is_cuda and not t.is_nested for t in made):
             return out
         name = func._schema.name.removeprefix("aten::")

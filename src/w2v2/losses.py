@@ -52,7 +52,7 @@ def contrastive_logits(
             picked = group.gather(1, others.flatten(1)).view_as(others)
             same &= picked == group.unsqueeze(-1)
         negatives = negatives.masked_fill(same, float("-inf"))
-        return pack(torch.cat([positive, negatives], dim=-1), counts)[0]
+        return pack(torch.cat([positive, negatives], dim=-1), counts).squeeze(0)
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.model.packing import row_index
+from w2v2.model.packing import row_index, to_device
 
 WINDOW = 16
 """Columns of a first window: its taps, a one for the bias, zeros up to what bf16 products want rows to be aligned to."""
@@ -136,7 +136,8 @@ class Slots:
         if self.equal:
             block = rows.unflatten(0, (len(self.frames), -1))[:, : self.lengths[1][0]]
             return torch.bmm(block.mT, block) / block.shape[1]
-        return torch.stack([part.mT @ part / len(part) for part in self.valid(rows, 1)])
+        counts = to_device(torch.tensor(self.lengths[1], dtype=torch.float64), windows.device)
+        return torch.stack([part.mT @ part for part in self.valid(rows, 1)]) / counts[:, None, None]
 
 
 def folded_weights(conv: nn.Conv1d, norm: nn.GroupNorm | None, moments: Tensor | None) -> Tensor:

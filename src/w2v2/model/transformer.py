@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from w2v2.model.packing import Rows, is_plain, pack, row_index, spread, starts_of, to_device, unpack
+from w2v2.model.precision import low_precision
 
 
 def touch(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -51,8 +52,8 @@ class PositionalConvEmbedding(nn.Module):
         # One convolution over all utterances, with as many zeros between them as it pads: its own padding is the last.
         pad = self.conv.padding[0]
         index = row_index(starts_of(n + pad for n in lengths), lengths, x.device)
-        y = self.conv(spread(x[0], index, sum(lengths) + pad * (len(lengths) - 1)).t()[None])  # (1, D, rows + trim)
-        return F.gelu(y[0].t().index_select(0, index))[None]
+        y = self.conv(spread(x.squeeze(0), index, sum(lengths) + pad * (len(lengths) - 1)).t()[None])  # (1, D, rows + trim)
+        return F.gelu(y.squeeze(0).t().index_select(0, index))[None]
 
 
 class SelfAttention(nn.Module):
@@ -119,7 +120,7 @@ def _jagged(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Packed (1, sum of T, H, D / H) -> nested (B, H, T, D / H)."""
     offsets = to_device(torch.tensor([*starts_of(lengths), sum(lengths)], dtype=torch.int32), x.device)
     nested = torch.nested.nested_tensor_from_jagged(
-        x[0], offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
+        x.squeeze(0), offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
     )
     return nested.transpose(1, 2)
 
@@ -164,14 +165,14 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> same shape; (1, N, D) if only rows are wanted."""
-        asked = x if rows is None else take(x, rows)
-        if self.norm_first:
-            x = asked + self.dropout(self.attn(self.ln_1(x), lengths, rows))
-            x = x + self.dropout(self.mlp(self.ln_2(x)))
-        else:
-            x = self.ln_1(asked + self.dropout(self.attn(x, lengths, rows)))
-            x = self.ln_2(x + self.dropout(self.mlp(x)))
-        return x
+        with low_precision(x, self.attn, self.mlp, self.ln_1, self.ln_2) as (x, attn, mlp, ln_1, ln_2):
+            asked: Tensor = x if rows is None else take(x, rows)
+            if self.norm_first:
+                y = asked + self.dropout(attn(ln_1(x), lengths, rows))
+                return y + self.dropout(mlp(ln_2(y)))
+            y = ln_1(asked + self.dropout(attn(x, lengths, rows)))
+            out: Tensor = ln_2(y + self.dropout(mlp(y)))
+            return out
 
     def skip(self, x: Tensor) -> Tensor:
         """Identity, for a dropped layer."""

@@ -393,7 +393,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             keep_layers=draws.keep_layers,
             rows=Rows(draws.masked, draws.counts),
         )
-        context = self.out_linear(x[0])
+        context = self.out_linear(x.squeeze(0))
 
         source = self._to_quantize(normalised, projected)[draws.masked]
         source = F.dropout(source, config.dropout_features, self.training)
