@@ -73,12 +73,11 @@ class ContrastiveOutput:
 def contrastive_loss(logits: Tensor) -> ContrastiveOutput:
     """Cross-entropy of (M, 1 + K) logits with the target at 0; a frame whose distractors are all identical costs 0."""
     logits = logits.float()
-    excluded = logits[:, 1:].isneginf()
     hardest = logits[:, 1:].amax(-1)
     return ContrastiveOutput(
         loss=(torch.logsumexp(logits, -1) - logits[:, 0]).sum(),
-        correct=((logits[:, 0] > hardest) & ~excluded.all(-1)).sum(),
-        identical=excluded.float().mean(-1).sum(),
+        correct=((logits[:, 0] > hardest) & (hardest > -torch.inf)).sum(),
+        identical=logits[:, 1:].isneginf().sum() / (logits.shape[1] - 1),
     )
 
 
@@ -90,7 +89,7 @@ def diversity_loss(prob_perplexity: Tensor, n_codes: int, num_targets: int) -> T
         n_codes: G V.
         num_targets: M of this micro-batch.
     """
-    return num_targets * (n_codes - prob_perplexity.float()) / n_codes
+    return (n_codes - prob_perplexity.float()) * (num_targets / n_codes)
 
 
 def feature_penalty(features: Tensor, frames: Sequence[int], counts: Sequence[int]) -> Tensor:

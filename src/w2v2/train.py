@@ -29,6 +29,7 @@ from w2v2.data.datamodule import SpeechDataModule, stop_workers
 from w2v2.errors import UsageError
 from w2v2.flops import training_flops
 from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
+from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.tasks.callbacks import CSVMetrics, Progress
 from w2v2.tasks.checkpoints import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.tasks.health import Sentinel
@@ -185,6 +186,9 @@ def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     if train.activation_checkpointing:
         for block in transformer_blocks(model, "--train.activation-checkpointing"):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for module in model.modules():
+            if isinstance(module, FeatureEncoder):
+                module.recompute = True
     if train.compile:
         for block in transformer_blocks(model, "--train.compile"):
             block.compile(dynamic=True)

@@ -5,7 +5,8 @@ multiples of s, serves all of them whatever their lengths: with frames as rows, 
 and taps are products of slices of it. What windows that cross an end would give is dropped; where a convolution pads,
 the rows between utterances are zero. GroupNorm after the first convolution is folded into its weights: mean and variance
 of a convolution's output are the kernel's products with mean and covariance of its windows. For the backward pass only
-the convolutions' outputs are kept, and of the first nothing: GELU, norms and the first convolution are computed again.
+the convolutions' outputs are kept, and of the first nothing: norms and the first convolution are computed again, and GELU where
+memory is worth more.
 """
 
 from __future__ import annotations
@@ -67,17 +68,20 @@ class Slots:
         self.frames = [max(column) for column in zip(*room, strict=True)]
         """Output frames that each utterance's slot is wide."""
         self.equal = len(set(lengths)) == 1
-        self.gaps = [self._gaps(layer, device) for layer in range(len(geometry.kernels))]
+        gaps = [self._gaps(layer) for layer in range(len(geometry.kernels))]
+        starts, counts = ([n for layer in gaps for n in layer[part]] for part in (0, 1))
+        self.gaps = row_index(starts, counts, device).split([sum(layer[1]) for layer in gaps])
         """Rows that must be zero before each convolution that pads."""
 
     def _padded(self) -> Iterator[tuple[list[int], int, int]]:
         return zip(self.lengths, (*self.geometry.paddings, 0), self.hops, strict=True)
 
-    def _gaps(self, layer: int, device: torch.device) -> Tensor:
+    def _gaps(self, layer: int) -> tuple[list[int], list[int]]:
+        """Starts and lengths; none where nobody reads them, or where the audio is laid out with zeros."""
         if layer == 0 or self.geometry.paddings[layer] == 0:
-            return torch.empty(0, dtype=torch.int64)  # the audio is laid out with zeros, and nobody reads the others
+            return [], []
         gaps = [span[n:] for span, n in zip(self.spans(layer), self.lengths[layer], strict=True)]
-        return row_index([gap.start for gap in gaps], [len(gap) for gap in gaps], device)
+        return [gap.start for gap in gaps], [len(gap) for gap in gaps]
 
     def spans(self, layer: int) -> list[range]:
         """Rows of each utterance's slot before convolution ``layer``."""
@@ -145,23 +149,21 @@ def folded_weights(conv: nn.Conv1d, norm: nn.GroupNorm | None, moments: Tensor |
 
     Without norm the one of all utterances, (1, WINDOW, C).
     """
-    weight = conv.weight[:, 0].t()[None]  # (C, 1, K) -> (1, K, C)
-    kernel = weight.shape[1]
-    bias = weight.new_zeros(1, weight.shape[2]) if conv.bias is None else conv.bias[None]
-    if norm is not None:
-        assert moments is not None
-        mean = moments[:, kernel, :kernel]  # (B, K)
-        covariance = moments[:, :kernel, :kernel] - mean[:, :, None] * mean[:, None]
-        w = weight[0].double()
-        means = (mean @ w + bias).unflatten(1, (norm.num_groups, -1))  # (B, G, C / G)
-        variances = ((covariance @ w) * w).sum(1).view_as(means)
-        center = means.mean(-1, keepdim=True)
-        spread = (variances + (means - center).square()).mean(-1, keepdim=True)
-        gain = torch.rsqrt(spread + norm.eps)
-        scale = (gain.expand_as(means).flatten(1) * norm.weight).float()  # (B, C)
-        shift = norm.bias - (center.expand_as(means).flatten(1).float() - bias) * scale
-        weight, bias = weight * scale[:, None], shift
-    return F.pad(torch.cat([weight, bias[:, None]], dim=1), (0, 0, 0, WINDOW - 1 - kernel))
+    kernel = conv.kernel_size[0]
+    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    columns = torch.cat([conv.weight[:, 0], bias[:, None]], dim=1)  # (C, 1, K) -> (C, K + 1)
+    weight = F.pad(columns, (0, WINDOW - 1 - kernel)).t()[None]  # (1, WINDOW, C)
+    if norm is None:
+        return weight
+    assert moments is not None
+    weight = weight.double()
+    products = moments @ weight  # (B, WINDOW, C); the window's one has given the means
+    groups = (norm.num_groups, -1)
+    mean = products[:, kernel].unflatten(1, groups).mean(-1, keepdim=True)  # (B, G, 1)
+    square = (products * weight).sum(1).unflatten(1, groups).mean(-1, keepdim=True)
+    scale = torch.rsqrt(square - mean.square() + norm.eps) * norm.weight.view(*groups)  # (B, G, C / G)
+    shift = norm.bias.view(*groups) - mean * scale
+    return (weight * scale.flatten(1)[:, None] + F.pad(shift.flatten(1)[:, None], (0, 0, kernel, WINDOW - 1 - kernel))).float()
 
 
 @dataclass
@@ -180,25 +182,28 @@ class Layers:
 
 
 class ConvStack(torch.autograd.Function):
-    """(windows, first weights, slots, eps, Layers.flat()) -> (frames of all utterances, C) features."""
+    """(windows, first weights, slots, eps, whether to keep GELU's outputs, Layers.flat()) -> (all frames, C) features."""
 
     @staticmethod
-    def forward(ctx: Any, windows: Tensor, first: Tensor, slots: Slots, eps: float, *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, windows: Tensor, first: Tensor, slots: Slots, eps: float, keep: bool, *flat: Tensor | None
+    ) -> Tensor:
         n = len(slots.geometry.kernels)
         weights, biases = flat[: n - 1], flat[n - 1 : 2 * n - 2]
         gains, shifts = flat[2 * n - 2 : 3 * n - 2], flat[3 * n - 2 :]
         dtype = windows.dtype
         first = first.to(dtype)
         matrices = [_matrix(w, dtype) for w in weights if w is not None]
-        x, outputs = slots.first(windows, first), []
+        x, outputs, kept = slots.first(windows, first), [], []
         for layer in range(1, n):
             a = slots.clear(_activate(x, gains[layer - 1], shifts[layer - 1], eps), layer)
             x = _convolve(a, matrices[layer - 1], biases[layer - 1], slots.geometry, layer)
             outputs.append(x)
+            kept += [a] if keep else []
         outputs[-1] = x = torch.cat(slots.valid(x, n))
         if any(ctx.needs_input_grad):
             ctx.slots, ctx.eps = slots, eps
-            ctx.save_for_backward(windows, first, *outputs, *matrices, *gains, *shifts)
+            ctx.save_for_backward(windows, first, *outputs, *matrices, *gains, *shifts, *kept)
         return _activate(x, gains[-1], shifts[-1], eps)
 
     @staticmethod
@@ -207,7 +212,7 @@ class ConvStack(torch.autograd.Function):
         n = len(slots.geometry.kernels)
         windows, first, *saved = ctx.saved_tensors
         outputs, matrices = saved[: n - 1], saved[n - 1 : 2 * n - 2]
-        gains, shifts = saved[2 * n - 2 : 3 * n - 2], saved[3 * n - 2 :]
+        gains, shifts, kept = saved[2 * n - 2 : 3 * n - 2], saved[3 * n - 2 : 4 * n - 2], saved[4 * n - 2 :]
         weights: list[Tensor | None] = [None] * (n - 1)
         biases: list[Tensor | None] = [None] * (n - 1)
         gain_grads: list[Tensor | None] = [None] * n
@@ -218,16 +223,16 @@ class ConvStack(torch.autograd.Function):
         grad = slots.lay(grad.split(slots.lengths[n]), n)
         for layer in reversed(range(1, n)):
             x = slots.first(windows, first) if layer == 1 else outputs[layer - 2]
-            a = slots.clear(_activate(x, gains[layer - 1], shifts[layer - 1], ctx.eps), layer)
+            a = kept[layer - 1] if kept else slots.clear(_activate(x, gains[layer - 1], shifts[layer - 1], ctx.eps), layer)
             weights[layer - 1] = _weight_gradient(a, grad, slots.geometry, layer)
-            if ctx.needs_input_grad[4 + n - 1 + layer - 1]:
+            if ctx.needs_input_grad[5 + n - 1 + layer - 1]:
                 biases[layer - 1] = grad.sum(0, dtype=torch.float32)
             grad = slots.clear(_input_gradient(grad, matrices[layer - 1], a, slots.geometry, layer), layer)
             grad, gain_grads[layer - 1], shift_grads[layer - 1] = _activate_backward(
                 grad, x, gains[layer - 1], shifts[layer - 1], ctx.eps
             )
         first_grad = slots.first_gradient(windows, grad, len(first)).float()
-        return None, first_grad, None, None, *weights, *biases, *gain_grads, *shift_grads
+        return None, first_grad, None, None, None, *weights, *biases, *gain_grads, *shift_grads
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

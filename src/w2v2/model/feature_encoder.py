@@ -94,6 +94,8 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.kernel_sizes, self.strides, self.paddings = tuple(kernel_sizes), tuple(strides), tuple(paddings)
         self.gradient_scale = gradient_scale
+        self.recompute = False
+        """Whether the backward pass computes GELU again, as on a CPU, where fresh memory costs more."""
         self.conv_layers = nn.ModuleList()
         fan_in = 1
         for width, kernel, stride, padding, norm in zip(channels, kernel_sizes, strides, paddings, norms, strict=True):
@@ -157,7 +159,7 @@ class FeatureEncoder(nn.Module):
                 first = folded_weights(conv, norm, slots.moments(windows))
             else:
                 first = folded_weights(conv, None, None)
-            x: Tensor = ConvStack.apply(windows, first, slots, norm.eps, *layers.flat())
+            x: Tensor = ConvStack.apply(windows, first, slots, norm.eps, audio.is_cuda and not self.recompute, *layers.flat())
         return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
 
     def _stack(self, audio: Tensor) -> Tensor:

@@ -70,11 +70,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
         """x (B, T, D), or packed (1, sum of T, D) with its lengths -> same shape; (1, N, D) if only rows are wanted."""
-        asked = x if rows is None else take(x, rows)
-        q, k, v = (
-            proj(t).unflatten(-1, (self.n_head, -1))  # (B, T, D) -> (B, T, H, D / H)
-            for proj, t in ((self.q_proj, asked), (self.k_proj, x), (self.v_proj, x))
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if rows is None and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+            # One product: the three weights are small beside the frames that would be read, and added up, thrice.
+            weight, bias = (torch.cat([getattr(proj, name) for proj in projections]) for name in ("weight", "bias"))
+            parts = F.linear(x, weight, bias).chunk(3, dim=-1)
+        else:
+            parts = tuple(proj(t) for proj, t in zip(projections, (x if rows is None else take(x, rows), x, x), strict=True))
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)) for part in parts)  # (B, T, D) -> (B, T, H, D / H)
         p = self.dropout.p if self.training else 0.0
         out: Tensor = self.out_proj(attend(q, k, v, lengths if rows is None else rows.counts, lengths, p).flatten(2))
         return out

@@ -6,6 +6,7 @@ Legend: B batch, S samples, T frames, C conv channels, D width, M masked frames,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -413,15 +414,15 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
-                "diversity": torch.stack(diversity).sum(),
+                "diversity": _total(diversity),
                 "feature_penalty": feature_penalty(features, frames, draws.counts),
             },
             metrics={
                 "contrastive": contrastive.loss.detach().double(),
                 "correct": contrastive.correct.detach(),
                 "identical": contrastive.identical.detach(),
-                "probs": torch.stack([q.probs_sum for q in quantized]).sum(0),
-                "codes": torch.stack([q.code_counts for q in quantized]).sum(0),
+                "probs": _total([q.probs_sum for q in quantized]),
+                "codes": _total([q.code_counts for q in quantized]),
                 "distinct_codes": _distinct_codes(codes, draws.counts),
                 "utterances": len(frames) * ones,
                 "frames": sum(frames) * ones,
@@ -482,6 +483,10 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
                 else {"diversity": diversity_loss(perplexity(probs), probs.numel(), 1).item()}
             ),
         }
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
