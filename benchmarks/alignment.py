@@ -22,11 +22,11 @@ import jiwer
 import numpy as np
 import torch
 
-from w2v2.align import align
-from w2v2.decode import Greedy, Word
-from w2v2.formats import Transcript
-from w2v2.recognizer import load_recognizer
-from w2v2.transcribe import source_of, transcribe
+from w2v2.decoding.greedy import Greedy
+from w2v2.inference.align import align
+from w2v2.inference.recognizer import load_recognizer
+from w2v2.inference.transcribe import source_of, transcribe
+from w2v2.inference.transcripts import Transcript, Word
 
 Pair = tuple[Word, Word]
 """True and found."""

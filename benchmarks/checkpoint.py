@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from w2v2 import recipes
-from w2v2.tasks.checkpoints import AtomicIO
+from w2v2.training.resume import AtomicIO
 
 
 def main() -> None:

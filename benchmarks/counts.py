@@ -2,8 +2,8 @@
 
     python benchmarks/counts.py --fake-cuda fake.so --out benchmarks/results/counts.json
 
-Needs a shim that lets a CPU build of torch accept the device ``cuda`` for fake tensors (``--fake-cuda``); without it, it
-says so and stops. Forward and backward of ``base`` under bf16 autocast run on tensors without data, attention by the
+Needs a shim that lets a CPU build of torch accept the device ``cuda`` for fake tensors (``--fake-cuda``); without it,
+it says so and stops. Forward and backward of ``base`` under bf16 autocast run on tensors without data, attention by the
 flash kernel; every operator that is not a view is a kernel. Bytes are those of the inputs and outputs of everything but
 products and attention, with no cache and no fusion; activations are the storages kept for the backward pass, without
 parameters.
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nested._internal import sdpa
 from torch.nn.attention import SDPBackend
@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from w2v2 import recipes
-from w2v2.tasks.pretrain import weighted_sum
-from w2v2.train import tune
+from w2v2.training.pretrain import weighted_sum
+from w2v2.training.run import tune
 
 WORKLOADS = {
     "5 x 15.6 s": [249_600] * 5,
@@ -40,7 +40,8 @@ WORKLOADS = {
 }
 VIEWS = {
     "aten::detach", "aten::t", "aten::alias", "aten::lift_fresh", "aten::is_pinned", "aten::record_stream",
-    "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::empty_permuted",
+    "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided",
+    "aten::empty_permuted",
     "aten::_unsafe_view", "aten::_reshape_alias", "aten::set_", "aten::resize_", "prim::device",
 }  # fmt: skip
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "convolution", "convolution_backward")

@@ -37,12 +37,12 @@ import soundfile
 import torch
 from lhotse import CutSet
 
-from w2v2.config import DataConfig
-from w2v2.data.audit import AuditConfig, Part, audit
+from w2v2.data.config import DataConfig
 from w2v2.data.corpora import read_corpus
-from w2v2.data.datamodule import SpeechDataModule
-from w2v2.data.prepare import PrepareConfig, prepare
-from w2v2.data.synthetic import SyntheticConfig, synthesize
+from w2v2.preparation.audit import AuditConfig, Part, audit
+from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+from w2v2.training.data import SpeechDataModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from serving import serve

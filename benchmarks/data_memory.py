@@ -48,9 +48,9 @@ def write_table(folder: Path, rows: int) -> Path:
 
 def stream(corpus: Path) -> None:
     """Plan a pass, load some batches, say how much memory that took."""
-    from w2v2.config import DataConfig
+    from w2v2.data.config import DataConfig
     from w2v2.data.corpora import read_corpus
-    from w2v2.data.datamodule import SpeechDataModule
+    from w2v2.training.data import SpeechDataModule
 
     logging.disable(logging.INFO)
     module = SpeechDataModule(read_corpus(corpus), DataConfig(min_seconds=1.0, num_workers=2))
@@ -72,7 +72,7 @@ def peaks() -> dict[str, float]:
 
 def prepare(table: Path, out: Path) -> None:
     """The command, in this process."""
-    from w2v2.cli import main
+    from w2v2.cli.main import main
 
     logging.disable(logging.INFO)
     began = time.perf_counter()

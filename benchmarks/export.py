@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from w2v2 import Wav2Vec2ForCTC, recipes
-from w2v2.checkpoint import save_weights
-from w2v2.config import save_config
-from w2v2.convert.check import CHECK
-from w2v2.convert.onnx import INT8, MODEL, TORCH, eager, export_onnx, export_torch, onnx_session, speed
+from w2v2.checkpoint.native import save_weights
 from w2v2.data.corpora import read_corpus
-from w2v2.text import Vocabulary
+from w2v2.export import CHECK, INT8, MODEL, TORCH, eager, export_onnx, export_torch, onnx_session, speed
+from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
 
 PACKAGES = ("w2v2", "torch", "onnx", "onnxscript", "onnxruntime")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from w2v2.data.synthetic import SAMPLE_RATE, SyntheticConfig, synthesize
+from w2v2.synthetic.corpus import SAMPLE_RATE, SyntheticConfig, synthesize
 
 PART = 7
 """Utterances of a held-out chapter."""

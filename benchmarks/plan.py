@@ -34,7 +34,7 @@ def planned(recipe: str, steps: int, data: str | None) -> dict[str, float]:
     plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return {
         "seconds": plan["seconds_per_update"] * steps,
-        "alone_seconds": (plan["cpu_seconds_per_update"] or plan["seconds_per_update"]) * steps,
+        "alone_seconds": plan["cpu_seconds_per_update"] * steps,
         "memory_gb": plan["memory_gb"],
         "spread": plan["measured"]["spread"],
     }

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Wav2Vec2Config as HFConfig
+from transformers import ContrastiveConfig as HFConfig
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import recipes
 from w2v2.model.masking import Draws
-from w2v2.tasks.pretrain import weighted_sum
+from w2v2.training.pretrain import weighted_sum
 
 WORKLOADS = {"equal": (3.0, 3.0, 3.0, 3.0), "unequal": (4.68, 3.6, 2.4, 1.2)}
 

@@ -31,14 +31,15 @@ import soundfile
 import torch
 
 from w2v2 import recipes
-from w2v2.checkpoint import save_weights
-from w2v2.config import save_config
-from w2v2.decode import BeamConfig, Decoder, Greedy, make_decoder
-from w2v2.formats import Transcript
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
-from w2v2.recognizer import Recognizer, load_recognizer
-from w2v2.text import Vocabulary
-from w2v2.transcribe import Layout, source_of, transcribe
+from w2v2.checkpoint.native import save_weights
+from w2v2.decoding.beam import BeamConfig, make_decoder
+from w2v2.decoding.greedy import Decoder, Greedy
+from w2v2.inference.recognizer import Recognizer, load_recognizer
+from w2v2.inference.transcribe import Layout, source_of, transcribe
+from w2v2.inference.transcripts import Transcript
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
 
 RATE = 16_000
 
@@ -126,7 +127,7 @@ def measured(run: Path, file: Path, *options: str) -> dict[str, float]:
 
 def measure(argv: list[str]) -> None:
     """What ``measured`` runs."""
-    from w2v2.cli import main
+    from w2v2.cli.main import main
 
     began, busy = time.perf_counter(), time.process_time()
     assert main(["transcribe", *argv, "--out", tempfile.mkdtemp()]) == 0

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2v2.align import align_labels, forced_align, spell
 from w2v2.errors import UsageError
-from w2v2.text import Vocabulary
+from w2v2.inference.align import align_labels, forced_align, spell
+from w2v2.text.vocabulary import Vocabulary
 
 LABELS = 4
 VOCABULARY = Vocabulary.from_texts(["AB"])  # blank, unknown, boundary, A, B

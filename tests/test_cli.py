@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from conftest import write_corpus
 
-from w2v2.cli import main
+from w2v2.cli.main import main
 
 NANO = [
     "--train.max-steps", "2", "--train.log-every", "1", "--train.val-every", "2", "--train.checkpoint-every", "2",
@@ -175,7 +175,7 @@ def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys
 
 
 def test_help_answers_without_torch_and_lists_recipes_and_settings() -> None:
-    code = "import sys; from w2v2.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    code = "import sys; from w2v2.cli.main import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pretrain" in done.stdout
     assert done.stdout.strip().endswith("False")

@@ -7,20 +7,15 @@ import soundfile
 import torch
 from conftest import RATE, sound, write_corpus
 
-from w2v2.config import DataConfig
 from w2v2.data.audio import AudioError, load_audio
+from w2v2.data.batch import Batch, SpeechDataset
+from w2v2.data.config import DataConfig
 from w2v2.data.corpora import labelled_subset, read_corpus
-from w2v2.data.datamodule import (
-    Batch,
-    EpochSampler,
-    SpeechDataModule,
-    SpeechDataset,
-    _CropConstraint,
-    _Passes,
-    whole_utterances,
-)
-from w2v2.data.prepare import prepare
+from w2v2.data.loader import whole_utterances
+from w2v2.data.sampler import CropConstraint, EpochSampler, Passes
 from w2v2.errors import JobError, UsageError
+from w2v2.preparation.run import prepare
+from w2v2.training.data import SpeechDataModule
 
 
 def ids(splits) -> dict[str, set[str]]:
@@ -218,8 +213,8 @@ def test_ranks_share_a_pass_without_overlap_and_take_as_many_batches(corpus: Pat
     cuts = read_corpus(corpus)["train"]
 
     def part(rank: int) -> list[list[str]]:
-        constraint = _CropConstraint(max_duration=6.0, max_seconds=2.5)
-        passes = _Passes("train", cuts, DataConfig(), labelled=False, shuffle=True)
+        constraint = CropConstraint(max_duration=6.0, max_seconds=2.5)
+        passes = Passes("train", cuts, DataConfig(), labelled=False, shuffle=True)
         sampler = EpochSampler(passes, constraint, num_buckets=2, shuffle=True, rank=rank, world_size=2)
         return [[cut.id for cut in chosen] for _, chosen in sampler]
 

@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from arpa import read_arpa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.decode import BeamConfig, Greedy, Hypothesis, label_scores, make_decoder, word_times
+from w2v2.decoding.beam import BeamConfig, make_decoder
+from w2v2.decoding.greedy import Greedy, Hypothesis
+from w2v2.decoding.kneser_ney import estimate
+from w2v2.decoding.ngram import NGram
 from w2v2.errors import JobError, UsageError
-from w2v2.kneser_ney import estimate
-from w2v2.lm import NGram, read_arpa
+from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
+from w2v2.inference.transcripts import label_scores, word_times
 from w2v2.model.feature_encoder import FeatureEncoder
-from w2v2.model.wav2vec2 import Wav2Vec2Config
-from w2v2.text import Vocabulary
-from w2v2.tuning import EmissionCache, Trial, tune, weights_key
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.from_texts(["AB"])  # blank, unknown, boundary, A, B
 SMALL = Vocabulary(labels=("A", "|", "B", "<blank>"), blank=3, unknown=None, boundary=1)
@@ -100,7 +103,7 @@ def lexicon_scores(
             words = spelled_words(ids, vocabulary)
             if all(word in lexicon for word in words):
                 score += config.silence_score * path.count(vocabulary.boundary) + config.word_score * len(words)
-                score += config.lm_weight * lm.log_prob(words) if lm else 0.0
+                score += config.lm_weight * lm.log_probs(words).sum() if lm else 0.0
                 yield words, score + config.hot_word_boost * sum(word in hot for word in words)
 
     return gather(every(), config)
@@ -190,7 +193,7 @@ def test_scores_with_an_lm_equal_the_formula_on_all_paths(
     assert spelled_words(found.ids, SMALL) == words
     acoustic = check_frames(found, log_probs, SMALL)
     if not sum_paths and not silence_score:
-        terms = lm_weight * model.log_prob(words) + word_score * len(words)
+        terms = lm_weight * model.log_probs(words).sum() + word_score * len(words)
         assert found.score == pytest.approx(acoustic + terms, abs=1e-4)
 
 
@@ -432,7 +435,7 @@ def test_a_diverged_model_is_a_clear_line(lm: Path) -> None:
 
 
 def test_without_flashlight_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "w2v2.beam", raising=False)
+    monkeypatch.delitem(sys.modules, "w2v2.decoding.beam", raising=False)
     monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder", None)
     with pytest.raises(UsageError, match=r"pip install 'w2v2\[beam\]'"):
         make_decoder(SMALL, beam=BeamConfig())
@@ -530,7 +533,7 @@ def test_tuning_passes_over_utterances_without_a_transcript() -> None:
 def test_a_cache_goes_on_after_an_interruption_and_refuses_another_model(
     tmp_path: Path, dev: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2v2.tuning._FILE_MB", 0.0005)  # several files
+    monkeypatch.setattr("w2v2.evaluation.tuning._FILE_MB", 0.0005)  # several files
     emissions = [*dev[0], ("nothing", torch.zeros(0, 4))]
     model = tmp_path / "model"
     model.mkdir()
@@ -609,7 +612,7 @@ def test_words_far_from_each_other_do_not_begin_in_the_pause() -> None:
     assert word_times(alone, VOCABULARY, lambda frame: frame / 50)[0].start == pytest.approx(1.0 - 0.01 - 0.06)
 
 
-STRANGE = Wav2Vec2Config(
+STRANGE = ContrastiveConfig(
     conv_channels=(512,) * 4, conv_kernel_sizes=(7, 4, 1, 6), conv_strides=(3, 2, 2, 5), conv_paddings=(5, 0, 1, 4)
 )
 
@@ -617,7 +620,7 @@ STRANGE = Wav2Vec2Config(
 @pytest.mark.parametrize(
     "config", [recipes.base().model, recipes.paper_base().model, STRANGE], ids=["base", "paper_base", "strange"]
 )
-def test_a_frame_is_at_the_middle_of_what_it_sees(config: Wav2Vec2Config) -> None:
+def test_a_frame_is_at_the_middle_of_what_it_sees(config: ContrastiveConfig) -> None:
     """Impulse response of the convolutions alone, backwards: which samples a frame depends on, and how much."""
     layers = len(config.conv_kernel_sizes)
     geometry = (config.conv_kernel_sizes, config.conv_strides, config.conv_paddings)

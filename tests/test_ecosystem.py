@@ -21,11 +21,12 @@ from w2v2 import (
     Wav2Vec2ForPretraining,
     recipes,
 )
-from w2v2.checkpoint import save_weights
-from w2v2.config import FinetuneConfig, PretrainConfig, save_config
+from w2v2.checkpoint.native import save_weights
 from w2v2.data.corpora import read_corpus
 from w2v2.errors import UsageError
-from w2v2.text import Vocabulary
+from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
+from w2v2.training.config import FinetuneConfig, PretrainConfig
 
 WORDS = Vocabulary.from_texts(["SUN MOON STAR SKY RAIN WIND"])
 

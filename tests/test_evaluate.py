@@ -22,19 +22,21 @@ from hypothesis import strategies as st
 from lhotse import fastcopy
 
 from w2v2 import recipes
-from w2v2.checkpoint import CONFIG, VOCABULARY, save_weights
-from w2v2.cli import main
-from w2v2.config import DataConfig, FinetuneConfig, load_config, save_config
+from w2v2.checkpoint.native import CONFIG, VOCABULARY, save_weights
+from w2v2.cli.main import main
+from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split, read_corpus
-from w2v2.data.datamodule import whole_utterances
-from w2v2.decode import Greedy
-from w2v2.evaluate import error_rates, evaluate, paired_test
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
-from w2v2.recognizer import Recognizer
-from w2v2.scoring import Tally
-from w2v2.significance import MAX_GROUPS, Units, _standard_error, paired_difference, ratio_interval
-from w2v2.text import Vocabulary
-from w2v2.tuning import EmissionCache, weights_key
+from w2v2.data.loader import whole_utterances
+from w2v2.decoding.greedy import Greedy
+from w2v2.evaluation.evaluate import error_rates, evaluate, paired_test
+from w2v2.evaluation.scoring import Tally
+from w2v2.evaluation.significance import MAX_GROUPS, Units, _standard_error, paired_difference, ratio_interval
+from w2v2.evaluation.tuning import EmissionCache, weights_key
+from w2v2.inference.recognizer import Recognizer
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.serial import load_config, save_config
+from w2v2.text.vocabulary import Vocabulary
+from w2v2.training.config import FinetuneConfig
 
 WORDS = st.lists(st.sampled_from(["A", "BE", "SEE", "TO", "TOO"]), max_size=8).map(" ".join)
 

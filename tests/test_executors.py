@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from w2v2.data.executors import RayExecutor
-from w2v2.data.prepare import PrepareConfig, prepare
+from w2v2.preparation.executors import RayExecutor
+from w2v2.preparation.run import PrepareConfig, prepare
 
 
 def test_ray_prepares_the_same_corpus(corpus: Path, tmp_path: Path) -> None:

@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from test_parity_hf import PRESETS, audio_of, copied
 
 from w2v2 import recipes
-from w2v2.checkpoint import CONFIG, load_model, save_weights
-from w2v2.cli import main
-from w2v2.config import save_config
+from w2v2.checkpoint.native import CONFIG, load_model, save_weights
+from w2v2.cli.main import main
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import read_corpus
 from w2v2.errors import UsageError
-from w2v2.extract import extract, read_audio
-from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2ForCTC, Wav2Vec2ForPretraining
+from w2v2.inference.extract import extract, read_audio
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.pretraining import Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2
+from w2v2.serial import save_config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -156,8 +158,8 @@ import sys
 for name in ("pytorch_lightning", "lightning", "lhotse"):
     sys.modules[name] = None
 from pathlib import Path
-from w2v2.checkpoint import load_model
-from w2v2.extract import extract, read_audio
+from w2v2.checkpoint.native import load_model
+from w2v2.inference.extract import extract, read_audio
 [found] = extract(load_model(Path(sys.argv[1])), [read_audio(sys.argv[2])], layers=(0, -1))
 print({name: tuple(value.shape) for name, value in found.items()})
 """

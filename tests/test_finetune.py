@@ -16,25 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2 import recipes
-from w2v2.checkpoint import load_encoder, load_weights, save_weights
-from w2v2.cli import main
-from w2v2.config import FinetuneConfig, PretrainConfig, save_config
+from w2v2.checkpoint.native import load_encoder, load_weights, save_weights
+from w2v2.cli.main import main
 from w2v2.data.corpora import Split, Splits, read_corpus
-from w2v2.data.datamodule import SpeechDataModule, whole_utterances
-from w2v2.decode import Greedy
+from w2v2.data.loader import whole_utterances
+from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
-from w2v2.evaluate import evaluate
+from w2v2.evaluation.evaluate import evaluate
+from w2v2.inference.recognizer import Recognizer, load_recognizer
+from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import keyed_generator, sample_channel_masks
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
-from w2v2.recognizer import Recognizer, load_recognizer
-from w2v2.tasks import preflight as preflights
-from w2v2.tasks.finetune import FinetuneTask, emission_counts, finetune, label_fit, rate_share
-from w2v2.tasks.plateau import Plateau
-from w2v2.tasks.preflight import preflight
-from w2v2.text import Vocabulary, load_vocabulary
-from w2v2.train import validate_task
-from w2v2.units import Phonemes, SentencePieces
+from w2v2.serial import save_config
+from w2v2.text.vocabulary import Phonemes, SentencePieces, Vocabulary, load_vocabulary
+from w2v2.training import preflight as preflights
+from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.finetune import FinetuneTask, emission_counts, finetune, label_fit, rate_share
+from w2v2.training.plateau import Plateau
+from w2v2.training.preflight import preflight
+from w2v2.training.run import validate_task
 
 
 def thin(**train) -> FinetuneConfig:
@@ -402,12 +403,12 @@ def test_what_does_not_fit_its_frames_is_named_and_never_trained_on(
 
     class Spy(FinetuneTask):
         def training_step(self, batch, batch_idx):
-            trained.extend(self.host_batch.ids)
+            trained.extend(self.batch_ids)
             return super().training_step(batch, batch_idx)
 
     from unittest.mock import patch
 
-    with caplog.at_level(logging.INFO, "w2v2"), patch("w2v2.tasks.finetune.FinetuneTask", Spy):
+    with caplog.at_level(logging.INFO, "w2v2"), patch("w2v2.training.finetune.FinetuneTask", Spy):
         finetune(thin(max_steps=12, val_every=12), planted, tmp_path / "run")
     bad = next(cut.id for cut in planted["train"] if cut.supervisions[0].text == long)
     assert len({*trained}) == 15 and bad not in trained

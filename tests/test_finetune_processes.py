@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from w2v2.checkpoint import CONFIG
-from w2v2.config import FinetuneConfig, load_config
+from w2v2.checkpoint.native import CONFIG
 from w2v2.data.corpora import read_corpus
-from w2v2.data.datamodule import SpeechDataModule
-from w2v2.recognizer import load_recognizer
-from w2v2.tasks.finetune import FinetuneTask, label_fit
-from w2v2.train import validate_task
+from w2v2.inference.recognizer import load_recognizer
+from w2v2.serial import load_config
+from w2v2.training.config import FinetuneConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.finetune import FinetuneTask, label_fit
+from w2v2.training.run import validate_task
 
 # Masks and everything else that is drawn by utterance or step; no dropout, which is drawn by rank.
 SMALL = (
@@ -33,7 +34,7 @@ def run(out: Path, corpus: Path, processes: int) -> dict[str, list[float]]:
     argv = [sys.executable]
     if processes > 1:
         argv += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), f"--master-port={port}"]
-    argv += ["-m", "w2v2.cli", "finetune", "tiny_ctc", "--data", str(corpus), "--out", str(out), *SMALL.split()]
+    argv += ["-m", "w2v2.cli.main", "finetune", "tiny_ctc", "--data", str(corpus), "--out", str(out), *SMALL.split()]
     argv += ["--train.devices", str(processes), "--train.accumulate", str(2 // processes)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from w2v2.decode import Word
-from w2v2.formats import FORMATS, Transcript, ctm_names, cues
+from w2v2.inference.transcripts import FORMATS, Transcript, Word, ctm_names, cues
 
 CLOCK = r"(\d\d):(\d\d):(\d\d)"
 

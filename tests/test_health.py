@@ -1,9 +1,10 @@
-"""Recorded and forced collapses are named and stopped, healthy runs are left alone; what is not finite is traced."""
+"""Recorded and forced collapses are named and stopped, healthy runs are left alone; what is not finite is named."""
 
 import csv
 import json
 import logging
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,17 @@ import torch
 from conftest import write_corpus
 from test_train import column, nano, same_numbers
 
-from w2v2.config import PretrainConfig
 from w2v2.data.corpora import Splits, read_corpus
-from w2v2.data.datamodule import SpeechDataModule
 from w2v2.errors import JobError
+from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.transformer import PositionalConvEmbedding
-from w2v2.model.wav2vec2 import Wav2Vec2Config
-from w2v2.tasks.checkpoints import checkpoint_files, newest_good, step_of
-from w2v2.tasks.health import Alarm, Judge
-from w2v2.tasks.pretrain import PretrainTask, step_seed
-from w2v2.train import pretrain
+from w2v2.training.collapse import Alarm, CollapseDetector
+from w2v2.training.config import PretrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.health import describe
+from w2v2.training.pretrain import PretrainTask, pretrain
+from w2v2.training.resume import checkpoint_files, newest_good, step_of
+from w2v2.training.task import MicroBatch, step_seed
 
 CURVES = sorted((Path(__file__).parent / "curves").glob("*.csv"))
 HEALTHY = [path.stem for path in CURVES if path.stem.startswith("h-")]
@@ -37,8 +39,8 @@ def curve(name: str) -> list[tuple[int, dict[str, float]]]:
 
 
 def replay(rows: list[tuple[int, dict[str, float]]]) -> Alarm | None:
-    judge = Judge()
-    alarms = (judge.look(step, figures) for step, figures in rows)
+    detector = CollapseDetector()
+    alarms = (detector.look(step, figures) for step, figures in rows)
     return next((alarm for alarm in alarms if alarm is not None), None)
 
 
@@ -73,11 +75,11 @@ SLIDING = {200: (0.168, 0.072, 36.1), 400: (0.175, 0.048, 26.3), 600: (0.257, 0.
 
 def sliding(stop: int, blind: float | None = None) -> Alarm | None:
     """That run, looked at every 20 steps, perplexity and accuracy on straight lines between its validations."""
-    judge, steps = Judge(), sorted(SLIDING)
+    detector, steps = CollapseDetector(), sorted(SLIDING)
     for step in range(220, stop + 1, 20):
         if (last := step - 20) in SLIDING:
             accuracy, masked, _ = SLIDING[last]
-            judge.validated(
+            detector.validated(
                 {"accuracy": accuracy, "accuracy_all_masked": masked if blind is None else blind * accuracy}
             )
         accuracy, codes = (float(np.interp(step, steps, [SLIDING[at][i] for at in steps])) for i in (0, 2))
@@ -85,7 +87,7 @@ def sliding(stop: int, blind: float | None = None) -> Alarm | None:
             contrastive_of_chance=0.9, accuracy=accuracy, code_perplexity=codes, prob_perplexity=codes * 1.02,
             grad_norm=1.0, identical_distractors=0.1,
         )  # fmt: skip
-        if (alarm := judge.look(step, shown)) is not None:
+        if (alarm := detector.look(step, shown)) is not None:
             return alarm
     return None
 
@@ -100,22 +102,22 @@ def test_the_slow_slide_of_log_md_is_named_at_its_fourth_validation() -> None:
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_is_never_so_poor_in_codes_for_long_whatever_validation_says(name: str) -> None:
-    judge = Judge()
-    judge.validated({"accuracy": 0.3, "accuracy_all_masked": 0.3})
-    assert not any(judge.look(step, shown) for step, shown in curve(name))
+    detector = CollapseDetector()
+    detector.validated({"accuracy": 0.3, "accuracy_all_masked": 0.3})
+    assert not any(detector.look(step, shown) for step, shown in curve(name))
 
 
 def test_a_run_that_lives_on_ten_codes_but_reads_from_context_is_let_go_on() -> None:
     """1,500 updates of ``small`` on real speech, diversity 0.35: a third of its accuracy is left with all masked."""
-    judge = Judge()
+    detector = CollapseDetector()
     with (Path(__file__).parent / "curves" / "few-small.csv").open() as file:
         for row in csv.DictReader(file):
             shown = {name: float(value) for name, value in row.items() if value}
-            assert judge.look(int(row["step"]), shown) is None
+            assert detector.look(int(row["step"]), shown) is None
             if row["valid_accuracy"]:
                 seen = {"accuracy": shown["valid_accuracy"], "accuracy_all_masked": shown["valid_accuracy_all_masked"]}
-                judge.validated(seen)
-    assert judge.step == 1500 and shown["code_perplexity"] < 12
+                detector.validated(seen)
+    assert detector.step == 1500 and shown["code_perplexity"] < 12
 
 
 def figures(**changed: float) -> dict[str, float]:
@@ -156,13 +158,13 @@ def test_each_signature_is_named_with_a_cure(shown: dict[str, float], says: str)
 
 def test_a_signature_that_goes_away_is_forgotten() -> None:
     dead, alive = figures(grad_norm=0.05), figures()
-    judge = Judge()
+    detector = CollapseDetector()
     steps = range(20, 2001, 20)
-    assert all(judge.look(step, alive if step % 80 == 0 else dead) is None for step in steps)
-    assert judge.trusted == 2000
-    judge.look(2020, dead)
-    judge.look(2040, dead)
-    assert judge.trusted == 2000
+    assert all(detector.look(step, alive if step % 80 == 0 else dead) is None for step in steps)
+    assert detector.trusted == 2000
+    detector.look(2020, dead)
+    detector.look(2040, dead)
+    assert detector.trusted == 2000
 
 
 def test_figures_of_another_kind_of_training_and_steps_left_out_are_passed_over() -> None:
@@ -255,13 +257,13 @@ def plant_nan(root: Path, name: str) -> Path:
     return root
 
 
-def test_a_nan_in_one_utterance_is_traced_to_it_and_stops_the_run_when_the_budget_is_spent(
+def test_a_nan_in_one_utterance_names_it_and_stops_the_run_when_the_budget_is_spent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     splits = read_corpus(plant_nan(tmp_path / "corpus", "102-1-0002"))
     with (
         caplog.at_level(logging.WARNING, logger="w2v2"),
-        pytest.raises(JobError, match=r"3 steps left out.*feature_encoder.*102-1-0002 \(their audio is not finite\)"),
+        pytest.raises(JobError, match=r"3 steps left out.*contrastive nan.*102-1-0002 \(their audio is not finite\)"),
     ):
         pretrain(long(max_steps_left_out=2), splits, tmp_path / "run")
     said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
@@ -304,25 +306,45 @@ class Fragile(PositionalConvEmbedding):
 
 
 @dataclass(kw_only=True)
-class FragileConfig(Wav2Vec2Config):
+class FragileConfig(ContrastiveConfig):
     def build_positional_embedding(self):
         return Fragile(self.n_embd, self.pos_conv_kernel, self.pos_conv_groups)
 
 
-def test_a_gradient_that_alone_is_not_finite_is_traced_to_where_the_backward_pass_breaks(
+def test_a_gradient_that_alone_is_not_finite_names_finite_losses_and_the_utterances_of_the_step(
     corpus: Path, tmp_path: Path
 ) -> None:
-    config = long(max_steps_left_out=0)
+    config, splits = long(max_steps_left_out=0), read_corpus(corpus)
     config.model = FragileConfig(**vars(config.model))
-    with pytest.raises(JobError, match=r"1 steps left out.*step 1: outputs are finite.*not: positional_embedding\."):
-        pretrain(config, read_corpus(corpus), tmp_path / "run")
+    with pytest.raises(JobError, match=r"1 steps left out.*step 1: every loss here is finite") as error:
+        pretrain(config, splits, tmp_path / "run")
+    losses = dict(re.findall(r"(contrastive|diversity|feature_penalty) (\S+?)[,;]", str(error.value)))
+    assert len(losses) == 3 and all(math.isfinite(float(loss)) for loss in losses.values())
+    named = str(error.value).split("utterances ")[1].split("; repair")[0].split(", ")
+    assert len(named) == len({*named} & {cut.id for cut in splits["train"]})
 
 
-def test_a_nan_in_the_weights_is_traced_to_its_module(corpus: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_named(corpus: Path, tmp_path: Path) -> None:
     out, splits = tmp_path / "run", read_corpus(corpus)
     pretrain(long(max_steps=10), splits, out)
     path, saved = newest_good(out)
     saved["state_dict"]["model.transformer.1.mlp.fc_1.weight"][0] = math.nan
     torch.save(saved, path)
-    with pytest.raises(JobError, match=r"11 steps left out.*transformer\.1\.mlp\.fc_1, whose weight is not finite"):
+    with pytest.raises(
+        JobError, match=r"11 steps left out.*weights that are not finite: transformer\.1\.mlp\.fc_1\.weight; losses"
+    ):
         pretrain(long(max_steps=60), splits, out, resume=True)
+
+
+@pytest.mark.parametrize("losses", [(1.0, math.nan), (1.0, 2.0)])
+def test_the_utterances_of_a_step_are_those_of_its_faulty_micro_batches(losses: tuple[float, float]) -> None:
+    parts = [
+        MicroBatch([f"{name}-{row}" for row in range(10)], {"a": torch.tensor(loss)}, torch.ones(10, dtype=torch.bool))
+        for name, loss in zip("xy", losses, strict=True)
+    ]
+    line = describe(parts, torch.nn.Linear(2, 2))
+    named = line.split("utterances ")[1].split(", ")
+    if math.isfinite(losses[1]):
+        assert named == parts[0].ids + parts[1].ids and "losses a 3;" in line
+    else:
+        assert named == parts[1].ids and "losses a nan;" in line

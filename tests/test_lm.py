@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arpa import read_arpa
 from conftest import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2v2.cli import main
+from w2v2.cli.main import main
+from w2v2.decoding.kneser_ney import FALLBACK_DISCOUNTS, estimate
+from w2v2.decoding.ngram import ORDERS, NGram, arpa_words
 from w2v2.errors import UsageError
-from w2v2.kneser_ney import FALLBACK_DISCOUNTS, estimate
-from w2v2.lm import ORDERS, NGram, arpa_words, read_arpa
 
 Sentence = Sequence[str]
 
@@ -221,7 +222,7 @@ def test_kenlm_reads_our_files_and_gives_the_same_scores(tmp_path: Path, order: 
             state, score = theirs.score(state, words.index(word))
             total += score
         total += theirs.finish(state)[1]
-        assert model.log_prob(sentence) == pytest.approx(total, abs=1e-4)
+        assert model.log_probs(sentence).sum() == pytest.approx(total, abs=1e-4)
 
 
 def test_perplexity_is_that_of_words_and_sentence_ends() -> None:
@@ -272,15 +273,15 @@ def test_what_cannot_be_estimated_is_refused(
         ("\\data\\\n\n\\1-grams:\n-1\n\\end\\\n", ":4 is no line of 1-grams"),
         ("\\data\\\n\n\\1-grams:\nx a\n\\end\\\n", ":4 is no line of 1-grams"),
         ("\\data\\\n\n\\1-grams:\n-1 a b c\n\\end\\\n", ":4 is no line of 1-grams"),
-        ("\\data\\\n\n\\1-grams:\n-1 a\n\\2-grams:\n-1 a b\n\\end\\\n", "has the 2-gram 'a \\?' without"),
-        ("\\data\\\n\n\\end\\\n", "has no n-grams"),
+        ("\\data\\\n\n\\1-grams:\n-1 a x\n\\end\\\n", ":4 is no line of 1-grams"),
+        ("\\data\\\n\n\\end\\\n", "no whole ARPA file"),
     ],
 )
 def test_what_is_no_arpa_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "lm.arpa"
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
-        read_arpa(path)
+        arpa_words(path)
 
 
 # --- Other tools ------------------------------------------------------------------------------------------------------

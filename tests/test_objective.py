@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
+from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     Draws,
     cut_batch,
@@ -24,8 +24,9 @@ from w2v2.model.masking import (
     sample_span_mask,
     slices,
 )
+from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.wav2vec2 import Wav2Vec2Config, init_weights
+from w2v2.model.wav2vec2 import init_weights
 
 
 def generator(seed=0):
@@ -817,7 +818,7 @@ def test_a_baseline_with_everything_masked_asks_for_the_same_targets():
 
 def test_a_large_batch_has_the_objective_of_the_small_ones_it_is_made_of():
     """One batch of six, cut into parts of two, gives the loss and the gradient of three batches of two."""
-    config = Wav2Vec2Config(
+    config = ContrastiveConfig(
         n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7, n_entries=8, codebook_dim=4,
         dropout=0.0, attention_dropout=0.0, dropout_input=0.0, dropout_features=0.0, layer_drop=0.0,
         num_distractors=10, sub_batch_seconds=2.0,

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from w2v2 import recipes
-from w2v2.convert.contents import Contents
-from w2v2.convert.huggingface import hf_config, hf_names
-from w2v2.losses import ctc_loss
+from w2v2.checkpoint.contents import Contents
+from w2v2.checkpoint.huggingface import hf_config, hf_names
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.losses import ctc_loss
 from w2v2.model.masking import Draws, sample_distractors
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 
 transformers = pytest.importorskip("transformers")
 WIDTH, CHANNELS, GROUPS, ENTRIES, ENTRY, SPACE = 48, 32, 2, 10, 8, 24

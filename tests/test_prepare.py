@@ -23,13 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet
 
-from w2v2 import cli
+from w2v2.cli import main as cli
 from w2v2.data.audio import load_audio
-from w2v2.data.audit import REASONS, AuditConfig, Part, audit
 from w2v2.data.corpora import Splits, read_corpus
-from w2v2.data.prepare import PrepareConfig, prepare
-from w2v2.data.segment import quiet_points
 from w2v2.errors import JobError
+from w2v2.preparation.audit import REASONS, AuditConfig, Part, audit, quiet_points
+from w2v2.preparation.run import PrepareConfig, prepare
 
 av = pytest.importorskip("av")
 
@@ -827,7 +826,7 @@ def test_a_source_that_goes_bad_keeps_what_was_finished(tmp_path: Path, capsys: 
     (tmp_path / "in" / "splits.tsv").unlink()
     caught: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("w2v2.data.prepare.log.info", lambda *said: caught.append(said[0] % said[1:]))
+        patch.setattr("w2v2.preparation.run.log.info", lambda *said: caught.append(said[0] % said[1:]))
         assert command(tmp_path / "in", tmp_path / "out") == 0
     assert "4 of 4 checked already" in caught
 
@@ -866,7 +865,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(
 
 @pytest.mark.parametrize("what", ["source", "out"])
 def test_a_folder_that_may_not_be_read_or_written_is_one_line(tmp_path: Path, speakers: Path, what: str) -> None:
-    command = [sys.executable, "-m", "w2v2.cli", "prepare"]
+    command = [sys.executable, "-m", "w2v2.cli.main", "prepare"]
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):
             pytest.skip("a superuser may do anything")
@@ -882,7 +881,7 @@ def test_a_folder_that_may_not_be_read_or_written_is_one_line(tmp_path: Path, sp
 
 
 def test_two_preparations_of_one_folder_do_not_meet(corpus: Path, tmp_path: Path) -> None:
-    from w2v2.data.journal import open_journal
+    from w2v2.preparation.journal import open_journal
 
     (tmp_path / "out" / ".prepare").mkdir(parents=True)
     with (

@@ -23,13 +23,13 @@ import pytest
 import soundfile
 from conftest import RATE
 
-from w2v2 import cli
+from w2v2.cli import main as cli
 
 FILES = 480
 KILLS = 10
 # Children of a process that has everything imported begin at once; beyond that they are the command as it is.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["w2v2.data.prepare", "w2v2.cli", "tyro", "rich.progress", __name__])
+context.set_forkserver_preload(["w2v2.preparation.run", "w2v2.cli.main", "tyro", "rich.progress", __name__])
 
 
 @pytest.fixture(scope="module")

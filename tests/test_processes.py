@@ -17,8 +17,8 @@ from conftest import write_corpus
 from test_resume import command, finish, losses, start, until
 
 from w2v2.data.corpora import read_corpus
-from w2v2.tasks.checkpoints import newest_good
-from w2v2.train import evaluate_pretrained
+from w2v2.training.pretrain import evaluate_pretrained
+from w2v2.training.resume import newest_good
 
 
 def torchrun(recipe: str, corpus: Path, out: Path, *more: str) -> list[str]:
@@ -27,7 +27,7 @@ def torchrun(recipe: str, corpus: Path, out: Path, *more: str) -> list[str]:
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={port}"]
     options = ["--data", str(corpus), "--out", str(out), "--train.devices", "2", *more]
-    return [sys.executable, *launcher, "-m", "w2v2.cli", "pretrain", recipe, *options]
+    return [sys.executable, *launcher, "-m", "w2v2.cli.main", "pretrain", recipe, *options]
 
 
 # Checkpoints, every seventh step, fall between rows, so that sums of either process are half full.
@@ -64,7 +64,7 @@ def test_two_processes_killed_go_on_to_the_same_bits_under_either_launcher(
         os.kill(worker, signal.SIGKILL)
     process.communicate()
     lightning = ["--data", str(corpus), "--out", str(out), "--train.devices", "2", *THIRTY, "--resume"]
-    code, said = finish([sys.executable, "-m", "w2v2.cli", "pretrain", recipe, *lightning])
+    code, said = finish([sys.executable, "-m", "w2v2.cli.main", "pretrain", recipe, *lightning])
     assert code == 0, said
     assert losses(out) == losses(whole)
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from w2v2 import recipes
-from w2v2.checkpoint import load_pretrained, save_weights
-from w2v2.cli import main
-from w2v2.config import FinetuneConfig, PretrainConfig, load_config, save_config
+from w2v2.checkpoint.native import load_pretrained, save_weights
+from w2v2.cli.main import main
+from w2v2.cli.options import override
 from w2v2.model.quantizer import gumbel_temperature
 from w2v2.recipes import recipe_names
-from w2v2.verbs.settings import override
+from w2v2.serial import load_config, save_config
+from w2v2.training.config import FinetuneConfig, PretrainConfig
 
 FEWER = (
     "--train.max-steps 2 --train.log-every 1 --train.val-every 2 --train.checkpoint-every 2 --train.accumulate 1 "

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from w2v2.errors import UsageError
-from w2v2.report import MAX_POINTS, write_demo_report, write_run_report
+from w2v2.report import write_demo_report, write_run_report
+from w2v2.report.figures import MAX_POINTS
 
 WORDS = ("THE", "OLD", "MAN", "SAW", "A", "SMALL", "BOAT", "NEAR", "RIVER", "AND", "CALLED", "HIS", "BROTHER", "TO")
 CER = {"finetuned": [1.0, 0.631, 0.472, 0.3921], "scratch": [1.0, 0.812, 0.6666, 0.5804]}
@@ -57,9 +58,9 @@ def pretrain_run(run: Path, rng: np.random.Generator, steps: int = 4000) -> None
             "valid/prob_perplexity": curve(330.0, 95.0, 1.0, validated),
         },
     )
-    model = {"_type": "w2v2.model.wav2vec2:Wav2Vec2Config", "n_layer": 3, "n_embd": 192, "num_distractors": 100}
+    model = {"_type": "w2v2.model.wav2vec2:ContrastiveConfig", "n_layer": 3, "n_embd": 192, "num_distractors": 100}
     config = {"recipe": "tiny", "model": model | {"n_groups": 2, "n_entries": 320, "mask_prob": 0.65}}
-    schedule = {"_type": "w2v2.optim:WarmupCosine", "peak": 1.2e-3, "total_steps": steps}
+    schedule = {"_type": "w2v2.training.optim:WarmupCosine", "peak": 1.2e-3, "total_steps": steps}
     write_settings(run, config | {"optim": {"schedule": schedule}, "train": {"precision": "32-true", "seed": 0}}, 120)
 
 
@@ -225,6 +226,14 @@ def copy_runs(folder: Path, to: Path, summary: dict[str, Any]) -> None:
     for name in ("pretrain", *CER):
         (to / name).symlink_to(folder / name)
     (to / "summary.json").write_text(json.dumps(summary))
+
+
+def test_figures_of_nothing_learnt_are_shown_too(folder: Path, tmp_path: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["pretrain"]["codes_per_utterance"], summary["scratch"]["cer"] = 0.0, 0.0
+    copy_runs(folder, tmp_path, summary | {"test_split": "<b>"})
+    text = Page(write_demo_report(tmp_path)).text
+    assert "a ratio of nan" in text and "1/nan = nan%" in text and "Measured on the <b> split" in text
 
 
 def test_unequal_arms_are_called_unfair(folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 
 def command(recipe: str, corpus: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "w2v2.cli", "pretrain", recipe, "--data", str(corpus), "--out", str(out), *more]
+    return [sys.executable, "-m", "w2v2.cli.main", "pretrain", recipe, "--data", str(corpus), "--out", str(out), *more]
 
 
 def start(argv: list[str], **kwargs) -> subprocess.Popen[str]:

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from w2v2 import recipes
-from w2v2.config import TrainConfig
+from w2v2.data.batch import Batch
 from w2v2.data.corpora import read_corpus
-from w2v2.data.datamodule import Batch
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2Config
-from w2v2.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
-from w2v2.tasks.pretrain import PretrainTask, step_seed, weighted_sum
-from w2v2.train import pretrain
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.training.config import TrainConfig
+from w2v2.training.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
+from w2v2.training.pretrain import PretrainTask, pretrain, weighted_sum
+from w2v2.training.task import step_seed
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ def test_adamw_decays_every_parameter_and_has_the_published_betas():
 
 
 @dataclass(kw_only=True)
-class FixedCountConfig(Wav2Vec2Config):
+class FixedCountConfig(ContrastiveConfig):
     """Masks of one size whatever the utterance, so that equalising a batch's rows changes none of them."""
 
     def sample_mask(self, n_frames, rng):
@@ -139,7 +139,7 @@ class FixedCountConfig(Wav2Vec2Config):
         return mask
 
 
-def config_of(kind=Wav2Vec2Config, **changes):
+def config_of(kind=ContrastiveConfig, **changes):
     config = recipes.base().model
     small = {
         "n_layer": 2,
@@ -154,7 +154,7 @@ def config_of(kind=Wav2Vec2Config, **changes):
         "num_distractors": 5,
         "mask_length": 4,
     }
-    names = Wav2Vec2Config.__dataclass_fields__
+    names = ContrastiveConfig.__dataclass_fields__
     return kind(**({name: getattr(config, name) for name in names} | small | changes))
 
 

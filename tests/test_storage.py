@@ -147,6 +147,13 @@ def test_a_range_beyond_the_end_is_an_error_at_once(root: str, impatient: None) 
         one_line(caught, "a.bin")
 
 
+def test_a_folder_is_no_file(root: str) -> None:
+    for read in (storage.read_bytes, storage.size_of, storage.open_binary):
+        if storage.is_remote(root) or read is not storage.size_of:
+            with pytest.raises((FileNotFoundError, IsADirectoryError)):
+                read(storage.join(root, "deep"))
+
+
 def test_a_file_that_is_not_there_is_said_to_be_missing(root: str) -> None:
     location = storage.join(root, "deep", "none.bin")
     for read in (storage.read_bytes, storage.size_of, storage.open_binary, lambda it: storage.read_range(it, 0, 5)):

@@ -28,22 +28,16 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from serving import Faults, s3_server, serve
 from test_train import nano, same_numbers
 
-from w2v2.cli import main
-from w2v2.config import DataConfig
+from w2v2.cli.main import main
 from w2v2.data import storage
+from w2v2.data.batch import Batch, SpeechDataset
+from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Piece, Split, labelled_subset, read_corpora, read_corpus
-from w2v2.data.datamodule import (
-    Batch,
-    EpochSampler,
-    SpeechDataModule,
-    SpeechDataset,
-    _CropConstraint,
-    _Passes,
-    whole_steps,
-)
-from w2v2.data.prepare import PrepareConfig, prepare
+from w2v2.data.sampler import CropConstraint, EpochSampler, Passes, whole_steps
 from w2v2.errors import JobError, UsageError
-from w2v2.train import pretrain
+from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.pretrain import pretrain
 
 RATE = 16_000
 
@@ -75,8 +69,8 @@ def plan(split, *, world=1, epoch=0, seed=0, limit=20.0, crop=5.0, buckets=3, bu
     """Batches of each rank, as lists of cuts; each rank plans by itself, as in a process of its own."""
     ranks = []
     for rank in range(world):
-        passes = _Passes("train", split, DataConfig(min_seconds=0.1), labelled=False, shuffle=True, seed=seed)
-        constraint = _CropConstraint(max_duration=limit, max_seconds=crop, same_length=same_length)
+        passes = Passes("train", split, DataConfig(min_seconds=0.1), labelled=False, shuffle=True, seed=seed)
+        constraint = CropConstraint(max_duration=limit, max_seconds=crop, same_length=same_length)
         sampler = EpochSampler(
             passes, constraint, num_buckets=buckets, buffer=buffer, shuffle=True, seed=seed, rank=rank, world_size=world
         )
@@ -151,8 +145,8 @@ def test_weights_are_kept_to_over_the_passes_and_an_utterance_counts_its_own(
 def test_a_pass_of_fewer_utterances_than_processes_is_refused_rather_than_losing_them() -> None:
     split = split_of([1.0] * 3, [3], [0.5])
     seed = next(seed for seed in range(99) if len(list(split.shuffled(seed, 0))) == 2)
-    passes = _Passes("train", split, DataConfig(min_seconds=0.1), labelled=False, shuffle=True, seed=seed)
-    samplers = [EpochSampler(passes, _CropConstraint(max_duration=9.0), rank=r, world_size=2) for r in range(2)]
+    passes = Passes("train", split, DataConfig(min_seconds=0.1), labelled=False, shuffle=True, seed=seed)
+    samplers = [EpochSampler(passes, CropConstraint(max_duration=9.0), rank=r, world_size=2) for r in range(2)]
     kept, refused = 0, 0
     for epoch in range(4):
         for sampler in samplers:
@@ -197,9 +191,9 @@ def test_a_labelled_subset_keeps_the_weights_of_its_corpora() -> None:
 
 def test_a_sampler_that_goes_on_to_the_next_pass_plans_as_a_new_one() -> None:
     split = split_of([1.0 + i % 7 for i in range(50)], [8] * 6, [1.0, 1.5])
-    passes = _Passes("train", split, DataConfig(min_seconds=0.1), labelled=False, shuffle=True, seed=4)
+    passes = Passes("train", split, DataConfig(min_seconds=0.1), labelled=False, shuffle=True, seed=4)
     sampler = EpochSampler(
-        passes, _CropConstraint(max_duration=20.0), num_buckets=3, buffer=10, shuffle=True, seed=4, skip=3
+        passes, CropConstraint(max_duration=20.0), num_buckets=3, buffer=10, shuffle=True, seed=4, skip=3
     )
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -632,8 +626,8 @@ def many_rows(root: Path, rows: int, piece: int) -> Split:
 
 def peak_of_a_pass(split: Split) -> tuple[int, int]:
     """Most bytes of Python's held at once while a pass is planned, and its utterances."""
-    passes = _Passes("train", split, DataConfig(), labelled=False, shuffle=True)
-    sampler = EpochSampler(passes, _CropConstraint(max_duration=87.5, max_seconds=15.0), buffer=500, shuffle=True)
+    passes = Passes("train", split, DataConfig(), labelled=False, shuffle=True)
+    sampler = EpochSampler(passes, CropConstraint(max_duration=87.5, max_seconds=15.0), buffer=500, shuffle=True)
     tracemalloc.start()
     try:
         count = sum(len(cuts) for _, cuts in sampler)
@@ -650,43 +644,6 @@ def test_planning_a_pass_takes_no_more_memory_for_more_rows(tmp_path: Path) -> N
 
 
 # --- Verbs ------------------------------------------------------------------------------------------------------------
-
-
-def test_bench_measures_a_folder_and_shards_over_http(
-    source: Path, corpora: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with serve(corpora["flac"]) as server:
-        call = [
-            "bench",
-            "data",
-            str(source),
-            server.url,
-            "--seconds",
-            "0.3",
-            "--step-seconds",
-            "0.01",
-            "--workers",
-            "1",
-        ]
-        assert main([*call, "--batch-seconds", "16", "--json"]) == 0
-        assert any(request.path.endswith(".tar") and request.sent for request in server.log)
-    files, shards = json.loads(capsys.readouterr().out)
-    assert (files["source"], shards["source"]) == (str(source), server.url)
-    assert files["kind"].endswith(" files") and shards["kind"] == "remote shards"
-    for row in (files, shards):
-        assert row["hours_per_second"] * 3600 == pytest.approx(row["real_time"]) and row["real_time"] > 0
-        assert row["batches_per_second"] > 0 and row["wait"] >= 0 and 0 <= row["wait_share"] <= 1
-
-
-def test_bench_measures_a_step_however_short_its_time_and_refuses_a_corpus_without_training_data(
-    corpora: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "data", str(corpora["wav"]), "--seconds", "0", "--step-seconds", "0", "--workers", "0"]) == 0
-    found = json.loads((corpora["wav"] / "corpus.json").read_text())
-    found["splits"] = {"test": found["splits"]["train"]}
-    (tmp_path / "corpus.json").write_text(json.dumps(found))
-    assert main(["bench", "data", str(tmp_path)]) == 2
-    assert "no split 'train'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

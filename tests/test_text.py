@@ -7,15 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from w2v2.config import FinetuneConfig, from_dict, to_dict
-from w2v2.decode import Greedy, word_times
+from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
-from w2v2.text import PhonemeVocabulary, PieceVocabulary, Vocabulary, frames_needed, load_vocabulary
-from w2v2.text_check import check_transcripts
-from w2v2.units import Characters, Phonemes, SentencePieces
+from w2v2.inference.transcripts import word_times
+from w2v2.serial import from_dict, to_dict
+from w2v2.text.check import check_transcripts
+from w2v2.text.vocabulary import (
+    Characters,
+    Phonemes,
+    PhonemeVocabulary,
+    PieceVocabulary,
+    SentencePieces,
+    Vocabulary,
+    frames_needed,
+    load_vocabulary,
+)
+from w2v2.training.config import FinetuneConfig
 
 TEXTS = ["the cat sat on the mat", "a dog and a cat ran", "the man had a hat", "on and on the dog ran"] * 4
 
@@ -39,6 +49,8 @@ def test_characters_of_any_script_come_back(text: str, upper: bool) -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1), min_size=1))
+@example(["<blank>"])
+@example(["a", "<blank>", "<<blank>>", "<unk>"])
 def test_phonemes_of_any_spelling_come_back(labels: list[str]) -> None:
     text = " ".join(labels)
     vocabulary = Phonemes().vocabulary([text])

@@ -13,22 +13,25 @@ import torch
 
 import w2v2
 from w2v2 import recipes
-from w2v2.checkpoint import load_pretrained
-from w2v2.config import FinetuneConfig, PretrainConfig, from_dict, load_config, to_dict
+from w2v2.checkpoint.native import load_pretrained
 from w2v2.data.corpora import Split, read_corpus
-from w2v2.data.datamodule import SpeechDataModule, whole_utterances
-from w2v2.decode import Greedy
+from w2v2.data.loader import whole_utterances
+from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
-from w2v2.evaluate import evaluate
+from w2v2.evaluation.evaluate import evaluate
+from w2v2.inference.recognizer import load_recognizer
+from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import keyed_generator
-from w2v2.model.wav2vec2 import SSLOutput, Wav2Vec2ForCTC
-from w2v2.optim import OptimConfig, WarmupLinear
+from w2v2.model.pretraining import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
-from w2v2.recognizer import load_recognizer
-from w2v2.tasks.finetune import FinetuneTask, finetune
-from w2v2.tasks.pretrain import PretrainTask, weighted_sum
-from w2v2.text import Vocabulary
-from w2v2.train import check_precision, evaluate_pretrained, pretrain, tune
+from w2v2.serial import from_dict, load_config, to_dict
+from w2v2.text.vocabulary import Vocabulary
+from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.finetune import FinetuneTask, finetune
+from w2v2.training.optim import OptimConfig, WarmupLinear
+from w2v2.training.pretrain import PretrainTask, evaluate_pretrained, pretrain, weighted_sum
+from w2v2.training.run import check_precision, tune
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_100_steps.csv"
 
@@ -279,7 +282,7 @@ def test_a_configuration_of_an_older_version_gets_defaults_and_one_of_a_newer_is
     del values["train"]["shard"], values["model"]["sub_batch_seconds"]
     assert from_dict(values, PretrainConfig) == recipes.tiny()
     values["model"]["warp"] = 9
-    with pytest.raises(UsageError, match=r"Wav2Vec2Config has fields that this version does not know: warp; use"):
+    with pytest.raises(UsageError, match=r"ContrastiveConfig has fields that this version does not know: warp; use"):
         from_dict(values, PretrainConfig)
 
 
@@ -309,7 +312,7 @@ def test_a_quantizer_and_a_mask_of_ones_own_live_in_ones_recipe_file(corpus: Pat
     assert load_pretrained(tmp_path / "run").config.my_entries == 32
     # A fresh process does not import a file that a configuration merely names.
     code = (
-        "from w2v2.checkpoint import load_pretrained; from pathlib import Path; "
+        "from w2v2.checkpoint.native import load_pretrained; from pathlib import Path; "
         f"load_pretrained(Path({str(tmp_path / 'run')!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
@@ -353,7 +356,7 @@ def test_without_fine_tuning_decoding_and_text_pretraining_still_runs(corpus: Pa
     shutil.copytree(Path(w2v2.__file__).parent, package)
     for name in ("tasks/finetune.py", "decode.py", "text.py"):
         (package / name).unlink()
-    call = [*["w2v2.cli", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"]]
+    call = [*["w2v2.cli.main", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"]]
     call += ["--data", str(corpus), "--out", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True, env=env, check=False)

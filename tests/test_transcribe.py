@@ -17,25 +17,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2 import recipes
-from w2v2.align import align
-from w2v2.checkpoint import save_weights
-from w2v2.cli import main
-from w2v2.config import FinetuneConfig, save_config
+from w2v2.checkpoint.native import save_weights
+from w2v2.cli.main import main
 from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
-from w2v2.decode import BeamConfig, Greedy, make_decoder
+from w2v2.decoding.beam import BeamConfig, make_decoder
+from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
-from w2v2.formats import Transcript
-from w2v2.model.wav2vec2 import Wav2Vec2Config, Wav2Vec2ForCTC
-from w2v2.recognizer import Recognizer, load_recognizer
-from w2v2.text import Vocabulary
-from w2v2.transcribe import Failure, Layout, cut_windows, find_pause, find_sources, source_of, transcribe
+from w2v2.inference.align import align
+from w2v2.inference.recognizer import Recognizer, load_recognizer
+from w2v2.inference.transcribe import Failure, Layout, cut_windows, find_pause, find_sources, source_of, transcribe
+from w2v2.inference.transcripts import Transcript
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
+from w2v2.training.config import FinetuneConfig
 
 RATE = 16_000
 PADDED, BARE = (4, 1, 1, 1, 1, 0, 0), (0,) * 7
 VOCABULARY = Vocabulary.from_texts(["ABCDEFGH"])
 
 
-def narrow(**kwargs: object) -> Wav2Vec2Config:
+def narrow(**kwargs: object) -> ContrastiveConfig:
     """A model of the standard stack, as narrow as can be, that sees only so far: no attention, no norm over time."""
     config = recipes.tiny_ctc().model
     shape = {

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 
 from w2v2 import recipes
-from w2v2.config import PretrainConfig
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
-from w2v2.data.datamodule import SpeechDataModule
-from w2v2.data.prepare import prepare
-from w2v2.data.synthetic import SyntheticConfig, synthesize
 from w2v2.errors import UsageError
+from w2v2.evaluation.scoring import Tally
+from w2v2.inference.recognizer import Recognizer
 from w2v2.model.masking import keyed_generator
-from w2v2.model.wav2vec2 import Wav2Vec2ForPretraining
-from w2v2.recognizer import Recognizer
+from w2v2.model.pretraining import Wav2Vec2ForPretraining
+from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
-from w2v2.scoring import Tally
-from w2v2.tasks.finetune import finetune, transcripts
-from w2v2.text import normalize_text
-from w2v2.train import evaluate_pretrained, pretrain
+from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+from w2v2.text.vocabulary import normalize_text
+from w2v2.training.config import PretrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.finetune import finetune, transcripts
+from w2v2.training.pretrain import evaluate_pretrained, pretrain
 
 log = logging.getLogger(__name__)
 
@@ -171,14 +171,14 @@ def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
 def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, config: PretrainConfig) -> None:
     """How often each entry of each codebook is chosen over the masked frames of the validation set."""
     data = SpeechDataModule({"valid": splits["valid"]}, config.data)
-    counts = torch.zeros(config.model.n_groups, config.model.n_entries)
+    counts = torch.zeros(model.config.n_groups, model.config.n_entries)
     model.eval()
     with torch.no_grad():
         for batch in data.val_dataloader():
             samples = batch.lengths.tolist()
             draws = model.draw(samples, [("valid", name) for name in batch.ids])
             counts += model(batch.audio, draws, samples).metrics["codes"]
-    _write(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": config.model.n_entries})
+    _write(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
 
 
 def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:

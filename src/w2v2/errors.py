@@ -1,6 +1,23 @@
-"""What a user is told in one line: the command line prints the message and exits with the code named here."""
+"""What a user is told in one line, and the ranges of settings.
 
+The command line prints the message and exits with the code named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+Show = Callable[[str, float], None]
+"""Told a stage of a piece of work and the share of it that is done."""
+
+
+def quiet(stage: str, share: float) -> None:
+    """Show nothing."""
 
 
 class UsageError(ValueError):
@@ -17,3 +34,57 @@ class StoppedError(Exception):
 
 class JobError(RuntimeError):
     """The work itself could not be done (exit code 1). The message is one line; what was finished is kept."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number in a configuration may be, beside its field: ``Annotated[int, Range(1)]``."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    """Whether ``low`` itself is too low."""
+    below: bool = False
+    """Whether ``high`` itself is too high."""
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, (int, float)) or not self.low <= value <= self.high or value == math.inf:
+            return False
+        return not (self.above and value == self.low) and not (self.below and value == self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
+        if self.above or self.below:
+            low = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
+            return f"{low}, {'less than' if self.below else 'at most'} {self.high:g}"
+        return f"{self.low:g} to {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
+
+
+def check_ranges(config: Any, name: str = "") -> None:
+    """Check every number of a configuration, those of configurations in it too, against the range beside its field.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{name}.{field.name}" if name else field.name
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, path)
+        for bounds in _ranges(hints[field.name]) if value is not None else ():
+            if any(number not in bounds for number in (value if isinstance(value, tuple) else [value])):
+                raise UsageError(f"--{path.replace('_', '-')} must be {bounds}, got {value}")
+
+
+def _ranges(hint: Any) -> list[Range]:
+    own = [bounds for bounds in getattr(hint, "__metadata__", ()) if isinstance(bounds, Range)]
+    return own + [bounds for inner in get_args(hint) for bounds in _ranges(inner)]

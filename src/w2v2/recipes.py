@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from w2v2.config import DataConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.data.config import DataConfig
 from w2v2.errors import UsageError
-from w2v2.model.wav2vec2 import Wav2Vec2Config
-from w2v2.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.training.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def base() -> PretrainConfig:
     """
     return PretrainConfig(
         recipe="base",
-        model=Wav2Vec2Config(),
+        model=ContrastiveConfig(),
         optim=OptimConfig(schedule=WarmupCosine(peak=5e-4, warmup_steps=32_000, total_steps=400_000)),
         train=TrainConfig(accumulate=64),
     )
@@ -56,7 +57,7 @@ def paper_base() -> PretrainConfig:
     """
     config = base()
     config.recipe = "paper_base"
-    config.model = Wav2Vec2Config(
+    config.model = ContrastiveConfig(
         n_head=12,
         conv_paddings=(0,) * 7,
         conv_norm="group:512",
@@ -82,7 +83,7 @@ def paper_large_lv60k() -> PretrainConfig:
     """
     config = paper_base()
     config.recipe = "paper_large_lv60k"
-    config.model = Wav2Vec2Config(
+    config.model = ContrastiveConfig(
         n_layer=24,
         n_head=16,
         n_embd=1024,
@@ -129,7 +130,7 @@ def small() -> PretrainConfig:
     """
     config = base()
     config.recipe = "small"
-    config.model = Wav2Vec2Config(
+    config.model = ContrastiveConfig(
         n_layer=6,
         n_head=6,
         n_embd=384,
@@ -168,7 +169,7 @@ def tiny() -> PretrainConfig:
     """
     config = small()
     config.recipe = "tiny"
-    config.model = Wav2Vec2Config(
+    config.model = ContrastiveConfig(
         n_layer=3,
         n_head=4,
         n_embd=192,
@@ -210,7 +211,7 @@ def adapt() -> PretrainConfig:
     """
     config = base()
     config.recipe = "adapt"
-    config.model.gumbel_start = config.model.gumbel_end
+    config.model = ContrastiveConfig(gumbel_start=ContrastiveConfig.gumbel_end)
     config.optim.schedule = WarmupCosine(peak=5e-5, warmup_steps=1_000, total_steps=50_000, floor=1.0)
     return config
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment, fastcopy
 from lhotse.serialization import deserialize_item
 
-from w2v2.config import DataConfig
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
+from w2v2.data.config import DataConfig
 from w2v2.data.sources import SPLITS, folder_rows, listed_splits, named_split, utterance_id
 from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.errors import JobError, UsageError

@@ -1,21 +1,19 @@
 """Bytes from local disk, HTTP(S) and S3-compatible storage; nothing is kept on disk.
 
 A location with ``://`` in it is remote: ``http``, ``https``, or ``s3``, with endpoint and credentials as botocore takes
-them from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...). Anything else is a local path.
+them from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...). Anything else is a local path. Requests
+are made by fsspec; what it leaves out is here: ranges are checked, what may pass is retried, what lasts is one line.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import os
 import random
-import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from w2v2.errors import UsageError
 
@@ -29,7 +27,7 @@ ATTEMPTS = 8
 BACKOFF = 0.25
 """Seconds before the second attempt, at most; doubled for each one after, up to 8 s."""
 REQUESTS = 16
-"""Connections, and so simultaneous requests, of one process to each kind of storage."""
+"""Simultaneous requests of one call."""
 _BUFFER = 256 * 1024
 
 T = TypeVar("T")
@@ -60,10 +58,15 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         UnreachableError: ``ATTEMPTS`` were in vain.
         UsageError: a kind of storage that is unknown or not installed.
     """
-    remote = [i for i, (location, _, size) in enumerate(ranges) if is_remote(location) and size]
-    calls = [(ranges[i][0], functools.partial(_store(ranges[i][0]).read, *ranges[i])) for i in remote]
-    fetched = dict(zip(remote, _run(calls), strict=True)) if calls else {}
-    return [fetched[i] if i in fetched else _read_local(*ranges[i]) for i in range(len(ranges))]
+    contents: dict[int, bytes] = {}
+    remote = {i: _filesystem(location) for i, (location, _, size) in enumerate(ranges) if is_remote(location) and size}
+    for filesystem in set(remote.values()):
+        part = [i for i in remote if remote[i] == filesystem]
+        paths, starts, sizes = (list(column) for column in zip(*(ranges[i] for i in part), strict=True))
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        answers = filesystem.cat_ranges(paths, starts, ends, batch_size=REQUESTS, on_error="raise")
+        contents |= zip(part, answers, strict=True)
+    return [contents[i] if i in contents else _read_local(*ranges[i]) for i in range(len(ranges))]
 
 
 def read_range(location: str, start: int, size: int) -> bytes:
@@ -75,88 +78,45 @@ def read_bytes(location: str) -> bytes:
     """A whole file; errors as for ``read_ranges``. For small ones, such as manifests: a failure starts it again."""
     if not is_remote(location):
         return Path(location).read_bytes()
-    return _run([(location, functools.partial(_store(location).read, location))])[0]
+    content: bytes = _filesystem(location).cat_file(location)
+    return content
 
 
 def size_of(location: str) -> int:
     """Size in bytes, asked anew each time; errors as for ``read_ranges``, and OSError if the server does not tell."""
     if not is_remote(location):
         return os.stat(location).st_size
-    return _run([(location, functools.partial(_store(location).size, location))])[0]
+    if (size := _filesystem(location).size(location)) is None:
+        raise OSError(f"the server of {location} does not tell its size; use one that supports range requests")
+    return int(size)
 
 
 def open_binary(location: str) -> BinaryIO:
     """A file to read and seek in; remote ones through a buffer of 256 KiB. Errors as for ``read_ranges``."""
-    return io.BufferedReader(_Remote(location), _BUFFER) if is_remote(location) else Path(location).open("rb")
+    if not is_remote(location):
+        return Path(location).open("rb")
+    from fsspec.spec import AbstractBufferedFile
 
+    class Remote(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return read_range(location, start, end - start)
 
-class _Remote(io.RawIOBase):
-    def __init__(self, location: str) -> None:
-        self._location, self._size, self._position = location, size_of(location), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if position < 0:
-            raise ValueError(f"seek to {position} in {self._location}: expected 0 or more")
-        self._position = position
-        return position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        size = max(0, min(len(view), self._size - self._position))
-        view[:size] = read_range(self._location, self._position, size)
-        self._position += size
-        return size
-
-    def readall(self) -> bytes:
-        # RawIOBase would ask for 8 KiB at a time.
-        return self.read(max(0, self._size - self._position)) or b""
+    file: BinaryIO = Remote(None, location, block_size=_BUFFER, size=size_of(location))
+    return file
 
 
 # --- Local ------------------------------------------------------------------------------------------------------------
 
 
-class _Descriptor:
-    """Closed when neither the cache nor a reader holds it any more: another thread may evict it in mid-read."""
-
-    fd = -1
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-@functools.lru_cache(maxsize=64)
-def _descriptor(path: str, device: int, inode: int, size: int, changed: int) -> _Descriptor:
-    # The file's identity is part of the key, so that a file put in its place is opened anew.
-    return _Descriptor(path)
-
-
 def _read_local(path: str, start: int, size: int) -> bytes:
     if not size:
         return b""
-    info = os.stat(path)
-    file = _descriptor(path, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
-    pieces, done = [], 0
-    # pread keeps no position, so that forked processes may share a descriptor; it may return less than asked for.
-    while done < size and (piece := os.pread(file.fd, size - done, start + done)):
-        pieces.append(piece)
-        done += len(piece)
-    if done < size:
-        raise _beyond(path, start, size, start + done if done else info.st_size)
-    return b"".join(pieces) if len(pieces) > 1 else pieces[0]
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read(size)
+    if len(content) < size:
+        raise OSError(f"cannot read {path}: {_beyond(start, start + size, os.stat(path).st_size)}")
+    return content
 
 
 # --- Remote -----------------------------------------------------------------------------------------------------------
@@ -166,220 +126,165 @@ class UnreachableError(OSError):
     """A server that does not answer, however often it is asked: no fault of the file."""
 
 
+class _RangeError(OSError):
+    """An answer to a request for a range that no further attempt would mend; says what is wrong with it."""
+
+
 class _TransientError(Exception):
     """What went wrong, in words; worth another attempt."""
 
 
-class _Store(Protocol):
-    """One attempt at each; what may pass is a ``_TransientError``."""
-
-    async def read(self, location: str, start: int = 0, size: int | None = None) -> bytes: ...
-
-    async def size(self, location: str) -> int: ...
-
-
-def _store(location: str) -> _Store:
+def _filesystem(location: str) -> Any:
     scheme = location.partition("://")[0].lower()
-    kind = {"http": _Http, "https": _Http, "s3": _S3}.get(scheme)
-    if kind is None:
+    if scheme not in ("http", "https", "s3"):
         raise UsageError(f"cannot read {location}: expected http://, https://, s3:// or a local path, got {scheme}://")
-    return _opened(kind, os.getpid(), TIMEOUT)
+    return _opened("s3" if scheme == "s3" else "http", os.getpid(), TIMEOUT)
 
 
 @functools.cache
-def _opened(kind: type[_Http | _S3], process: int, timeout: float) -> _Http | _S3:
+def _opened(kind: str, process: int, timeout: float) -> Any:
     # One for each process, and never forgotten: were a forked worker to drop those of its parent, it would close them,
-    # and so take their sockets out of the epoll set that it shares with the parent.
-    return kind(timeout)
+    # and so take their sockets out of the epoll set that it shares with the parent. fsspec's own cache drops them.
+    return _s3(timeout) if kind == "s3" else _http(timeout)
 
 
-def _run(calls: Sequence[tuple[str, Callable[[], Coroutine[Any, Any, T]]]]) -> list[T]:
-    from fsspec.asyn import get_loop, sync
+def _http(timeout: float) -> Any:
+    from aiohttp import ClientTimeout
+    from fsspec.implementations.http import HTTPFileSystem
 
-    async def gather() -> list[T]:
-        tasks = [asyncio.ensure_future(_attempts(location, call)) for location, call in calls]
+    async def check(response: aiohttp.ClientResponse) -> None:
+        """Refuse an answer before its body, which without ranges would be the whole file."""
         try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+            sent = response.headers.get("Content-Range")
+            if response.status != 416 or not sent:
+                response.raise_for_status()
+            if asked := response.request_info.headers.get("Range"):
+                _check_range(asked, sent if response.status != 200 else None)
+        except Exception:
+            response.close()
+            raise
 
-    results: list[T] = sync(get_loop(), gather)
-    return results
+    client = {
+        "timeout": ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
+        "raise_for_status": check,
+        # Bytes as they are stored: a server may declare a .gz file to be compressed on the way.
+        "auto_decompress": False,
+        "headers": {"Accept-Encoding": "identity"},
+        "trust_env": True,
+    }
+    return _patient(HTTPFileSystem)(client_kwargs=client, skip_instance_cache=True)
 
 
-async def _attempts(location: str, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def _s3(timeout: float) -> Any:
+    try:
+        from s3fs import S3FileSystem
+    except ImportError as error:
+        raise UsageError("reading s3://... needs s3fs: pip install 'w2v2[s3]'") from error
+
+    class CheckedS3(S3FileSystem):
+        async def _cat_file(self, path: str, start: int | None = None, end: int | None = None) -> Any:
+            # s3fs's own reads all that a server without ranges sends, and tells nothing of the range that it got.
+            bucket, key, _ = self.split_path(path)
+            asked = {} if end is None else {"Range": await self._process_limits(path, start, end)}
+            answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+            async with answer["Body"] as body:
+                if asked:
+                    _check_range(asked["Range"], answer.get("ContentRange"))
+                return await body.read()
+
+        async def _info(self, path: str, **options: Any) -> dict[str, Any]:
+            # s3fs's own takes a prefix of names for an empty file.
+            bucket, key, _ = self.split_path(path)
+            answer = await self._call_s3("head_object", Bucket=bucket, Key=key)
+            return {"name": path, "type": "file", "size": answer["ContentLength"]}
+
+    config: dict[str, Any] = {"connect_timeout": timeout, "read_timeout": timeout, "max_pool_connections": REQUESTS}
+    config["retries"] = {"total_max_attempts": 1}
+    filesystem = _patient(CheckedS3)(config_kwargs=config, skip_instance_cache=True)
+    filesystem.retries = 1
+    return filesystem
+
+
+def _check_range(asked: str, sent: str | None) -> None:
+    """Compare the header Content-Range of an answer with Range of its request."""
+    if sent is None:
+        raise _RangeError("its server ignores range requests and sends the whole file; use one that supports them")
+    start, last = map(int, asked.removeprefix("bytes=").split("-"))
+    total = sent.rpartition("/")[2]
+    if total.isdigit() and int(total) <= last:
+        raise _RangeError(_beyond(start, last + 1, int(total)))
+    if not sent.startswith(f"bytes {start}-{last}/"):
+        raise _TransientError(f"got the range '{sent}' instead of {asked}")
+
+
+def _beyond(start: int, end: int, total: int) -> str:
+    return f"expected bytes {start} to {end}, got a file of {total} bytes; it is cut off, or not the file meant"
+
+
+def _patient(kind: Any) -> Any:
+    """A kind of file system whose requests are made again where that may help, and whose ranges have their length."""
+
+    class Patient(kind):
+        async def _cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+            async def read() -> bytes:
+                content: bytes = await super(Patient, self)._cat_file(path, start=start, end=end)
+                if start is not None and end is not None and len(content) != end - start:
+                    raise _TransientError(f"got {len(content)} bytes instead of {end - start}")
+                return content
+
+            return await _persist(path, read)
+
+        async def _info(self, path: str) -> dict[str, Any]:
+            return await _persist(path, functools.partial(super()._info, path))
+
+    return Patient
+
+
+async def _persist(location: str, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
     for attempt in range(ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(min(BACKOFF * 2 ** (attempt - 1), 8.0) * _random.uniform(0.5, 1.0))
         try:
-            return await call()
-        except _TransientError as error:
-            last = str(error)
-        if attempt < ATTEMPTS - 1:
-            await asyncio.sleep(min(BACKOFF * 2**attempt, 8.0) * _random.uniform(0.5, 1.0))
-    raise UnreachableError(f"cannot read {location}: {last}, at the last of {ATTEMPTS} attempts; check the connection")
+            return await request()
+        except Exception as error:
+            failure = _meaning(location, error)
+            if not isinstance(failure, _TransientError):
+                raise failure from error
+    raise UnreachableError(
+        f"cannot read {location}: {failure}, at the last of {ATTEMPTS} attempts; check the connection"
+    )
 
 
-def _failure(location: str, status: int, reason: str | None) -> Exception:
+def _meaning(location: str, error: BaseException) -> BaseException:
+    """What an error means to a reader of ``location``; a ``_TransientError`` if it may pass."""
+    # fsspec and s3fs put one of Python's errors above the one that knows what happened.
+    error = error.__cause__ if type(error).__module__ == "builtins" and error.__cause__ else error
+    # By name, since botocore is there only with w2v2[s3].
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    line = " ".join(str(error).split()) or type(error).__name__
+    if "ClientResponseError" in kinds and not error.__cause__:
+        return _failure(location, getattr(error, "status", 0), line)
+    if answer := getattr(error, "response", None):
+        return _failure(location, answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 400), line)
+    if kinds & {"ClientSSLError", "SSLError"}:
+        return OSError(f"no secure connection to {location}: {line}; check its certificate")
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}:
+        return PermissionError(f"no access to {location}: {line}; set AWS_ACCESS_KEY_ID and the like")
+    if "ValueError" in kinds:
+        return UsageError(f"not a valid address: {location}; expected http(s)://HOST/PATH")
+    passing = {"TimeoutError", "ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError"}
+    if kinds & {"ClientError", *passing}:
+        return _TransientError(line)
+    if "BotoCoreError" in kinds:
+        return OSError(f"cannot read {location}: {line}; check the address and the AWS_... settings")
+    return OSError(f"cannot read {location}: {line}") if isinstance(error, _RangeError) else error
+
+
+def _failure(location: str, status: int, line: str) -> Exception:
     if status in (404, 410):
         return FileNotFoundError(f"no file {location} (HTTP {status}); check the address")
     if status in (401, 403):
         return PermissionError(f"no access to {location} (HTTP {status}); check the address and the credentials")
     if status in (408, 429) or status >= 500:
-        return _TransientError(f"HTTP {status} {_line(reason)}")
-    return OSError(f"cannot read {location}: HTTP {status} {_line(reason)}; check the address")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _beyond(location: str, start: int, size: int, total: int) -> OSError:
-    return OSError(
-        f"{location} is too short: expected bytes {start} to {start + size}, got a file of {total} bytes; "
-        "it is cut off, or not the file meant"
-    )
-
-
-def _check_range(location: str, sent: str | None, start: int, size: int) -> None:
-    """Compare the header Content-Range with what was asked for."""
-    if sent is None:
-        raise OSError(
-            f"cannot read bytes {start} to {start + size} of {location}: its server ignores range requests and sends "
-            "the whole file; use a server that supports them"
-        )
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", sent)
-    if match and match[3] != "*" and int(match[3]) < start + size:
-        raise _beyond(location, start, size, int(match[3]))
-    if not match or (int(match[1]), int(match[2])) != (start, start + size - 1):
-        raise _TransientError(f"got the range '{sent}' instead of bytes {start}-{start + size - 1}")
-
-
-def _header(start: int, size: int) -> str:
-    return f"bytes={start}-{start + size - 1}"
-
-
-class _Http:
-    def __init__(self, timeout: float) -> None:
-        import fsspec
-        from aiohttp import ClientSession, ClientTimeout, TCPConnector
-
-        async def client(**options: Any) -> ClientSession:
-            return ClientSession(
-                connector=TCPConnector(limit=REQUESTS),
-                timeout=ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
-                # Bytes as they are stored: a server may declare a .gz file to be compressed on the way.
-                auto_decompress=False,
-                headers={"Accept-Encoding": "identity"},
-                trust_env=True,
-                **options,
-            )
-
-        self._fs = fsspec.filesystem("http", get_client=client, skip_instance_cache=True)
-
-    @asynccontextmanager
-    async def _get(self, location: str, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        from aiohttp import ClientError, ClientSSLError
-
-        try:
-            session: aiohttp.ClientSession = await self._fs.set_session()
-            async with session.get(self._fs.encode_url(location), headers=headers) as response:
-                if response.status >= 400 and response.status != 416:
-                    raise _failure(location, response.status, response.reason)
-                yield response
-        except ValueError as error:
-            raise UsageError(f"not a valid address: {location}; expected http(s)://HOST/PATH") from error
-        except ClientSSLError as error:
-            raise OSError(f"no secure connection to {location}: {_line(error)}; check its certificate") from error
-        except (ClientError, TimeoutError, ConnectionError) as error:
-            raise _TransientError(_line(error)) from error
-
-    async def read(self, location: str, start: int = 0, size: int | None = None) -> bytes:
-        async with self._get(location, {} if size is None else {"Range": _header(start, size)}) as response:
-            if size is not None:
-                if response.status == 416:
-                    raise _beyond(location, start, size, _total(response) or 0)
-                # Before the body: without ranges that would be the whole file.
-                sent = response.headers.get("Content-Range") if response.status == 206 else None
-                _check_range(location, sent, start, size)
-            data = await response.read()
-        if size is not None and len(data) != size:
-            raise _TransientError(f"got {len(data)} bytes instead of {size}")
-        return data
-
-    async def size(self, location: str) -> int:
-        # Not HEAD, which signed URLs and some servers refuse.
-        async with self._get(location, {"Range": _header(0, 1)}) as response:
-            total = response.content_length if response.status == 200 else _total(response)
-        if total is None:
-            raise OSError(f"the server of {location} does not tell its size; use one that supports range requests")
-        return total
-
-
-def _total(response: aiohttp.ClientResponse) -> int | None:
-    match = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-    return int(match[1]) if match else None
-
-
-class _S3:
-    def __init__(self, timeout: float) -> None:
-        import fsspec
-
-        config = {
-            "connect_timeout": timeout,
-            "read_timeout": timeout,
-            "max_pool_connections": REQUESTS,
-            "retries": {"total_max_attempts": 1},
-        }
-        try:
-            self._fs = fsspec.filesystem("s3", config_kwargs=config, skip_instance_cache=True)
-        except ImportError as error:
-            raise UsageError("reading s3://... needs s3fs: pip install 'w2v2[s3]'") from error
-        self._fs.retries = 1
-
-    async def _call(self, method: str, location: str, **options: str) -> Any:
-        # Below s3fs's own reading, which knows sizes from its listings and cuts a range short without a word.
-        bucket, key, _ = self._fs.split_path(location)
-        return await self._fs._call_s3(method, Bucket=bucket, Key=key, **options)
-
-    async def read(self, location: str, start: int = 0, size: int | None = None) -> bytes:
-        with _s3_errors(location):
-            answer = await self._call(
-                "get_object", location, **({} if size is None else {"Range": _header(start, size)})
-            )
-            async with answer["Body"] as body:
-                if size is not None:
-                    _check_range(location, answer.get("ContentRange"), start, size)
-                data: bytes = await body.read()
-        if size is not None and len(data) != size:
-            raise _TransientError(f"got {len(data)} bytes instead of {size}")
-        return data
-
-    async def size(self, location: str) -> int:
-        with _s3_errors(location):
-            return int((await self._call("head_object", location))["ContentLength"])
-
-
-@contextmanager
-def _s3_errors(location: str) -> Iterator[None]:
-    from aiohttp import ClientError
-    from botocore import exceptions as boto
-    from botocore.parsers import ResponseParserError
-
-    try:
-        yield
-    except boto.SSLError as error:
-        raise OSError(f"no secure connection to {location}: {_line(error)}; check its certificate") from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
-        raise PermissionError(f"no access to {location}: {_line(error)}; set AWS_ACCESS_KEY_ID and the like") from error
-    except (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError) as error:
-        raise _TransientError(_line(error)) from error
-    except (ClientError, TimeoutError, ConnectionError) as error:
-        raise _TransientError(_line(error)) from error
-    except boto.BotoCoreError as error:
-        raise OSError(f"cannot read {location}: {_line(error)}; check the address and the AWS_... settings") from error
-    except OSError as error:
-        # s3fs has put botocore's error, which knows the status, below one of Python's.
-        if (answer := getattr(error.__cause__, "response", None)) is None:
-            raise
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
-        raise _failure(location, status, str(error)) from error
+        return _TransientError(f"HTTP {status}: {line}")
+    return OSError(f"cannot read {location}: HTTP {status}: {line}; check the address")

@@ -1,18 +1,15 @@
 """The conv stack as matrix products over utterances laid end to end, for training and for GPUs.
 
-Each utterance has a slot of whole output frames, so that one convolution with stride s, and windows that begin at
-multiples of s, serves all of them whatever their lengths: with frames as rows, s rows side by side are one row of a view,
-and taps are products of slices of it. What windows that cross an end would give is dropped; where a convolution pads,
-the rows between utterances are zero. GroupNorm after the first convolution is folded into its weights: mean and variance
-of a convolution's output are the kernel's products with mean and covariance of its windows. For the backward pass only
-the convolutions' outputs are kept, and of the first nothing: norms and the first convolution are computed again, and GELU where
-memory is worth more.
+With frames as rows, s rows side by side are one row of a view, so a convolution of stride s is a product or two of such
+views, and nothing is copied. GroupNorm after the first convolution is folded into its weights: mean and variance of a
+convolution's output are products of its kernel with mean and covariance of its windows. For the backward pass only the
+convolutions' outputs are kept, and of the first nothing: norms and the first convolution are computed again, and GELU
+where memory is worth more.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,150 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.model.packing import row_index, to_device
-
-WINDOW = 16
-"""Columns of a first window: its taps, a one for the bias, zeros up to what bf16 products want rows to be aligned to."""
+from w2v2.model.slots import WINDOW, Geometry, Slots
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Of the stack's convolutions."""
-
-    kernels: tuple[int, ...]
-    strides: tuple[int, ...]
-    paddings: tuple[int, ...]
-
-    @property
-    def hops(self) -> list[int]:
-        """Rows of each convolution's input, and of the last one's output, that make one output frame."""
-        return list(itertools.accumulate(reversed(self.strides), lambda hop, stride: hop * stride, initial=1))[::-1]
-
-    def blocks(self, layer: int) -> Iterator[tuple[int, int, slice]]:
-        """What a convolution takes of rows of ``stride`` input frames each: the row's distance, and which taps, from
-        which of the row's frames on."""
-        kernel, stride, padding = self.kernels[layer], self.strides[layer], self.paddings[layer]
-        rows = range(-padding // stride, (kernel - 1 - padding) // stride + 1)
-        for row in sorted(rows, key=abs):  # row 0 first: it has something for every output
-            start, end = max(row * stride, -padding), min((row + 1) * stride, kernel - padding)
-            yield row, start - row * stride, slice(start + padding, end + padding)
-
-
-class Slots:
-    """Where each utterance lies, and what lies between.
-
-    Args:
-        geometry: of the stack.
-        lengths: samples of each utterance.
-        device: of the tensors that hold rows.
-    """
-
-    def __init__(self, geometry: Geometry, lengths: Sequence[int], device: torch.device) -> None:
-        self.geometry, self.hops = geometry, geometry.hops
-        self.lengths = [list(lengths)]
-        """Valid rows of each utterance: in samples, then after each convolution."""
-        for kernel, stride, padding in zip(geometry.kernels, geometry.strides, geometry.paddings, strict=True):
-            self.lengths.append([(n + 2 * padding - kernel) // stride + 1 for n in self.lengths[-1]])
-        room = [[-(-(n + p) // hop) for n in rows] for rows, p, hop in self._padded()]
-        self.frames = [max(column) for column in zip(*room, strict=True)]
-        """Output frames that each utterance's slot is wide."""
-        self.equal = len(set(lengths)) == 1
-        gaps = [self._gaps(layer) for layer in range(len(geometry.kernels))]
-        starts, counts = ([n for layer in gaps for n in layer[part]] for part in (0, 1))
-        self.gaps = row_index(starts, counts, device).split([sum(layer[1]) for layer in gaps])
-        """Rows that must be zero before each convolution that pads."""
-
-    def _padded(self) -> Iterator[tuple[list[int], int, int]]:
-        return zip(self.lengths, (*self.geometry.paddings, 0), self.hops, strict=True)
-
-    def _gaps(self, layer: int) -> tuple[list[int], list[int]]:
-        """Starts and lengths; none where nobody reads them, or where the audio is laid out with zeros."""
-        if layer == 0 or self.geometry.paddings[layer] == 0:
-            return [], []
-        gaps = [span[n:] for span, n in zip(self.spans(layer), self.lengths[layer], strict=True)]
-        return [gap.start for gap in gaps], [len(gap) for gap in gaps]
-
-    def spans(self, layer: int) -> list[range]:
-        """Rows of each utterance's slot before convolution ``layer``."""
-        ends = itertools.accumulate((n * self.hops[layer] for n in self.frames), initial=0)
-        return [range(start, end) for start, end in itertools.pairwise(ends)]
-
-    def lay(self, rows: Sequence[Tensor], layer: int) -> Tensor:
-        """Rows of each utterance -> all slots, zero in between."""
-        widths = [n * self.hops[layer] - len(row) for n, row in zip(self.frames, rows, strict=True)]
-        zeros = rows[0].new_zeros(max(widths), *rows[0].shape[1:])
-        return torch.cat([part for row, n in zip(rows, widths, strict=True) for part in (row, zeros[:n])])
-
-    def valid(self, x: Tensor, layer: int) -> list[Tensor]:
-        """(all rows, ...) -> the valid ones of each utterance."""
-        return [x[span.start : span.start + n] for span, n in zip(self.spans(layer), self.lengths[layer], strict=True)]
-
-    def clear(self, x: Tensor, layer: int) -> Tensor:
-        """Zero, in place, what lies between the utterances before a convolution that pads."""
-        return x.index_fill_(0, self.gaps[layer], 0.0) if len(self.gaps[layer]) else x
-
-    def windows(self, audio: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, S) -> (rows, WINDOW) what the first convolution sees."""
-        kernel, stride, padding = self.geometry.kernels[0], self.geometry.strides[0], self.geometry.paddings[0]
-        flat = F.pad(self.lay([row[:n] for row, n in zip(audio, self.lengths[0], strict=True)], 0), (padding, kernel))
-        rows = sum(self.frames) * self.hops[1]
-        windows = torch.zeros(rows, WINDOW, dtype=dtype, device=audio.device)
-        windows[:, :kernel] = flat.unfold(0, kernel, stride)[:rows]
-        windows[:, kernel] = 1.0
-        return windows
-
-    def first(self, windows: Tensor, weights: Tensor) -> Tensor:
-        """The first convolution, with weights (1 or B, WINDOW, C): (rows, WINDOW) -> (rows, C)."""
-        if len(weights) == 1:
-            return windows @ weights[0]
-        if self.equal:
-            return torch.bmm(windows.unflatten(0, (len(weights), -1)), weights).flatten(0, 1)
-        out = windows.new_empty(len(windows), weights.shape[2])
-        for span, weight in zip(self.spans(1), weights, strict=True):
-            torch.mm(windows[span.start : span.stop], weight, out=out[span.start : span.stop])
-        return out
-
-    def first_gradient(self, windows: Tensor, grad: Tensor, count: int) -> Tensor:
-        """Of ``first`` for its ``count`` weights: (rows, C) -> (count, WINDOW, C)."""
-        if count == 1:
-            return (windows.mT @ grad)[None]
-        if self.equal:
-            return torch.bmm(windows.unflatten(0, (count, -1)).mT, grad.unflatten(0, (count, -1)))
-        out = windows.new_empty(count, WINDOW, grad.shape[1])
-        for span, row in zip(self.spans(1), out, strict=True):
-            torch.mm(windows[span.start : span.stop].mT, grad[span.start : span.stop], out=row)
-        return out
-
-    def moments(self, windows: Tensor) -> Tensor:
-        """(B, WINDOW, WINDOW) float64: mean products of each utterance's windows, the one of the bias among them."""
-        rows = windows.double()  # the variance is a difference, and loud offsets must not eat it up
-        if self.equal:
-            block = rows.unflatten(0, (len(self.frames), -1))[:, : self.lengths[1][0]]
-            return torch.bmm(block.mT, block) / block.shape[1]
-        counts = to_device(torch.tensor(self.lengths[1], dtype=torch.float64), windows.device)
-        return torch.stack([part.mT @ part for part in self.valid(rows, 1)]) / counts[:, None, None]
-
-
-def folded_weights(conv: nn.Conv1d, norm: nn.GroupNorm | None, moments: Tensor | None) -> Tensor:
-    """Weights (B, WINDOW, C) float32 of a first convolution with its GroupNorm, for each utterance's window moments.
-
-    Without norm the one of all utterances, (1, WINDOW, C).
-    """
-    kernel = conv.kernel_size[0]
+def first_weights(conv: nn.Conv1d) -> Tensor:
+    """(1, WINDOW, C) of a first convolution, its bias the weight of the window's one."""
     bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
     columns = torch.cat([conv.weight[:, 0], bias[:, None]], dim=1)  # (C, 1, K) -> (C, K + 1)
-    weight = F.pad(columns, (0, WINDOW - 1 - kernel)).t()[None]  # (1, WINDOW, C)
-    if norm is None:
-        return weight
-    assert moments is not None
-    weight = weight.double()
+    return F.pad(columns, (0, WINDOW - columns.shape[1])).t()[None]
+
+
+def folded_weights(conv: nn.Conv1d, norm: nn.GroupNorm, moments: Tensor) -> Tensor:
+    """(B, WINDOW, C) of a first convolution with its GroupNorm, for each utterance's window moments."""
+    weight, one = first_weights(conv).double(), conv.kernel_size[0]
     products = moments @ weight  # (B, WINDOW, C); the window's one has given the means
     groups = (norm.num_groups, -1)
-    mean = products[:, kernel].unflatten(1, groups).mean(-1, keepdim=True)  # (B, G, 1)
+    mean = products[:, one].unflatten(1, groups).mean(-1, keepdim=True)  # (B, G, 1)
     square = (products * weight).sum(1).unflatten(1, groups).mean(-1, keepdim=True)
     scale = torch.rsqrt(square - mean.square() + norm.eps) * norm.weight.view(*groups)  # (B, G, C / G)
-    shift = norm.bias.view(*groups) - mean * scale
-    return (weight * scale.flatten(1)[:, None] + F.pad(shift.flatten(1)[:, None], (0, 0, kernel, WINDOW - 1 - kernel))).float()
+    shift = F.pad((norm.bias.view(*groups) - mean * scale).flatten(1)[:, None], (0, 0, one, WINDOW - 1 - one))
+    return (weight * scale.flatten(1)[:, None] + shift).float()
 
 
 @dataclass
@@ -172,17 +45,16 @@ class Layers:
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor | None]
-    norms: Sequence[nn.LayerNorm | None]
+    norms: Sequence[nn.Module | None]
 
     def flat(self) -> list[Tensor | None]:
         """All of them in a row."""
-        gains = [None if norm is None else norm.weight for norm in self.norms]
-        shifts = [None if norm is None else norm.bias for norm in self.norms]
+        gains, shifts = ([getattr(norm, name, None) for norm in self.norms] for name in ("weight", "bias"))
         return [*self.weights, *self.biases, *gains, *shifts]
 
 
-class ConvStack(torch.autograd.Function):
-    """(windows, first weights, slots, eps, whether to keep GELU's outputs, Layers.flat()) -> (all frames, C) features."""
+class _ConvStack(torch.autograd.Function):
+    """(windows, first weights, slots, eps, whether to keep GELU's outputs, Layers.flat()) -> (all frames, C)."""
 
     @staticmethod
     def forward(
@@ -223,7 +95,11 @@ class ConvStack(torch.autograd.Function):
         grad = slots.lay(grad.split(slots.lengths[n]), n)
         for layer in reversed(range(1, n)):
             x = slots.first(windows, first) if layer == 1 else outputs[layer - 2]
-            a = kept[layer - 1] if kept else slots.clear(_activate(x, gains[layer - 1], shifts[layer - 1], ctx.eps), layer)
+            a = (
+                kept[layer - 1]
+                if kept
+                else slots.clear(_activate(x, gains[layer - 1], shifts[layer - 1], ctx.eps), layer)
+            )
             weights[layer - 1] = _weight_gradient(a, grad, slots.geometry, layer)
             if ctx.needs_input_grad[5 + n - 1 + layer - 1]:
                 biases[layer - 1] = grad.sum(0, dtype=torch.float32)
@@ -233,6 +109,24 @@ class ConvStack(torch.autograd.Function):
             )
         first_grad = slots.first_gradient(windows, grad, len(first)).float()
         return None, first_grad, None, None, None, *weights, *biases, *gain_grads, *shift_grads
+
+
+def conv_stack(windows: Tensor, first: Tensor, slots: Slots, layers: Layers, eps: float, *, keep: bool) -> Tensor:
+    """Features of all utterances laid end to end.
+
+    Args:
+        windows: ``slots.windows(audio)``, in the type to compute in.
+        first: weights of the first convolution.
+        slots: where the utterances lie.
+        layers: all other parameters.
+        eps: of the norms.
+        keep: GELU's outputs for the backward pass, rather than computing them again.
+
+    Returns:
+        (sum of T, C), valid frames alone.
+    """
+    out: Tensor = _ConvStack.apply(windows, first, slots, eps, keep, *layers.flat())
+    return out
 
 
 def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from w2v2.model.conv_stack import ConvStack, Geometry, Layers, Slots, folded_weights
+from w2v2.model.conv_stack import Layers, conv_stack, first_weights, folded_weights
 from w2v2.model.packing import is_plain
+from w2v2.model.slots import Geometry, Slots
 
 
 def output_lengths(
@@ -138,28 +139,30 @@ class FeatureEncoder(nn.Module):
 
     def _layers(self) -> Layers | None:
         """The parameters after the first convolution; None where the norms are others than the published ones."""
-        convs, norms, _ = zip(*self.conv_layers, strict=True)  # type: ignore[arg-type]
-        kinds = {type(norm) for norm in norms[1:]}
-        if type(norms[0]) is nn.GroupNorm and norms[0].affine and kinds <= {nn.Identity}:
-            norms = (None,) * len(norms)
-        elif {type(norms[0])} | kinds != {ChannelLayerNorm}:
+        layers = cast(list[nn.Sequential], list(self.conv_layers))
+        norms: list[nn.Module | None] = [layer[1] for layer in layers]
+        if isinstance(norms[0], nn.GroupNorm) and norms[0].affine and all(type(n) is nn.Identity for n in norms[1:]):
+            norms = [None] * len(norms)
+        elif any(type(norm) is not ChannelLayerNorm for norm in norms):
             return None
-        return Layers([conv.weight for conv in convs[1:]], [conv.bias for conv in convs[1:]], norms)
+        convs = [cast(nn.Conv1d, layer[0]) for layer in layers[1:]]
+        return Layers([conv.weight for conv in convs], [conv.bias for conv in convs], norms)
 
     def _joined(self, audio: Tensor, lengths: Sequence[int] | None, layers: Layers) -> Tensor:
         """All utterances in one go."""
+        conv, norm, _ = cast(tuple[nn.Conv1d, nn.Module, nn.Module], self.conv_layers[0])
         device = audio.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv_layers[0][0].weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
         rows = list(lengths) if lengths is not None else [audio.shape[1]] * len(audio)
         with torch.autocast(device, enabled=False):
             slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), rows, audio.device)
             windows = slots.windows(audio, dtype)
-            conv, norm, _ = self.conv_layers[0]
-            if layers.norms[0] is None:
+            if isinstance(norm, nn.GroupNorm):
                 first = folded_weights(conv, norm, slots.moments(windows))
             else:
-                first = folded_weights(conv, None, None)
-            x: Tensor = ConvStack.apply(windows, first, slots, norm.eps, audio.is_cuda and not self.recompute, *layers.flat())
+                first = first_weights(conv)
+            keep = audio.is_cuda and not self.recompute
+            x = conv_stack(windows, first, slots, layers, cast(float, norm.eps), keep=keep)
         return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
 
     def _stack(self, audio: Tensor) -> Tensor:

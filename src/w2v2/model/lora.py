@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.transformer import TransformerBlock
-from w2v2.model.wav2vec2 import Wav2Vec2ForCTC
 
 
 class LowRank(nn.Module):

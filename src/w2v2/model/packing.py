@@ -68,10 +68,10 @@ def unpack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     if lengths is None:
         return x
     if min(lengths) == max(lengths):
-        return x.squeeze(0).unflatten(0, (len(lengths), -1))
+        return x.view(len(lengths), -1, *x.shape[2:])
     longest = max(lengths)
     index = row_index(range(0, len(lengths) * longest, longest), lengths, x.device)
-    return spread(x.squeeze(0), index, len(lengths) * longest).unflatten(0, (len(lengths), longest))
+    return spread(x.squeeze(0), index, len(lengths) * longest).view(len(lengths), longest, *x.shape[2:])
 
 
 def pack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:

@@ -53,7 +53,10 @@ def low_precision(x: Tensor, *modules: nn.Module) -> Iterator[tuple[Any, ...]]:
         parameters = iter(_CastTogether.apply(torch.bfloat16, *(p for m in modules for p in m.parameters())))
         yield (
             x.bfloat16(),
-            *(_with(module, dict(zip(own, parameters, strict=False))) for module, own in zip(modules, names, strict=True)),
+            *(
+                _with(module, dict(zip(own, parameters, strict=False)))
+                for module, own in zip(modules, names, strict=True)
+            ),
         )
 
 

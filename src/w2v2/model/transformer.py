@@ -52,7 +52,9 @@ class PositionalConvEmbedding(nn.Module):
         # One convolution over all utterances, with as many zeros between them as it pads: its own padding is the last.
         pad = self.conv.padding[0]
         index = row_index(starts_of(n + pad for n in lengths), lengths, x.device)
-        y = self.conv(spread(x.squeeze(0), index, sum(lengths) + pad * (len(lengths) - 1)).t()[None])  # (1, D, rows + trim)
+        y = self.conv(
+            spread(x.squeeze(0), index, sum(lengths) + pad * (len(lengths) - 1)).t()[None]
+        )  # (1, D, rows + trim)
         return F.gelu(y.squeeze(0).t().index_select(0, index))[None]
 
 
@@ -76,7 +78,9 @@ class SelfAttention(nn.Module):
             weight, bias = (torch.cat([getattr(proj, name) for proj in projections]) for name in ("weight", "bias"))
             parts = F.linear(x, weight, bias).chunk(3, dim=-1)
         else:
-            parts = tuple(proj(t) for proj, t in zip(projections, (x if rows is None else take(x, rows), x, x), strict=True))
+            parts = tuple(
+                proj(t) for proj, t in zip(projections, (x if rows is None else take(x, rows), x, x), strict=True)
+            )
         q, k, v = (part.unflatten(-1, (self.n_head, -1)) for part in parts)  # (B, T, D) -> (B, T, H, D / H)
         p = self.dropout.p if self.training else 0.0
         out: Tensor = self.out_proj(attend(q, k, v, lengths if rows is None else rows.counts, lengths, p).flatten(2))
@@ -171,11 +175,12 @@ class TransformerBlock(nn.Module):
         with low_precision(x, self.attn, self.mlp, self.ln_1, self.ln_2) as (x, attn, mlp, ln_1, ln_2):
             asked: Tensor = x if rows is None else take(x, rows)
             if self.norm_first:
-                y = asked + self.dropout(attn(ln_1(x), lengths, rows))
-                return y + self.dropout(mlp(ln_2(y)))
-            y = ln_1(asked + self.dropout(attn(x, lengths, rows)))
-            out: Tensor = ln_2(y + self.dropout(mlp(y)))
-            return out
+                asked = asked + self.dropout(attn(ln_1(x), lengths, rows))
+                asked = asked + self.dropout(mlp(ln_2(asked)))
+            else:
+                asked = ln_1(asked + self.dropout(attn(x, lengths, rows)))
+                asked = ln_2(asked + self.dropout(mlp(asked)))
+        return asked
 
     def skip(self, x: Tensor) -> Tensor:
         """Identity, for a dropped layer."""

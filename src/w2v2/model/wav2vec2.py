@@ -6,55 +6,43 @@ Legend: B batch, S samples, T frames, C conv channels, D width, M masked frames,
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
+from w2v2.errors import Count, NotNegative, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
-from w2v2.model.masking import (
-    Draws,
-    cut_batch,
-    draw,
-    equalize_masks,
-    keyed_generator,
-    sample_layers,
-    sample_span_mask,
-    slices,
-)
-from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
+from w2v2.model.masking import sample_span_mask
 from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
-from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take, touch
+from w2v2.model.quantizer import GumbelVectorQuantizer
+from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
 
 SAMPLE_RATE = 16_000
 
 
 @dataclass(kw_only=True)
 class Wav2Vec2Config:
-    """Everything that decides the shape and the objective of the model. Defaults are the page's BASE."""
+    """Everything that decides the shape of the encoder, and what is masked. Defaults are the page's BASE."""
 
-    n_layer: int = 12
+    n_layer: Count = 12
     """Transformer blocks (fairseq ``encoder_layers``)."""
-    n_head: int = 8
+    n_head: Count = 8
     """Attention heads; the released BASE has 12 (``encoder_attention_heads``)."""
-    n_embd: int = 768
+    n_embd: Count = 768
     """Width of the context network (``encoder_embed_dim``)."""
-    ffn_dim: int = 3072
+    ffn_dim: Count = 3072
     """Width of the feed-forward layers (``encoder_ffn_embed_dim``)."""
-    max_seq_len: int = 1024
+    max_seq_len: Count = 1024
     """Frames in a training crop at most: 20.48 s. A guard; the model itself takes any length."""
-    conv_channels: tuple[int, ...] = (512,) * 7
+    conv_channels: tuple[Count, ...] = (512,) * 7
     """Channels of each convolution (``conv_feature_layers``)."""
-    conv_kernel_sizes: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_kernel_sizes: tuple[Count, ...] = (10, 3, 3, 3, 3, 2, 2)
     """Kernels of the convolutions, in frames of their input."""
-    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_strides: tuple[Count, ...] = (5, 2, 2, 2, 2, 2, 2)
     """Strides; their product is the hop of a frame, 320 samples: 20 ms."""
-    conv_paddings: tuple[int, ...] = (4, 1, 1, 1, 1, 0, 0)
+    conv_paddings: tuple[Whole, ...] = (4, 1, 1, 1, 1, 0, 0)
     """Zeros on each side of each convolution's input. The page pads, so 1 s gives 50 frames; the paper does not."""
     conv_bias: bool = False
     """Whether the convolutions have a bias."""
@@ -66,62 +54,58 @@ class Wav2Vec2Config:
     utterance_norm: bool = False
     """Whether each feature channel gets zero mean and unit variance over the utterance, before the LayerNorm. Not in
     the paper: it takes away what tells speakers and rooms apart, which a short run would learn first."""
-    conv_init_smoothing: float = 0.0
+    conv_init_smoothing: Share = 0.0
     """How far the initial kernels after the first are pulled towards equal taps, 0 to 1. 0: the paper's Kaiming normal.
     Smooth features can be predicted from their neighbours at once; from noisy ones a short run learns nothing."""
-    conv_gradient_scale: float = 0.1
+    conv_gradient_scale: NotNegative = 0.1
     """Factor on the gradient into the convolutions (``feature_grad_mult``)."""
     norm_first: bool = True
     """Norms before attention and MLP, and ``ln_f`` last; else after them, and ``ln_f`` first (``layer_norm_first``)."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """After the positional embedding and on each residual branch (``dropout``)."""
-    attention_dropout: float = 0.1
+    attention_dropout: ShareBelowOne = 0.1
     """On the attention probabilities (``attention_dropout``)."""
-    activation_dropout: float = 0.0
+    activation_dropout: ShareBelowOne = 0.0
     """Inside the feed-forward layers (``activation_dropout``)."""
-    dropout_input: float = 0.1
+    dropout_input: ShareBelowOne = 0.1
     """On the projected features that the context network gets (``dropout_input``)."""
-    dropout_features: float = 0.1
-    """On the features that the quantizer gets (``dropout_features``)."""
-    layer_drop: float = 0.05
+    layer_drop: ShareBelowOne = 0.05
     """Probability that a block is skipped in training (``encoder_layerdrop``)."""
-    pos_conv_kernel: int = 128
+    pos_conv_kernel: Count = 128
     """Frames that the positional convolution sees (``conv_pos``)."""
-    pos_conv_groups: int = 16
+    pos_conv_groups: Count = 16
     """Its groups (``conv_pos_groups``)."""
-    mask_prob: float = 0.65
+    mask_prob: Share = 0.65
     """Share of frames that would be masked if no spans overlapped (``mask_prob``); the paper's 0.065 times the span."""
-    mask_length: int = 10
+    mask_length: Count = 10
     """Frames of a span: 200 ms (``mask_length``)."""
-    target_features: str = "projected"
-    """What is quantised: ``projected``, D wide, as on the page; ``encoder``, the normalised C-wide features (paper)."""
-    n_groups: int = 2
-    """Codebooks G (``latent_groups``)."""
-    n_entries: int = 320
-    """Entries V of each codebook (``latent_vars``)."""
-    codebook_dim: int = 384
-    """Width of an entry (``latent_dim / latent_groups``)."""
-    similarity_dim: int | None = None
-    """Width of the space in which contexts and targets meet (``final_dim``); None: the quantizer's own, unprojected."""
-    num_distractors: int = 100
-    """Distractors K for each target (``num_negatives``)."""
-    logit_temperature: float = 0.1
-    """Cosine similarities are divided by it (``logit_temp``)."""
-    gumbel_start: float = 2.0
-    """Gumbel temperature at step 0 (``latent_temp[0]``)."""
-    gumbel_end: float = 0.5
-    """Its lower bound (``latent_temp[1]``)."""
-    gumbel_decay: float = 0.999995
-    """Its factor per optimiser step (``latent_temp[2]``)."""
 
-    sub_batch_seconds: float | None = 87.5
-    """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of
-    masked frames are taken: a batch that fills a larger GPU has the objective of the published one (``max_tokens`` 1.4M
-    samples). None: of the whole batch."""
+    def check(self) -> None:
+        """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
+        check_ranges(self, "model")
+        shape = [self.conv_kernel_sizes, self.conv_strides, self.conv_paddings]
+        if any(len(part) != len(self.conv_channels) for part in shape):
+            raise UsageError(
+                f"--model.conv-kernel-sizes, conv-strides and conv-paddings need one number for each of the "
+                f"{len(self.conv_channels)} conv-channels, got {', '.join(str(len(part)) for part in shape)}"
+            )
+        for name, parts in (("n-head", self.n_head), ("pos-conv-groups", self.pos_conv_groups)):
+            if self.n_embd % parts:
+                raise UsageError(f"--model.n-embd must be a multiple of {name} ({parts}), got {self.n_embd}")
+        kind, _, groups = self.conv_norm.partition(":")
+        if self.conv_norm != "layer" and (kind != "group" or not groups.isdigit() or int(groups) == 0):
+            raise UsageError(
+                f"--model.conv-norm must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
+            )
+        if kind == "group" and self.conv_channels[0] % int(groups):
+            raise UsageError(
+                f"--model.conv-norm needs groups that divide the first of conv-channels ({self.conv_channels[0]}), "
+                f"got {groups}"
+            )
 
-    def build(self) -> Wav2Vec2ForPretraining:
-        """The pretraining model, freshly initialised from torch's global generator."""
-        return Wav2Vec2ForPretraining(self)
+    def build(self) -> Wav2Vec2:
+        """The model, freshly initialised from torch's global generator: of this configuration an encoder."""
+        return Wav2Vec2(self)
 
     def build_conv_norms(self) -> list[nn.Module]:
         """The norm after each convolution."""
@@ -134,20 +118,9 @@ class Wav2Vec2Config:
         """Module of (x (B, T, D) or packed, lengths) -> positions to add to x."""
         return PositionalConvEmbedding(self.n_embd, self.pos_conv_kernel, self.pos_conv_groups)
 
-    def build_quantizer(self, input_dim: int) -> nn.Module:
-        """Module of (x (M, input_dim), temperature) -> QuantizerOutput, with an ``output_dim``."""
-        return GumbelVectorQuantizer(input_dim, self.n_groups, self.n_entries, self.codebook_dim)
-
     def sample_mask(self, n_frames: int, rng: torch.Generator) -> Tensor:
         """(n_frames,) bool on the host: which frames of one utterance are masked; at least two, not all."""
         return sample_span_mask(n_frames, self.mask_prob, self.mask_length, rng)
-
-    def sub_batches(self, samples: Sequence[int]) -> tuple[int, ...]:
-        """How many utterances, in their order, make up each sub-batch of a batch of these lengths."""
-        if self.sub_batch_seconds is None:
-            return (len(samples),)
-        # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
-        return cut_batch(samples, round(self.sub_batch_seconds * SAMPLE_RATE * 1.001))
 
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
@@ -296,7 +269,7 @@ class Wav2Vec2(nn.Module):
             channels: (B, D) bool, True where a channel is set to zero for the whole utterance, after the time mask.
             keep_layers: which blocks run; None for all.
             inputs: gets the input of each block appended, as x is.
-            rows: the frames that are wanted, (1, N, D), when not all are: in training the last block computes no others.
+            rows: what frames are wanted, as (1, N, D), when not all are: in training the last block computes no more.
         """
         if covered is not None:
             vector = self.mask_vector.to(x.dtype).expand(len(covered), -1)
@@ -322,232 +295,6 @@ class Wav2Vec2(nn.Module):
         return self.ln_f(x) if self.config.norm_first else x
 
 
-@dataclass
-class SSLOutput:
-    """What a self-supervised model returns for a batch: sums, so that they add over batches and ranks."""
-
-    losses: dict[str, Tensor]
-    """Scalar float32 sums over the targets; weighted and divided by the number of targets by the task."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of anything, without gradient; ``summarize`` makes figures of them."""
-    num_targets: int = 0
-    """Targets in the batch, known on the host."""
-
-
-class Wav2Vec2ForPretraining(Wav2Vec2):
-    """The encoder with quantizer and contrastive objective."""
-
-    def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__(config)
-        target_dim = config.n_embd if config.target_features == "projected" else config.conv_channels[-1]
-        self.quantizer = config.build_quantizer(target_dim)
-        self.project_q: nn.Linear | None = None
-        code_dim: int = self.quantizer.output_dim  # type: ignore[assignment]
-        if config.similarity_dim is not None:
-            self.project_q = nn.Linear(code_dim, config.similarity_dim)
-        self.out_linear = nn.Linear(config.n_embd, config.similarity_dim or code_dim)
-        init_weights(self.quantizer)
-
-    def draw(
-        self,
-        samples: Sequence[int],
-        keys: Sequence[Sequence[int | str]],
-        *,
-        step_key: Sequence[int | str] | None = None,
-    ) -> Draws:
-        """Draw masks, distractors and layers for a batch, on the host.
-
-        Args:
-            samples: length of each utterance.
-            keys: for each utterance, what its draws depend on, such as (seed, epoch, id).
-            step_key: what LayerDrop depends on, such as (seed, step). None: validation; no layer is dropped, and masks
-                are left as drawn, so that an utterance's do not depend on its batch.
-        """
-        config = self.config
-        rngs = [keyed_generator(*key) for key in keys]
-        masks = [config.sample_mask(n, rng) for n, rng in zip(config.frames(samples), rngs, strict=True)]
-        if step_key is None:
-            return draw(masks, rngs, config.num_distractors)
-        sub_batches = config.sub_batches(samples)
-        masks = [mask for part in slices(sub_batches) for mask in equalize_masks(masks[part], rngs[part])]
-        keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
-        return draw(masks, rngs, config.num_distractors, keep_layers, sub_batches)
-
-    def forward(  # type: ignore[override]
-        self, audio: Tensor, draws: Draws, lengths: Sequence[int] | None = None, *, step: int = 0
-    ) -> SSLOutput:
-        """Losses and metrics of a batch.
-
-        Args:
-            audio: (B, S) float32; lengths as for the encoder.
-            draws: on the audio's device.
-            step: optimiser steps so far, for the Gumbel temperature.
-        """
-        config = self.config
-        frames, packed = self.frame_lengths(audio, lengths)
-        features = self.feature_encoder(audio, lengths if packed else None)
-        normalised, projected = self.feature_projection(features, packed)
-        x = self.contextualize(
-            self.feature_projection.dropout(projected),
-            packed,
-            covered=draws.covered,
-            keep_layers=draws.keep_layers,
-            rows=Rows(draws.masked, draws.counts),
-        )
-        context = self.out_linear(x.squeeze(0))
-
-        source = self._to_quantize(normalised, projected)[draws.masked]
-        source = F.dropout(source, config.dropout_features, self.training)
-        temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
-        masked = [sum(draws.counts[part]) for part in draws.parts()]
-        quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
-        codes = torch.cat([q.codes for q in quantized])
-        targets = torch.cat([q.quantized for q in quantized])
-        targets = targets if self.project_q is None else self.project_q(targets)
-
-        logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
-        contrastive = contrastive_loss(logits)
-        diversity = [
-            diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n) for q, n in zip(quantized, masked, strict=True)
-        ]
-        ones = torch.ones((), device=audio.device)
-        return SSLOutput(
-            losses={
-                "contrastive": contrastive.loss,
-                "diversity": _total(diversity),
-                "feature_penalty": feature_penalty(features, frames, draws.counts),
-            },
-            metrics={
-                "contrastive": contrastive.loss.detach().double(),
-                "correct": contrastive.correct.detach(),
-                "identical": contrastive.identical.detach(),
-                "probs": _total([q.probs_sum for q in quantized]),
-                "codes": _total([q.code_counts for q in quantized]),
-                "distinct_codes": _distinct_codes(codes, draws.counts),
-                "utterances": len(frames) * ones,
-                "frames": sum(frames) * ones,
-                "masked": len(draws.masked) * ones,
-                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
-            },
-            num_targets=len(draws.masked),
-        )
-
-    def _to_quantize(self, normalised: Tensor, projected: Tensor) -> Tensor:
-        """(all frames laid end to end, width)."""
-        source = projected if self.config.target_features == "projected" else normalised
-        return source.flatten(0, 1)
-
-    def codes(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
-        """The entry of each codebook for each frame, nothing masked: in evaluation mode the targets of ``forward``.
-
-        Args:
-            audio, lengths: as for ``encode``.
-
-        Returns:
-            (B, T, G) int64, zero after an utterance's end, and the frames T of each utterance.
-        """
-        frames, packed = self.frame_lengths(audio, lengths)
-        features = self.feature_projection(self.feature_encoder(audio, lengths if packed else None), packed)
-        codes = self.quantizer(self._to_quantize(*features), self.config.gumbel_end).codes
-        rows = codes[None] if packed else codes.unflatten(0, (len(frames), -1))
-        return unpack(rows, packed), frames
-
-    def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Figures from metrics summed over batches and ranks; perplexities are of the whole, not means of parts.
-
-        So is the diversity loss in evaluation, where it must not depend on how the utterances were batched.
-        """
-        total = {name: value.detach().cpu().double() for name, value in sums.items()}
-        masked = total["masked"]
-        probs, codes = total["probs"] / masked, total["codes"] / masked
-        nats = (total["contrastive"] / masked).item()
-        groups = {
-            f"{kind}_perplexity_{group}": perplexity(rows[group : group + 1]).item()
-            for kind, rows in (("prob", probs), ("code", codes))
-            for group in range(len(rows))
-        }
-        return {
-            "contrastive_bits": nats / math.log(2),
-            "contrastive_of_chance": nats / math.log(1 + self.config.num_distractors),
-            "accuracy": (total["correct"] / masked).item(),
-            "identical_distractors": (total["identical"] / masked).item(),
-            "prob_perplexity": perplexity(probs).item(),
-            "code_perplexity": perplexity(codes).item(),
-            **groups,
-            "dead_codes": (codes == 0).sum().item(),
-            "codes_per_utterance": (total["distinct_codes"] / total["utterances"]).item(),
-            "masked_fraction": (masked / total["frames"]).item(),
-            **(
-                {"temperature": (total["temperature"] / masked).item()}
-                if "temperature" in total
-                else {"diversity": diversity_loss(perplexity(probs), probs.numel(), 1).item()}
-            ),
-        }
-
-
-def _total(tensors: Sequence[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, tensors)
-
-
-def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
-    """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
-    ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
-    for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
-        ids = ids * 6364136223846793005 + group + 1
-    ordered = ids.sort().values
-    return 1.0 + (ordered[1:] != ordered[:-1]).sum()
-
-
-class CTCHead(nn.Linear):
-    """Linear layer from the context network to the vocabulary."""
-
-
-class Wav2Vec2ForCTC(Wav2Vec2):
-    """The encoder with a linear layer over the vocabulary."""
-
-    def __init__(self, config: Wav2Vec2Config, n_labels: int) -> None:
-        super().__init__(config)
-        self.lm_head = CTCHead(config.n_embd, n_labels)
-        init_weights(self.lm_head)
-
-    def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """All but the output layer's: what is frozen in the first updates of a fine-tuning."""
-        return (p for name, p in self.named_parameters() if not name.startswith("lm_head."))
-
-    def forward(
-        self,
-        audio: Tensor,
-        lengths: Sequence[int] | None = None,
-        *,
-        covered: Tensor | None = None,
-        channels: Tensor | None = None,
-        keep_layers: Sequence[bool] | None = None,
-        freeze_encoder: bool = False,
-    ) -> tuple[Tensor, list[int]]:
-        """Log-probabilities (B, T, labels) in fp32, and the frames of each utterance.
-
-        Args:
-            audio, lengths: as for the encoder.
-            covered, channels, keep_layers: as for ``contextualize``, in training.
-            freeze_encoder: whether only ``lm_head`` gets a gradient.
-        """
-        frames, packed = self.frame_lengths(audio, lengths)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
-            features = self.feature_encoder(audio, lengths if packed else None)
-            _, x = self.feature_projection(features, packed)
-            x = self.contextualize(
-                self.feature_projection.dropout(x),
-                packed,
-                covered=covered,
-                channels=channels,
-                keep_layers=keep_layers,
-            )
-        if freeze_encoder and self.training:
-            x = touch(x, self.encoder_parameters())
-        logits = self.lm_head(unpack(x, packed))
-        return logits.float().log_softmax(-1), frames
-
-
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
     """Initialise whatever parts of a model are given.
@@ -559,7 +306,6 @@ def init_weights(model: nn.Module) -> None:
     | positional convolution | N(0, sqrt(4 / (kernel D))), bias 0, at its construction | fairseq |
     | mask vector | U(0, 1) | fairseq |
     | quantizer | projector N(0, 1), bias 0; codebook U(0, 1) | fairseq |
-    | CTC head | Xavier uniform, bias 0 | fairseq |
     | feature projection, out_linear, project_q, norms | PyTorch's default | fairseq |
     """
     for module in model.modules():
@@ -574,9 +320,6 @@ def init_weights(model: nn.Module) -> None:
             nn.init.normal_(module.projector.weight)
             nn.init.zeros_(module.projector.bias)
             nn.init.uniform_(module.codebook)
-        elif isinstance(module, CTCHead):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 def _init_convolutions(model: Wav2Vec2) -> None:

@@ -1,0 +1,155 @@
+"""Cuts to batches of samples: reading, mixing down, cropping, normalising."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from lhotse import MonoCut
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
+from w2v2.data.storage import UnreachableError, read_ranges
+
+log = logging.getLogger(__name__)
+
+
+Encode = Callable[[str], list[int]]
+
+
+Fits = Callable[[float, str], bool]
+"""(seconds, transcript): whether CTC can emit the transcript's labels in the frames of so much audio."""
+
+
+@dataclass
+class Batch:
+    """Some utterances. B of them, S samples of the longest, U labels of the longest."""
+
+    audio: Tensor
+    """(B, S) float32 at 16 kHz, padded with zeros."""
+    lengths: Tensor
+    """(B,) int64 samples; stays on the host."""
+    ids: list[str]
+    """Utterance ids."""
+    passes: list[int]
+    """How many times each utterance has come before: what crops and masks are drawn by."""
+    targets: Tensor | None = None
+    """(B, U) int64 labels, padded with zeros."""
+    target_lengths: Tensor | None = None
+    """(B,) int64 labels of each utterance."""
+    texts: list[str | None] = field(default_factory=list)
+    """Transcripts as they are; None: there is none."""
+    speakers: list[str | None] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    """Utterances that could not be read and are left out: what was wrong, by id. B may be 0."""
+
+
+class SpeechDataset(Dataset[Batch]):
+    """Turns (epoch, cuts), which a sampler chose, into a :class:`Batch`.
+
+    Args:
+        seed: of the crops.
+        max_seconds: crop longer utterances to this; None: never crop.
+        same_length: crop all to the shortest of the batch, at an own random place each, as pretraining wants.
+        normalize: whether each whole utterance gets zero mean and unit variance, before it is cropped.
+        encode: transcript -> labels, for targets.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        max_seconds: float | None = None,
+        same_length: bool = False,
+        normalize: bool = False,
+        encode: Encode | None = None,
+    ) -> None:
+        self.seed, self.max_seconds, self.same_length = seed, max_seconds, same_length
+        self.normalize, self.encode = normalize, encode
+
+    def __getitem__(self, item: tuple[int, list[MonoCut]]) -> Batch:
+        epoch, cuts = item
+        limit = self.max_seconds or float("inf")
+        if self.same_length:
+            limit = min(limit, min(cut.duration for cut in cuts))
+        passes = [(cut.custom or {}).get("pass", epoch) for cut in cuts]
+        rows: list[FloatArray] = []
+        good: list[int] = []
+        bad = {}
+        encoded = _shard_bytes(cuts)
+        for i, cut in enumerate(cuts):
+            try:
+                data = encoded.get(i)
+                if isinstance(data, OSError):
+                    raise AudioError(f"{cut.recording.sources[0].source} ({cut.id}): {data}")
+                rows.append(self._load(cut, passes[i], limit, data))
+                good.append(i)
+            except AudioError as error:
+                bad[cut.id] = str(error)
+        if self.same_length and rows:  # rounding at other rates may leave one sample more in some
+            shortest = min(len(row) for row in rows)
+            rows = [row[:shortest] for row in rows]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        audio = torch.zeros(len(rows), max((len(row) for row in rows), default=0))
+        for i, row in enumerate(rows):
+            audio[i, : len(row)] = torch.from_numpy(row)
+        said = [cuts[i].supervisions[0] for i in good]
+        batch = Batch(
+            audio=audio,
+            lengths=lengths,
+            ids=[cuts[i].id for i in good],
+            passes=[passes[i] for i in good],
+            texts=[supervision.text for supervision in said],
+            speakers=[supervision.speaker for supervision in said],
+            bad=bad,
+        )
+        if self.encode is not None:
+            labels = [torch.tensor(self.encode(text or ""), dtype=torch.long) for text in batch.texts]
+            batch.targets = torch.nn.utils.rnn.pad_sequence(labels or [lengths], batch_first=True)[: len(labels)]
+            batch.target_lengths = torch.tensor([len(row) for row in labels], dtype=torch.long)
+        return batch
+
+    def _load(self, cut: MonoCut, number: int, limit: float, data: bytes | None) -> FloatArray:
+        if fault := unreadable_reason(cut):
+            raise AudioError(fault)
+        duration = min(cut.duration, limit)
+        # Same-length batches are for training, so crops move with the pass; elsewhere they depend on the id alone.
+        key = f"{self.seed}/{number}/{cut.id}" if self.same_length else cut.id
+        offset = random.Random(key).uniform(0, cut.duration - duration)
+        if not self.normalize:
+            return load_audio(cut, offset, duration, data)
+        samples = load_audio(cut, data=data)
+        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-5)
+        start = round(offset * SAMPLE_RATE)
+        part: FloatArray = samples[start : start + round(duration * SAMPLE_RATE)]
+        return part
+
+
+def unreadable_reason(cut: MonoCut) -> str:
+    """What was wrong with its file's header, if anything (``read_corpus``)."""
+    found: str = (cut.custom or {}).get("unreadable", "")
+    return found
+
+
+def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:
+    """Encoded audio of the cuts that lie in shards, by place in the list; fetched together where they are remote."""
+    places = {
+        i: (cut.recording.sources[0].source, cut.custom["shard_offset"], cut.custom["shard_bytes"])
+        for i, cut in enumerate(cuts)
+        if cut.custom and "shard_offset" in cut.custom
+    }
+    if not places:
+        return {}
+    try:
+        return dict(zip(places, read_ranges(list(places.values())), strict=True))
+    except UnreachableError:
+        raise
+    except OSError as error:
+        if len(places) == 1:
+            return dict.fromkeys(places, error)
+        return {i: _shard_bytes([cuts[i]])[0] for i in places}  # each by itself tells which it is

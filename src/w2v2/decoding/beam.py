@@ -1,0 +1,325 @@
+"""Beam search over CTC log-probabilities with flashlight-text: any labels, or words of a lexicon with an n-gram LM."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flashlight.lib.text.decoder import (
+    CriterionType,
+    DecodeResult,
+    LexiconDecoder,
+    LexiconDecoderOptions,
+    LexiconFreeDecoder,
+    LexiconFreeDecoderOptions,
+    SmearingMode,
+    Trie,
+    ZeroLM,
+)
+from flashlight.lib.text.decoder.kenlm import KenLM
+from flashlight.lib.text.dictionary import Dictionary
+from torch import Tensor
+
+from w2v2.decoding.greedy import Decoder, Greedy, Hypothesis, path_hypothesis
+from w2v2.decoding.hot_words import HotLabels, HotWords
+from w2v2.decoding.lexicon import Entry, as_lm_writes, read_lexicon, single_words, spell, spelling_of
+from w2v2.decoding.ngram import UNKNOWN, arpa_words
+from w2v2.errors import JobError, UsageError
+from w2v2.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamConfig:
+    """How a beam search weighs and prunes. The score of a hypothesis is
+
+        sum of ln p(label of each frame) + lm_weight * log10 p_LM(words, end of sentence) + word_score * words
+        + silence_score * frames of word boundary + hot_word_boost * hot words
+
+    of its best path, or of all its paths together (``sum_paths``). Terms of words are there with a lexicon alone,
+    those of the LM with an LM, and hot words count with or without either.
+    """
+
+    beam_size: int = 50
+    """Hypotheses kept after each frame (fairseq ``beam``; the paper tests with 1500 and a 4-gram LM)."""
+    beam_threshold: float = 50.0
+    """Hypotheses that fall this far behind the best, in nats, are dropped (``beam_threshold``)."""
+    beam_size_token: int | None = None
+    """Labels tried at each frame, the most probable ones (``beam_size_token``); None: all."""
+    lm_weight: float = 2.0
+    """Of the LM's log10 probability, as in fairseq (``lm_weight``); of its nats the weight is 2.303 times less."""
+    word_score: float = -1.0
+    """Nats for each word of the lexicon (``word_score``). Negative: fewer words."""
+    silence_score: float = 0.0
+    """Nats for each frame of word boundary (``sil_weight``)."""
+    hot_word_boost: float = 5.0
+    """Nats for each hot word."""
+    sum_paths: bool = False
+    """Whether probabilities of paths that spell the same are added, not only the best one taken (``log_add``)."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("beam_size", 1), ("beam_size_token", 1), ("beam_threshold", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= smallest:
+                raise UsageError(f"{name} of a beam search must be {smallest} or more, got {value}")
+        for name in ("lm_weight", "word_score", "silence_score", "hot_word_boost"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} of a beam search must be a finite number, got {getattr(self, name)}")
+
+
+def make_decoder(
+    vocabulary: Vocabulary,
+    *,
+    lm: Path | None = None,
+    lexicon: Path | None = None,
+    hot_words: Sequence[str] = (),
+    beam: BeamConfig | None = None,
+) -> Decoder:
+    """Greedy where nothing is asked for; beam search over any labels, or over words with an LM or a lexicon.
+
+    Args:
+        lm: n-gram of words, ARPA (also gzipped) or KenLM binary. Without a lexicon its words are the lexicon.
+        lexicon: a word and its spelling per line, or a word alone, which the vocabulary spells.
+        hot_words: words that get ``BeamConfig.hot_word_boost``; with a lexicon they join it.
+
+    Raises:
+        UsageError: flashlight-text is not installed; a file that cannot be used; words without a word boundary.
+    """
+    if beam is None and lm is None and lexicon is None and not hot_words:
+        return Greedy(vocabulary)
+    try:
+        from w2v2.decoding.beam import make_beam
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("flashlight"):
+            raise
+        raise UsageError("beam search needs flashlight-text: pip install 'w2v2[beam]'") from None
+    return make_beam(vocabulary, beam or BeamConfig(), lm=lm, lexicon=lexicon, hot_words=hot_words)
+
+
+log = logging.getLogger(__name__)
+
+
+_KENLM_BINARY = b"mmap lm http://kheafield.com/code"
+
+
+_NEVER = -1e9
+"""Log-probability of what a frame of ours does not allow: finite, so that an unfinished hypothesis outlives none."""
+
+
+_HOMOPHONES = 6
+"""Words of one spelling in flashlight's trie (``kTrieMaxLabel``)."""
+
+
+_HOT_LABELS = 10
+"""Labels tried at each frame with hot words but no lexicon: each is a call of Python, 3 million for 30 s with all."""
+
+
+def make_beam(
+    vocabulary: Vocabulary,
+    config: BeamConfig,
+    *,
+    lm: Path | None = None,
+    lexicon: Path | None = None,
+    hot_words: Sequence[str] = (),
+) -> FreeBeam | LexiconBeam:
+    """See ``decode.make_decoder``."""
+    for path in (lm, lexicon):
+        if path is not None and not path.is_file():
+            raise UsageError(f"no file {path}: expected {'an LM' if path is lm else 'a lexicon'}; check the path")
+    if vocabulary.boundary is None and (lm or lexicon or hot_words):
+        raise UsageError(
+            "an LM, a lexicon and hot words need labels with a word boundary, which this vocabulary lacks; decode "
+            "without them"
+        )
+    if lm is None and lexicon is None:
+        return FreeBeam(vocabulary, config, hot_words)
+    known = None if lm is None or _is_binary(lm) else arpa_words(lm)
+    if lexicon is not None:
+        entries = read_lexicon(lexicon, vocabulary)
+        entries = entries if known is None else as_lm_writes(entries, known, vocabulary)
+    elif known is not None:
+        entries = spell(known, vocabulary, f"the LM {lm}")
+    else:
+        raise UsageError(f"{lm} is a KenLM binary, which hides its words: name them with a lexicon, one a line")
+    return LexiconBeam(vocabulary, config, entries, lm, hot_words)
+
+
+class FreeBeam:
+    """Any sequence of labels, whatever words it makes. With hot words, of the ten likeliest labels of each frame.
+
+    flashlight keeps every hypothesis of an utterance: 0.2 GB for 20 s with a beam of 50. Give it no long recordings.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, config: BeamConfig, hot_words: Sequence[str] = ()) -> None:
+        self.vocabulary = vocabulary
+        self.hot_words = [spelling_of(word, vocabulary)[:-1] for word in single_words(hot_words, vocabulary)]
+        self._search(config)
+
+    def tuned(self, config: BeamConfig) -> FreeBeam:
+        """The same with other weights."""
+        other = copy.copy(self)
+        other._search(config)
+        return other
+
+    def _search(self, config: BeamConfig) -> None:
+        self.config = config
+        vocabulary = self.vocabulary
+        self._lm = HotLabels(self.hot_words, config.hot_word_boost, vocabulary) if self.hot_words else ZeroLM()
+        options = LexiconFreeDecoderOptions(
+            beam_size=config.beam_size,
+            beam_size_token=config.beam_size_token or (_HOT_LABELS if self.hot_words else len(vocabulary.labels)),
+            beam_threshold=config.beam_threshold,
+            lm_weight=1.0,
+            sil_score=0.0 if vocabulary.boundary is None else config.silence_score,
+            log_add=config.sum_paths,
+            criterion_type=CriterionType.CTC,
+        )
+        silence = vocabulary.blank if vocabulary.boundary is None else vocabulary.boundary
+        self._decoder = LexiconFreeDecoder(options, self._lm, silence, vocabulary.blank, [])
+
+    def __call__(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
+        # flashlight begins as if a boundary had just been said; a blank in front makes a boundary at once a label.
+        first = _frame(log_probs, self.vocabulary.blank)
+        best = _best(self._decoder, torch.cat([first, log_probs]))
+        return path_hypothesis(torch.tensor(best.tokens[2:-1]), self.vocabulary, best.score)
+
+
+class LexiconBeam:
+    """Words of a lexicon, weighed by an n-gram LM if there is one. The last one needs no boundary after it."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        config: BeamConfig,
+        lexicon: Sequence[Entry],
+        lm: Path | None = None,
+        hot_words: Sequence[str] = (),
+    ) -> None:
+        self.vocabulary = vocabulary
+        hot = single_words(hot_words, vocabulary)
+        known = {vocabulary.normalize(entry.word) for entry in lexicon}
+        added = [Entry(word, spelling_of(word, vocabulary)) for word in hot if word not in known]
+        entries = _without_surplus([*lexicon, *added])
+        numbers: dict[str, int] = {}
+        self.spellings = [(numbers.setdefault(e.word, len(numbers)), list(e.spelling)) for e in entries]
+        asked = len(numbers.keys() - {entry.word for entry in added})
+        self.words = [vocabulary.normalize(word) for word in numbers]
+        self.hot_words = {i for i, word in enumerate(self.words) if word in set(hot)}
+        self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), asked)
+        self._trie: Trie | None = None
+        self._search(config)
+
+    def tuned(self, config: BeamConfig) -> LexiconBeam:
+        """The same with other weights; what was read from files is shared."""
+        other = copy.copy(self)
+        other._search(config)
+        return other
+
+    def _search(self, config: BeamConfig) -> None:
+        self.config = config
+        if self.hot_words:
+            self._lm = HotWords(self.ngram, config.lm_weight, self.hot_words, config.hot_word_boost)
+        else:
+            self._lm = self.ngram
+        if self._trie is None or self.hot_words:  # what it looks ahead to depends on the weights of hot words alone
+            self._trie = self._build_trie()
+        options = LexiconDecoderOptions(
+            beam_size=config.beam_size,
+            beam_size_token=config.beam_size_token or len(self.vocabulary.labels),
+            beam_threshold=config.beam_threshold,
+            lm_weight=1.0 if self.hot_words else config.lm_weight,
+            word_score=config.word_score,
+            unk_score=-math.inf,
+            sil_score=config.silence_score,
+            log_add=config.sum_paths,
+            criterion_type=CriterionType.CTC,
+        )
+        blank, unused = self.vocabulary.blank, len(self.words)
+        self._decoder = LexiconDecoder(
+            options, self._trie, self._lm, self.vocabulary.boundary, blank, unused, [], False
+        )
+
+    def _build_trie(self) -> Trie:
+        trie = Trie(len(self.vocabulary.labels), self.vocabulary.boundary)
+        start = self._lm.start(False)
+        for word, spelling in self.spellings:
+            trie.insert(spelling, word, self._lm.score(start, word)[1])
+        trie.smear(SmearingMode.MAX)
+        return trie
+
+    def __call__(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
+        boundary = self.vocabulary.boundary
+        assert boundary is not None
+        # A boundary after the end, for nothing: otherwise flashlight drops a last word that has none.
+        last = _frame(log_probs, boundary) - self.config.silence_score
+        best = _best(self._decoder, torch.cat([log_probs, last]))
+        path = best.tokens[1:-2]
+        words = [(frame, word) for frame, word in enumerate(best.words[1:-1]) if word >= 0]
+        if best.score < _NEVER / 2:  # no hypothesis ends with a word: what was begun is left out
+            end = words[-1][0] + 1 if words else 0
+            path = path[:end] + [self.vocabulary.blank] * (len(path) - end)
+        score = best.score + (0.0 if best.score > _NEVER / 2 else -_NEVER)
+        text = " ".join(self.words[word] for _, word in words)
+        return path_hypothesis(torch.tensor(path), self.vocabulary, score, text)
+
+
+def _without_surplus(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries, each once, without those that flashlight's trie would drop; they are named in the log."""
+    kept: list[Entry] = []
+    lost: list[Entry] = []
+    words = Counter[tuple[int, ...]]()
+    for entry in dict.fromkeys(entries):
+        words[entry.spelling] += 1
+        (kept if words[entry.spelling] <= _HOMOPHONES else lost).append(entry)
+    if lost:
+        log.warning(
+            "%d entries of the lexicon left out: %d before are spelled the same, and flashlight takes no more: %s",
+            len(lost), _HOMOPHONES, " ".join(entry.word for entry in lost),
+        )  # fmt: skip
+    return kept
+
+
+def _is_binary(lm: Path) -> bool:
+    with lm.open("rb") as file:
+        return file.read(len(_KENLM_BINARY)) == _KENLM_BINARY
+
+
+def _load(lm: Path, words: list[str], asked: int) -> KenLM:
+    """The LM, whose words have the numbers of ``words``; so many of them, the first, it is expected to know."""
+    try:
+        model = KenLM(str(lm), Dictionary([*words, UNKNOWN]))
+    except RuntimeError as error:
+        raise UsageError(f"{lm} is not an LM: {str(error).splitlines()[-1]}; expected ARPA or a KenLM binary") from None
+    nothing = model.start(True)
+    unknown = model.score(nothing, len(words))[1]
+    lost = [word for number, word in enumerate(words[:asked]) if model.score(nothing, number)[1] == unknown]
+    if len(lost) == asked:
+        raise UsageError(
+            f"the LM {lm} knows none of the {asked} words of the lexicon, such as {lost[0]}; expected one of the same "
+            "language and case"
+        )
+    if lost:
+        log.info("%d of %d words of the lexicon are unknown to the LM, such as %s", len(lost), asked, lost[0])
+    return model
+
+
+def _frame(like: Tensor, label: int) -> Tensor:
+    """(1, labels) that allows one label, at no cost."""
+    frame = torch.full((1, like.shape[1]), _NEVER)
+    frame[0, label] = 0.0
+    return frame
+
+
+def _best(decoder: LexiconDecoder | LexiconFreeDecoder, log_probs: Tensor) -> DecodeResult:
+    emissions = log_probs.float().contiguous()
+    found = decoder.decode(emissions.data_ptr(), *emissions.shape)
+    if not found:
+        raise JobError("log-probabilities are not numbers: the model has diverged; use an earlier checkpoint")
+    return found[0]

@@ -1,0 +1,310 @@
+"""Word and character error rates of a corpus: how many, how sure, where and which.
+
+Rates are of all utterances together, edits / reference words, as LibriSpeech's are reported: not means of utterances.
+Nothing is left out in silence: audio too short for a frame has an empty transcript, all of its words deleted; an
+utterance whose reference is empty adds insertions; recordings that cannot be read are counted and named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import jiwer
+
+from w2v2.errors import Show, UsageError
+from w2v2.evaluation.scoring import COUNTS, Tally
+from w2v2.evaluation.significance import Units, paired_difference
+from w2v2.inference.recognizer import NOT_FINITE
+from w2v2.model.wav2vec2 import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from w2v2.data.batch import Batch
+    from w2v2.decoding.beam import BeamConfig
+    from w2v2.decoding.greedy import Decoder
+    from w2v2.evaluation.tuning import EmissionCache, Tuning
+    from w2v2.inference.recognizer import Recognizer
+
+
+SCHEMA = 2
+"""Of ``evaluation.json`` and ``hypotheses.jsonl``; their keys change only with it."""
+
+
+EVALUATION, HYPOTHESES = "evaluation.json", "hypotheses.jsonl"
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """Edits over all references together, not means of utterances. Shares, not per cent."""
+
+    wer: float
+    """Word errors / reference words."""
+    cer: float
+    """Character errors, spaces included / reference characters."""
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRates:
+    """Corpus-level WER and CER of hypotheses against references, both already in the same spelling.
+
+    An empty reference adds its hypothesis' words as insertions. Where no reference has any, rates are numbers of edits.
+    """
+    references, hypotheses = list(references), list(hypotheses)
+    return ErrorRates(wer=jiwer.wer(references, hypotheses), cer=jiwer.cer(references, hypotheses))
+
+
+def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch], file: TextIO) -> Tally:
+    """Transcribe utterances and count the errors, batch by batch.
+
+    Args:
+        batches: whole utterances, not normalised (``data/datamodule.py: whole_utterances``).
+        file: a JSON line of each utterance is written here, as it comes (``hypotheses.jsonl``).
+
+    Raises:
+        UsageError: no utterance has a transcript, or all of them are empty.
+    """
+    tally = Tally()
+    for batch in batches:
+        tally.unreadable |= batch.bad
+        said = [i for i, text in enumerate(batch.texts) if text is not None]
+        tally.without_transcript += len(batch.ids) - len(said)
+        lengths = batch.lengths.tolist()
+        started = time.perf_counter()
+        emissions = recognizer.emissions([batch.audio[i, : lengths[i]] for i in said])
+        heard = {i: row for i, row in zip(said, emissions, strict=True) if not row.isnan().any()}
+        tally.unreadable |= {batch.ids[i]: NOT_FINITE for i in said if i not in heard}
+        found = {i: decoder(row) for i, row in heard.items()}
+        tally.compute_seconds += time.perf_counter() - started
+        tally.too_short += sum(not len(row) for row in emissions)
+        for i, hypothesis in found.items():
+            seconds = lengths[i] / SAMPLE_RATE
+            row = {
+                "id": batch.ids[i],
+                "speaker": batch.speakers[i],
+                "seconds": round(seconds, 3),
+                "reference": recognizer.vocabulary.normalize(batch.texts[i] or ""),
+                "hypothesis": recognizer.vocabulary.normalize(hypothesis.text),
+            }
+            counts = tally.add(row["reference"], row["hypothesis"], speaker=row["speaker"], seconds=seconds)
+            row |= dict(zip(COUNTS, counts, strict=True))
+            tally.see_strange(recognizer.vocabulary.strange(batch.texts[i] or ""))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if not tally.all.words.reference:
+        raise UsageError(
+            f"no words to compare with: of {tally.all.utterances + tally.without_transcript} utterances "
+            f"{tally.without_transcript} have no transcript and {tally.empty_references} an empty one; choose a split "
+            "with transcripts"
+        )
+    return tally
+
+
+def tune_weights(
+    recognizer: Recognizer,
+    make: Callable[[BeamConfig], Decoder],
+    batches: Iterable[Batch],
+    references: Mapping[str, str],
+    cache: EmissionCache,
+    *,
+    start: BeamConfig,
+    trials: int,
+    progress: Show,
+) -> Tuning:
+    """``tuning.tune`` on utterances whose log-probabilities are computed where the cache lacks them.
+
+    Args:
+        batches: as for ``evaluate``; not asked for any where the cache has all.
+        references: text of each utterance that has one, as the vocabulary spells it.
+    """
+
+    lacking = {name for name in references if name not in cache}
+
+    def missing() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for batch in batches:
+            wanted = [i for i, name in enumerate(batch.ids) if name in lacking]
+            lengths = batch.lengths.tolist()
+            rows = recognizer.emissions([batch.audio[i, : lengths[i]] for i in wanted])
+            yield from zip((batch.ids[i] for i in wanted), rows, strict=True)
+            done += len(wanted)
+            progress("emissions", done / len(lacking))
+
+    from w2v2.evaluation.tuning import tune
+
+    if lacking:
+        cache.fill(missing())
+    return tune(make, cache, references, start=start, trials=trials, progress=progress)
+
+
+def run_evaluation(
+    recognizer: Recognizer,
+    decoder: Decoder,
+    batches: Iterable[Batch],
+    out: Path,
+    about: dict[str, Any],
+    *,
+    against: Path | None = None,
+) -> dict[str, Any]:
+    """``evaluate``, and leave ``evaluation.json`` and ``hypotheses.jsonl`` in a folder; earlier ones are replaced.
+
+    Args:
+        about: what was evaluated and how, for the record.
+        against: results of another system to test against; they may be those that are replaced.
+
+    Returns:
+        What ``evaluation.json`` holds.
+
+    Raises:
+        UsageError: as ``evaluate``; as ``paired_test``, once the results are written, ``against`` null.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / (HYPOTHESES + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            tally = evaluate(recognizer, decoder, batches, file)
+        tested, fault = None, None
+        try:  # before ours replace them
+            tested = None if against is None else paired_test(partial, against)
+        except UsageError as error:
+            fault = error
+        os.replace(partial, out / HYPOTHESES)
+    finally:
+        partial.unlink(missing_ok=True)
+    found = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
+    (out / EVALUATION).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if fault is not None:
+        raise UsageError(f"{fault}; the results without the test are in {out}") from fault
+    return found
+
+
+def paired_test(ours: Path, other: Path) -> dict[str, Any]:
+    """Paired test of two systems that transcribed the same utterances; in memory are a few numbers of each.
+
+    Args:
+        ours, other: ``hypotheses.jsonl`` of each, or the folder that holds it.
+
+    Raises:
+        UsageError: no such file, or other utterances or references than ours.
+    """
+    theirs = {row["id"]: (row["word_errors"], row["character_errors"], hash(row["reference"])) for row in _rows(other)}
+    units, missing, changed = Units(6), 0, 0
+    for row in _rows(ours):
+        words, characters, reference = theirs.pop(row["id"], (0, 0, None))
+        missing += reference is None
+        changed += reference is not None and reference != hash(row["reference"])
+        units.add(row["speaker"], *(row[name] for name in COUNTS), words, characters)
+    if missing or changed or theirs:
+        raise UsageError(
+            f"{other} is not of the same utterances: {missing} of ours are not there, {len(theirs)} of its own are not "
+            f"here, {changed} have another reference; evaluate both on the same split"
+        )
+    kind, counts = units.choose()
+    if not counts[:, 1].sum():
+        raise UsageError(f"no words to compare in {ours}; choose a split with transcripts")
+    differences = {
+        "wer": paired_difference(counts[:, 0], counts[:, 4], counts[:, 1]),
+        "cer": paired_difference(counts[:, 2], counts[:, 5], counts[:, 3]),
+    }
+    return {"other": str(other), "over": kind, "units": len(counts), **{k: vars(v) for k, v in differences.items()}}
+
+
+def hypotheses_file(path: Path) -> Path:
+    """``hypotheses.jsonl`` of an evaluation folder, or itself.
+
+    Raises:
+        UsageError: there is none.
+    """
+    file = path / HYPOTHESES if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"no {file}: expected an evaluation folder, or the {HYPOTHESES} in it, of 'w2v2 evaluate'")
+    return file
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    file = hypotheses_file(path)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if not row.keys() >= {"id", "speaker", "reference", *COUNTS}:
+                    raise ValueError("keys are missing")
+                if not all(isinstance(row[name], int) for name in COUNTS):
+                    raise ValueError("counts are not whole numbers")
+            except (ValueError, AttributeError) as error:
+                raise UsageError(f"{file}, line {number}, is not what 'w2v2 evaluate' writes ({error})") from None
+            yield row
+
+
+def evaluation_table(found: dict[str, Any]) -> list[str]:
+    """Lines to read, from what ``evaluation.json`` holds."""
+    lines = [f"{'':12}{'rate':>9}  {'95 % interval':>18}{'errors':>9}{'reference':>11}{'sub':>8}{'del':>8}{'ins':>8}"]
+    for name in ("words", "characters"):
+        row = found[name]
+        interval = "" if row["interval"] is None else "{:.2%} to {:.2%}".format(*row["interval"])
+        lines.append(
+            f"{name:12}{row['rate']:>9.2%}  {interval:>18}{row['errors']:>9,}{row['reference']:>11,}"
+            f"{row['substitutions']:>8,}{row['deletions']:>8,}{row['insertions']:>8,}"
+        )
+    lines += ["", *_remarks(found), *_comparison(found["against"])]
+    for title, rows in (
+        ("seconds", [(_span(row), row) for row in found["by_length"]]),
+        ("speaker, worst first", [(row["speaker"] or "unknown", row) for row in _worst(found["by_speaker"])]),
+    ):
+        lines += ["", f"{title:24}{'utterances':>12}{'words':>9}{'WER':>9}{'CER':>9}"]
+        lines += [
+            f"{name:24}{row['utterances']:>12,}{row['words']:>9,}{row['wer']:>9.2%}{row['cer']:>9.2%}"
+            for name, row in rows
+        ]
+    for name, rows in found["frequent"].items():
+        lines += ["", f"most frequent {name}"] if rows else []
+        lines += [f"{row['count']:>6}  {' -> '.join(row['words'])}" for row in rows[:10]]
+    return lines
+
+
+def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["wer"])[:10]
+
+
+def _span(row: dict[str, Any]) -> str:
+    return f"{row['from']:g} and more" if row["to"] is None else f"{row['from']:g} to {row['to']:g}"
+
+
+def _comparison(tested: dict[str, Any] | None) -> list[str]:
+    if tested is None:
+        return []
+    lines = ["", f"less the rate of {tested['other']}, over {tested['units']} {tested['over']}"]
+    for name in ("wer", "cer"):
+        row = tested[name]
+        interval = "no interval" if row["interval"] is None else "{:+.2%} to {:+.2%}".format(*row["interval"])
+        lines.append(f"{name.upper():12}{row['difference']:>+9.2%}  {interval:>18}   p = {row['p']:.4f}")
+    return lines
+
+
+def _remarks(found: dict[str, Any]) -> list[str]:
+    over, units = found["intervals"]["over"], found["intervals"]["units"]
+    lines = [
+        f"{found['utterances']:,} utterances, {found['seconds'] / 3600:.2f} h; {found['sentence_error_rate']:.1%} of "
+        f"them with an error; real-time factor {found['real_time_factor']:.3f}"
+    ]
+    if found["words"]["interval"] is None:
+        lines.append(f"no interval: too few {over} ({units}), or too few that differ in their rate")
+    elif over == "speakers":
+        lines.append(f"intervals over {units} speakers")
+    else:
+        lines.append("intervals over utterances, for want of speakers: they say nothing of how speakers differ")
+    for name, what in (
+        ("too_short", "too short for a frame: all words deleted"),
+        ("empty_references", "with an empty reference: all words inserted"),
+        ("without_transcript", "without a transcript: not scored"),
+    ):
+        lines += [f"{found[name]} utterances {what}"] if found[name] else []
+    strange = found["without_label"]
+    if strange["utterances"]:
+        named = " ".join(strange["characters"])
+        lines.append(f"{strange['utterances']} utterances with what the model has no label for, always wrong: {named}")
+    return lines + [f"not read and not scored: {why}" for why in found["unreadable"].values()]

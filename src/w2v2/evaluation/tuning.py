@@ -1,0 +1,205 @@
+"""Weights of a beam search, tuned on a development split whose log-probabilities are computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jiwer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from w2v2.checkpoint.native import WEIGHTS, expect_file
+from w2v2.decoding.beam import BeamConfig
+from w2v2.decoding.greedy import Decoder
+from w2v2.errors import Show, UsageError, quiet
+
+LM_WEIGHTS, WORD_SCORES = (0.0, 5.0), (-5.0, 5.0)
+"""Where weights are looked for (paper, appendix B)."""
+
+
+_ROUND = 8
+
+
+_FILE_MB = 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Error rates with some weights."""
+
+    lm_weight: float
+    word_score: float
+    wer: float
+    """Word errors / reference words."""
+    cer: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a search found."""
+
+    best: BeamConfig
+    """With the weights of the fewest word errors; of the fewest character errors among those."""
+    trials: tuple[Trial, ...]
+    """In the order in which they were made, that of the configuration to start from first."""
+
+    def table(self) -> list[str]:
+        """Lines to read, best first."""
+        rows = sorted(self.trials, key=_errors)
+        head = f"{'lm weight':>9} {'word score':>10} {'WER %':>7} {'CER %':>7}"
+        return [head, *(f"{t.lm_weight:9.3f} {t.word_score:10.3f} {100 * t.wer:7.2f} {100 * t.cer:7.2f}" for t in rows)]
+
+
+def tune(
+    make: Callable[[BeamConfig], Decoder],
+    emissions: Iterable[tuple[str, Tensor]],
+    references: Mapping[str, str],
+    *,
+    start: BeamConfig | None = None,
+    trials: int = 64,
+    seed: int = 0,
+    progress: Show = quiet,
+) -> Tuning:
+    """Search for the LM weight and word score of the fewest word errors.
+
+    The first trial is the configuration to start from; the others are a scrambled Sobol sequence, up to half of it over
+    the whole of [0, 5] x [-5, 5] (the paper's, which it searches with 128 trials of Bayesian optimisation), the rest
+    over boxes around the best so far, which are half as wide after every eight.
+
+    Args:
+        make: a decoder with other weights; ``tuned`` of what ``make_decoder`` made.
+        emissions: (utterance, (T, labels) log-probabilities), gone through once in each trial; such as a cache.
+        references: text of each utterance, as the vocabulary spells it; those without one are passed over.
+        trials: at least 1.
+
+    Raises:
+        UsageError: no words in the references.
+    """
+    start = start or BeamConfig()
+    if trials < 1:
+        raise UsageError(f"tuning needs 1 trial or more, got {trials}")
+    made: list[Trial] = []
+    for weights in _proposals(start, trials, seed, made):
+        made.append(_trial(make, replace(start, lm_weight=weights[0], word_score=weights[1]), emissions, references))
+        progress("tune", len(made) / trials)
+    best = min(made, key=_errors)
+    return Tuning(replace(start, lm_weight=best.lm_weight, word_score=best.word_score), tuple(made))
+
+
+def _errors(trial: Trial) -> tuple[float, float]:
+    return trial.wer, trial.cer
+
+
+def _proposals(start: BeamConfig, trials: int, seed: int, made: list[Trial]) -> Iterator[tuple[float, float]]:
+    """Weights to try, given those that were tried."""
+    yield start.lm_weight, start.word_score
+    points = SobolEngine(2, scramble=True, seed=seed).draw(trials - 1).tolist() if trials > 1 else []
+    whole = max(len(points) // 2, min(len(points), _ROUND))
+    for turn, (x, y) in enumerate(points):
+        best, share = min(made, key=_errors), 0.5 ** (1 + (turn - whole) // _ROUND) if turn >= whole else None
+        yield _within(x, LM_WEIGHTS, best.lm_weight, share), _within(y, WORD_SCORES, best.word_score, share)
+
+
+def _within(x: float, limits: tuple[float, float], center: float, share: float | None) -> float:
+    """A point, given in [0, 1], of an interval, or of a ``share`` of it around its center, cut at its limits."""
+    half = (limits[1] - limits[0]) / 2 * (share or 0.0)
+    low, high = limits if share is None else (max(limits[0], center - half), min(limits[1], center + half))
+    return low + x * (high - low)
+
+
+def _trial(
+    make: Callable[[BeamConfig], Decoder],
+    config: BeamConfig,
+    emissions: Iterable[tuple[str, Tensor]],
+    references: Mapping[str, str],
+) -> Trial:
+    decode = make(config)
+    said, found = [], []
+    for name, log_probs in emissions:
+        if name not in references:  # a cache may have more, of when there were more
+            continue
+        said.append(references[name])
+        found.append(decode(log_probs).text)
+    if not any(said):
+        raise UsageError("no word in the transcripts to tune with; tune on a split that is transcribed")
+    return Trial(config.lm_weight, config.word_score, jiwer.wer(said, found), jiwer.cer(said, found))
+
+
+class EmissionCache:
+    """Log-probabilities of utterances in a folder of safetensors files, filled bit by bit.
+
+    Iterates over (utterance, (T, labels) float32), one file in memory at a time. What was written stays when the work
+    is interrupted: compute only what is not ``in`` it yet, and ``fill`` it with that.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Open or create.
+
+        Args:
+            key: of what the log-probabilities come from, such as ``weights_key``.
+
+        Raises:
+            UsageError: the folder has those of another model, or something else.
+        """
+        self.folder = folder
+        about = folder / "cache.json"
+        if not about.exists() and folder.exists() and any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty and no cache of log-probabilities; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if about.exists() and json.loads(about.read_text()) != {"key": key}:
+            raise UsageError(
+                f"{folder} has the log-probabilities of another model; remove it, or choose another folder"
+            )
+        about.write_text(json.dumps({"key": key}) + "\n")
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for path in dict.fromkeys(self._files.values()):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+
+    def fill(self, emissions: Iterable[tuple[str, Tensor]]) -> None:
+        """Add utterances; in files of about 64 MB, each written whole or not at all."""
+        waiting: dict[str, Tensor] = {}
+        size = 0
+        try:
+            for name, log_probs in emissions:
+                waiting[name] = log_probs.float().contiguous()
+                size += log_probs.numel() * 4
+                if size > _FILE_MB * 1e6:
+                    self._write(waiting)
+                    waiting, size = {}, 0
+        finally:  # what was computed before an interruption is kept
+            if waiting:
+                self._write(waiting)
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        path = self.folder / f"{len(set(self._files.values())):05d}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+        self._files |= dict.fromkeys(tensors, path)
+
+
+def weights_key(folder: Path) -> str:
+    """Hash of a model's weights file."""
+    expect_file(folder, WEIGHTS)
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

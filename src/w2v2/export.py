@@ -1,0 +1,366 @@
+"""A run as a graph that runs without this package: ONNX, in float32 and int8, and ``torch.export``.
+
+The graph takes audio of any length, in batches whose rows have one length: the encoder here packs rows of unequal
+lengths, row by row, and a loop over rows is no graph. Padding instead would change the norms' statistics and with them
+the numbers. So utterances of unequal lengths are run one by one, which on a CPU costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import w2v2
+from w2v2.checkpoint.formats import file_hashes
+from w2v2.checkpoint.native import CONFIG, VOCABULARY
+from w2v2.data.config import DataConfig
+from w2v2.data.corpora import Splits
+from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.inference.recognizer import Recognizer, normalize_waveform
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
+from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
+
+MODEL, INT8, TORCH = "model.onnx", "model.int8.onnx", "model.pt2"
+
+
+FloatArray = npt.NDArray[np.float32]
+
+
+Runs = Callable[[Tensor], Tensor]
+"""(B, S) float32 audio at 16 kHz -> (B, T, labels) log-probabilities, or (B, T, D) contextual vectors."""
+
+
+class Graph(nn.Module):
+    """The part of a model that is exported: audio whose rows have one length, to what ``Runs`` says."""
+
+    def __init__(self, model: Wav2Vec2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """As ``Wav2Vec2.encode`` and ``Wav2Vec2ForCTC.forward``, which count frames in Python, where a graph cannot."""
+        model = self.model
+        audio = normalize_waveform(audio) if model.config.normalize_audio else audio
+        _, x = model.feature_projection(model.feature_encoder(audio))
+        x = model.contextualize(x)
+        return model.lm_head(x).float().log_softmax(-1) if isinstance(model, Wav2Vec2ForCTC) else x
+
+
+def eager(model: Wav2Vec2) -> Runs:
+    """What an export must agree with: the model itself, given audio as training gives it."""
+
+    def run(audio: Tensor) -> Tensor:
+        audio = normalize_waveform(audio) if model.config.normalize_audio else audio
+        found: Tensor = model(audio)[0] if isinstance(model, Wav2Vec2ForCTC) else model.encode(audio)[0]
+        return found
+
+    return run
+
+
+def export_onnx(
+    source: Path, folder: Path, *, int8: bool = False, speech: tuple[Splits, str] | None = None, show: Show = quiet
+) -> None:
+    """Write ``model.onnx`` and, on demand, ``model.int8.onnx`` of a run, with what belongs to them.
+
+    Args:
+        source: run folder, or folder of weights.
+        folder: exists.
+        int8: also with the weights of linear layers in 8 bits, one scale for each output; the rest stays float32.
+        speech: corpus and split to state word and character error rates on, of a CTC model.
+        show: told how far that is.
+
+    Raises:
+        UsageError: no such run, or onnxruntime is not installed.
+        JobError: the model cannot be exported, or the export differs from it.
+    """
+    model, vocabulary = _load(source)
+    if speech is not None and vocabulary is None:
+        raise UsageError(f"--data is to state error rates, which need a CTC model; {source} is a pretraining run")
+    _need_onnx()
+    name = "vectors" if vocabulary is None else "log_probs"
+    with _quiet(), _explained():
+        program = torch.onnx.export(
+            Graph(model),
+            (check_audio(2, SAMPLE_RATE),),
+            dynamo=True,
+            input_names=["audio"],
+            output_names=[name],
+            dynamic_shapes={"audio": {0: "batch", 1: "samples"}},
+            verbose=False,
+        )
+        assert program is not None
+        for node in program.model.graph:
+            node.metadata_props.clear()  # where in whose files each operation comes from
+        program.save(folder / MODEL)  # past 2 GB, ONNX's limit, with the weights in a file beside it
+    runs = {"pytorch": eager(model), MODEL: onnx_session(folder / MODEL)}
+    checks = compare(runs["pytorch"], runs[MODEL], check_lengths(model.config))
+    more: dict[str, Any] = {}
+    if int8:
+        quantize(folder / MODEL, folder / INT8)
+        runs[INT8] = onnx_session(folder / INT8)
+        more["int8"] = distance(runs[MODEL], runs[INT8], labels=vocabulary is not None)
+    if speech is not None and vocabulary is not None:
+        more["error_rates"] = _error_rates(
+            {name: runs[name] for name in runs if name != "pytorch"}, vocabulary, speech, show
+        )
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx*"))}
+    _finish(folder, source, model, vocabulary)
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    write_check(folder, source, "onnx", checks, packages, **more, bytes=sizes, speed=speed(runs))
+
+
+def export_torch(source: Path, folder: Path) -> None:
+    """Write ``model.pt2``, which ``torch.export.load`` reads, and what belongs to it. Raises as ``export_onnx``."""
+    model, vocabulary = _load(source)
+    shape = {"audio": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    with _quiet(), _explained():
+        with torch.no_grad():
+            program = torch.export.export(Graph(model), (check_audio(2, SAMPLE_RATE),), dynamic_shapes=shape)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        torch.export.save(program, folder / TORCH)
+        runs: dict[str, Runs] = {"pytorch": eager(model), TORCH: torch.export.load(folder / TORCH).module()}
+    # Fewer than two frames are another program: sizes of 0 and 1 are special to torch.export.
+    checks = compare(runs["pytorch"], runs[TORCH], check_lengths(model.config, fewest_frames=2))
+    _finish(folder, source, model, vocabulary)
+    sizes = {TORCH: (folder / TORCH).stat().st_size}
+    write_check(folder, source, "torch.export", checks, (), bytes=sizes, speed=speed(runs))
+
+
+def onnx_session(path: Path) -> Runs:
+    """A graph in onnxruntime, on the CPU, with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(audio: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"audio": audio.numpy()})[0])
+
+    return run
+
+
+def quantize(path: Path, to: Path) -> None:
+    """Weights of linear layers in 8 bits, one scale for each output; inputs are quantised as they come.
+
+    Convolutions, slower in 8 bits, stay as they are. Weights take 7 of the 8 bits: processors without VNNI add products
+    in 16 bits, which larger ones would overflow.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            path,
+            to,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=path.with_name(path.name + ".data").exists(),
+        )
+
+
+def distance(one: Runs, other: Runs, *, labels: bool) -> dict[str, float]:
+    """Root mean square of a difference over that of the values, on ten seconds of noise; of labels, how many agree."""
+    audio = check_audio(1, 10 * SAMPLE_RATE)
+    want, got = one(audio), other(audio)
+    found = {"relative_difference": ((want - got).norm() / want.norm()).item()}
+    if labels:
+        found["same_label"] = (want.argmax(-1) == got.argmax(-1)).float().mean().item()
+    return found
+
+
+def speed(runs: Mapping[str, Runs], *, seconds: float = 10.0, rounds: int = 3) -> dict[str, Any]:
+    """Time for so much audio in one piece, the models in turn, and how many times faster each is than the first.
+
+    Returns:
+        Median seconds, and the median over rounds of the ratio, by name; and the threads.
+    """
+    audio = check_audio(1, round(seconds * SAMPLE_RATE))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            with torch.no_grad():
+                run(audio)
+            if i:  # the first is a warm-up
+                times[name].append(time.perf_counter() - start)
+    first = next(iter(times.values()))
+    ratios = {name: [a / b for a, b in zip(first, own, strict=True)] for name, own in times.items()}
+    return {
+        "seconds_of_audio": seconds,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "seconds": {name: statistics.median(own) for name, own in times.items()},
+        "times_faster": {name: statistics.median(own) for name, own in ratios.items()},
+    }
+
+
+def _error_rates(
+    runs: Mapping[str, Runs], vocabulary: Vocabulary, speech: tuple[Splits, str], show: Show
+) -> dict[str, Any]:
+    """WER and CER of each graph on a split, greedily decoded, utterance by utterance."""
+    from w2v2.decoding.greedy import Greedy
+    from w2v2.evaluation.evaluate import error_rates
+    from w2v2.training.data import SpeechDataModule
+
+    splits, split = speech
+    references = {cut.id: vocabulary.normalize(cut.supervisions[0].text or "") for cut in splits[split]}
+    config = DataConfig(batch_seconds=60.0, min_seconds=0.1, num_workers=0)
+    data = SpeechDataModule({split: splits[split]}, config, encode=vocabulary.encode)
+    decode = Greedy(vocabulary)
+    said: dict[str, dict[str, str]] = {name: {} for name in runs}
+    for batch in data.eval_dataloader(split):
+        for utterance, row, samples in zip(batch.ids, batch.audio, batch.lengths.tolist(), strict=True):
+            for name, run in runs.items():
+                said[name][utterance] = decode(run(row[None, :samples])[0]).text
+        show("error rates", len(said[MODEL]) / len(references))
+    found: dict[str, Any] = {"split": split, "utterances": len(said[MODEL])}
+    for name, texts in said.items():
+        rates = error_rates([references[utterance] for utterance in texts], list(texts.values()))
+        found[name] = {"wer": rates.wer, "cer": rates.cer}
+    return found
+
+
+def _load(source: Path) -> tuple[Wav2Vec2, Vocabulary | None]:
+    loaded = w2v2.load(source)
+    return (loaded.model, loaded.vocabulary) if isinstance(loaded, Recognizer) else (loaded, None)
+
+
+def _finish(folder: Path, source: Path, model: Wav2Vec2, vocabulary: Vocabulary | None) -> None:
+    save_config(model.config, folder / CONFIG)
+    write_preprocessor(folder)
+    if vocabulary is not None:
+        vocabulary.save(folder / VOCABULARY)
+
+
+def _need_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--to onnx needs {error.name}: pip install 'w2v2[onnx]'") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters talk about themselves, at length."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """A module of the user's own may do what no graph can."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise JobError(f"this model cannot be exported: {reason}") from error
+
+
+CHECK = "export.json"
+
+
+LIMIT = 1e-4
+"""Largest difference to the model in PyTorch, where values are at most 1; relative to the largest value elsewhere."""
+
+
+BATCHES = (1, 3)
+
+
+def check_lengths(config: Wav2Vec2Config, fewest_frames: int = 1) -> tuple[int, ...]:
+    """Five numbers of samples: the least that give so many frames, and up to five seconds."""
+    least = next(n for n in range(1, 8_000) if config.frames([n])[0] >= fewest_frames)
+    return (least, 8_000, 16_001, 41_234, 80_000)
+
+
+def check_audio(batch: int, samples: int) -> Tensor:
+    """(B, S) the same noise for the same shape, each row at a loudness and an offset of its own."""
+    noise = torch.randn(batch, samples, generator=torch.Generator().manual_seed(samples))
+    return noise * torch.logspace(-2, -0.5, batch)[:, None] + 0.01
+
+
+def compare(
+    expected: Callable[[Tensor], Tensor], got: Callable[[Tensor], Tensor], lengths: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Largest difference of two models on the same audio, at each length and batch size.
+
+    Raises:
+        JobError: another shape, or a difference above ``LIMIT``.
+    """
+    checks: list[dict[str, Any]] = []
+    for samples in lengths:
+        for batch in BATCHES:
+            audio = check_audio(batch, samples)
+            with torch.no_grad():
+                want, found = expected(audio), got(audio)
+            shapes = tuple(want.shape), tuple(found.shape)
+            if shapes[0] != shapes[1]:
+                raise JobError(f"the export gives {shapes[1]} for {batch} x {samples} samples, expected {shapes[0]}")
+            difference = ((want - found).abs().max() / want.abs().max().clamp(min=1)).item()
+            if not difference <= LIMIT:
+                raise JobError(
+                    f"the export differs from the model by {difference:.2g} at {batch} x {samples} samples, "
+                    f"at most {LIMIT:g} is allowed; nothing is written"
+                )
+            checks.append({"batch": batch, "samples": samples, "difference": difference})
+    return checks
+
+
+def write_check(
+    folder: Path, source: Path, format_name: str, checks: Sequence[dict[str, Any]], packages: Sequence[str], **more: Any
+) -> None:
+    """Write ``export.json``: what was compared, of which weights, with which versions."""
+    found = {
+        "schema": 1,
+        "format": format_name,
+        "source": file_hashes(source),
+        "limit": LIMIT,
+        "largest_difference": max(check["difference"] for check in checks),
+        "checks": list(checks),
+        **more,
+        "packages": {name: metadata.version(name) for name in ("w2v2", "torch", *packages)},
+    }
+    (folder / CHECK).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def write_preprocessor(folder: Path) -> None:
+    """Write ``preprocessor_config.json``, as transformers' feature extractor reads it.
+
+    Nothing is normalised there: where a model wants that, an export does it itself, exactly as in training.
+    """
+    settings = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": 16_000,
+        "padding_value": 0.0,
+        "padding_side": "right",
+        "do_normalize": False,
+        "return_attention_mask": False,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,235 @@
+"""The encoder as features: hidden states of any layer, code indices, pooled vectors. Needs no Lightning.
+
+From Python::
+
+    model = load_model(Path("runs/pretrained"))  # of w2v2.checkpoint
+    [found] = extract(model, [read_audio("song.mp3")], layers=(0, -1))
+    found["layer_0"], found["times"]
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, mix_down, resample
+from w2v2.data.sources import folder_rows, utterance_id
+from w2v2.errors import UsageError
+from w2v2.inference.recognizer import normalize_waveform
+from w2v2.model.pretraining import Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2
+
+if TYPE_CHECKING:
+    from w2v2.data.batch import Batch
+
+
+Features = dict[str, Tensor]
+"""Of one utterance, on the host: ``layer_I`` (T, D) float32, ``codes`` (T, G) int64, ``times`` (T,) float64, seconds of
+each frame's middle (``Wav2Vec2Config.frame_seconds``); pooled, ``layer_I`` (D,) alone."""
+
+
+FORMATS = {"safetensors": ".safetensors", "numpy": ".npz"}
+
+
+@torch.no_grad()
+def extract(
+    model: Wav2Vec2, audio: Sequence[Tensor], layers: Sequence[int] = (-1,), *, codes: bool = False, pool: bool = False
+) -> list[Features]:
+    """Features of waveforms, together in one batch; the same as of each alone.
+
+    Args:
+        model: put into evaluation mode.
+        audio: (S,) float32 each, 16 kHz, as decoded: normalised here, if the model wants that.
+        layers: which hidden states; 0 is the input of the first block, I the output of block I, -1 the last.
+        codes: whether to give the quantizer's choices too; only a pretraining model has any.
+        pool: give the mean over time of each layer.
+
+    Raises:
+        UsageError: no such layer, a model without codes, codes that would have to be pooled.
+        ValueError: audio shorter than a frame.
+    """
+    places = check_wanted(model, layers, codes=codes, pool=pool)
+    model.eval()
+    rows = [normalize_waveform(row) if model.config.normalize_audio else row for row in audio]
+    lengths = [len(row) for row in rows]
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(model.parameters()).device)
+    found: list[Features] = [{} for _ in rows]
+    if places:
+        states, frames = model.hidden_states(batch, lengths)
+        for i, place in itertools.product(range(len(rows)), places):
+            state = states[place][i, : frames[i]]
+            found[i][f"layer_{place}"] = (state.mean(0) if pool else state).cpu().contiguous()
+    if codes:
+        assert isinstance(model, Wav2Vec2ForPretraining)
+        chosen, frames = model.codes(batch, lengths)
+        for features, row, count in zip(found, chosen, frames, strict=True):
+            features["codes"] = row[:count].cpu().contiguous()
+    if not pool:
+        for features, count in zip(found, frames, strict=True):
+            seconds = [model.config.frame_seconds(t) for t in range(count)]
+            features["times"] = torch.tensor(seconds, dtype=torch.float64)
+    return found
+
+
+def check_wanted(model: Wav2Vec2, layers: Sequence[int], *, codes: bool, pool: bool) -> list[int]:
+    """Layers counted from 0; refuses what the model does not have."""
+    depth = model.config.n_layer
+    for layer in layers:
+        if not -depth - 1 <= layer <= depth:
+            raise UsageError(f"no layer {layer}: expected 0 to {depth}, or -{depth + 1} to -1 from the end")
+    if codes and not isinstance(model, Wav2Vec2ForPretraining):
+        raise UsageError("the model has no quantizer, and so no codes; name a run of 'w2v2 pretrain'")
+    if codes and pool:
+        raise UsageError("codes are names, which have no mean; take codes and pooled vectors in two calls")
+    if not layers and not codes:
+        raise UsageError("nothing to extract: name layers, or ask for codes")
+    return [layer % (depth + 1) for layer in layers]
+
+
+def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
+    """A whole file as (S,) float32 at 16 kHz, channels averaged.
+
+    Raises:
+        AudioError: it cannot be decoded, lacks its end, holds samples that are not finite, or is longer than
+            ``max_seconds``, of which no more is read.
+        OSError: it cannot be read at all.
+    """
+    with AudioFile(str(path)) as file:
+        limit = None if max_seconds is None else int(max_seconds * file.rate)
+        samples = mix_down(file.read(-1 if limit is None else limit + 1))
+        if limit is not None and len(samples) > limit:
+            raise AudioError(f"longer than {max_seconds:g} s; {_CUT_IT}")
+        if not np.isfinite(samples).all():
+            raise AudioError(_NOT_FINITE)
+        file.check_end()
+        return torch.from_numpy(resample(samples, file.rate))
+
+
+_NOT_FINITE = "samples that are not finite"
+
+
+_CUT_IT = "cut it with 'w2v2 prepare', or raise --max-seconds"
+
+
+@dataclass(frozen=True)
+class Item:
+    """An utterance, with audio once it has been read, or what is wrong with it."""
+
+    id: str
+    source: str
+    """File, or corpus."""
+    audio: Tensor | None = None
+    fault: str = ""
+
+
+def find_files(paths: Iterable[str]) -> list[Item]:
+    """Files, and all audio of folders; ids are made as ``prepare`` makes them."""
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(Item(Path(path).stem, path))
+            continue
+        try:
+            inside = [Item(utterance_id(row.path), os.path.join(path, row.path)) for row in folder_rows(Path(path))]
+            found += inside or [Item(path, path, fault="no audio in it: expected files such as .flac, .wav, .mp3")]
+        except (UsageError, OSError) as error:
+            found.append(Item(path, path, fault=str(error)))
+    return found
+
+
+def read_files(items: Iterable[Item], max_seconds: float) -> Iterator[Item]:
+    """The same with audio, or what is wrong with it."""
+    for item in items:
+        try:
+            yield item if item.fault else replace(item, audio=read_audio(item.source, max_seconds))
+        except (AudioError, OSError, UsageError) as error:
+            yield replace(item, fault=str(error))
+
+
+def corpus_items(batches: Iterable[Batch], source: str, max_seconds: float) -> Iterator[Item]:
+    """Utterances of a loader (``data/datamodule.py: whole_utterances``)."""
+    for batch in batches:
+        for name, audio, count in zip(batch.ids, batch.audio, batch.lengths.tolist(), strict=True):
+            audio = audio[:count]
+            fault = f"longer than {max_seconds:g} s; {_CUT_IT}" if count > max_seconds * SAMPLE_RATE else ""
+            yield Item(name, source, audio.clone(), fault if audio.isfinite().all() else _NOT_FINITE)
+        yield from (Item(name, source, fault=why) for name, why in batch.bad.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to extract, and how it is written."""
+
+    layers: tuple[int, ...] = (-1,)
+    codes: bool = False
+    pool: bool = False
+    format: str = "safetensors"
+    """One of ``FORMATS``."""
+
+
+def extract_files(
+    model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float = 60.0
+) -> Iterator[dict[str, Any]]:
+    """Write a file of features for each item into a folder, some items at a time.
+
+    Yields:
+        A row for each: ``id``, ``source``, ``file``, ``seconds`` and ``frames``, or ``error`` in place of these three.
+    """
+    check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
+    out.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    waiting: list[Item] = []
+    for item in items:
+        fault = item.fault or _fault(model, item, taken)
+        if fault:
+            yield {"id": item.id, "source": item.source, "error": fault}
+            continue
+        taken.add(item.id)
+        if waiting and _seconds([*waiting, item]) > batch_seconds:
+            yield from _write(model, waiting, out, wanted)
+            waiting = []
+        waiting.append(item)
+    if waiting:
+        yield from _write(model, waiting, out, wanted)
+
+
+def _fault(model: Wav2Vec2, item: Item, taken: set[str]) -> str:
+    assert item.audio is not None
+    if not model.config.frames([len(item.audio)])[0]:
+        return f"{len(item.audio)} samples at 16 kHz are less than a frame needs"
+    return f"another one is called {item.id} too; extract them into different folders" if item.id in taken else ""
+
+
+def _seconds(items: Sequence[Item]) -> float:
+    return sum(len(item.audio) for item in items if item.audio is not None) / SAMPLE_RATE
+
+
+def _write(model: Wav2Vec2, items: Sequence[Item], out: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    audio = [item.audio for item in items if item.audio is not None]
+    found = extract(model, audio, wanted.layers, codes=wanted.codes, pool=wanted.pool)
+    frames = model.config.frames([len(row) for row in audio])
+    for item, row, features, count in zip(items, audio, found, frames, strict=True):
+        file = item.id.replace("/", "_") + FORMATS[wanted.format]
+        about: dict[str, Any] = {"file": file, "seconds": len(row) / SAMPLE_RATE, "frames": count}
+        partial = out / f".{os.getpid()}.partial"  # a name may be as long as names can be
+        try:
+            if wanted.format == "numpy":
+                with partial.open("wb") as stream:
+                    np.savez(stream, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
+            else:
+                save_file(features, partial, metadata={"id": item.id, "source": item.source})
+            os.replace(partial, out / file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            about = {"error": f"cannot write {file}: {getattr(error, 'strerror', None) or error}"}
+        yield {"id": item.id, "source": item.source, **about}

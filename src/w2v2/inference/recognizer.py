@@ -1,0 +1,125 @@
+"""A CTC model with its vocabulary: audio to log-probabilities of labels. Needs neither Lightning nor lhotse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import VOCABULARY, is_foreign, load_model, load_weights, model_config
+from w2v2.decoding.greedy import Greedy
+from w2v2.errors import UsageError
+from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
+from w2v2.text.vocabulary import Vocabulary, load_vocabulary
+
+NOT_FINITE = "the model's output is not finite: is the recording far beyond full scale?"
+"""Said of a recording; a model that has diverged does this to every one."""
+
+
+@dataclass
+class Recognizer:
+    """What is needed to turn audio into text."""
+
+    model: Wav2Vec2ForCTC
+    vocabulary: Vocabulary
+
+    def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> str:
+        """Text of one recording in one piece, greedily decoded; ``transcribe.py`` is for long ones.
+
+        Args:
+            audio: (S,) samples of one channel.
+            rate: of the samples, Hz; resampled to 16 kHz if it is another.
+        """
+        samples = np.asarray(audio, dtype=np.float32)
+        if samples.ndim != 1:
+            raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
+        if rate != SAMPLE_RATE:
+            from w2v2.data.audio import resample
+
+            samples = resample(samples, rate)
+        return Greedy(self.vocabulary)(self.emissions([torch.from_numpy(samples)])[0]).text
+
+    @torch.no_grad()
+    def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probabilities of waveforms, together in one batch; the same as of each alone.
+
+        Args:
+            audio: (S,) float32 each, 16 kHz, as decoded: normalised here, if the model wants that.
+
+        Returns:
+            (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
+        """
+        config = self.model.config
+        device = next(self.model.parameters()).device
+        rows = [normalize_waveform(row) if config.normalize_audio and len(row) else row for row in audio]
+        frames = config.frames([len(row) for row in rows])
+        usable = [row for row, count in zip(rows, frames, strict=True) if count]
+        found: list[Tensor] = []
+        if usable:
+            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(device)
+            found = self.batch_emissions(batch, [len(row) for row in usable])
+        rest = iter(found)
+        return [next(rest) if count else torch.zeros(0, len(self.vocabulary.labels)) for count in frames]
+
+    @torch.no_grad()
+    def batch_emissions(self, audio: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """The same of a padded batch (B, S) that is normalised already, every row at least a frame long."""
+        log_probs, frames = self.model.eval()(audio, lengths)
+        return [row[:count].cpu() for row, count in zip(log_probs, frames, strict=True)]
+
+
+def normalize_waveform(audio: Tensor) -> Tensor:
+    """(..., S) with zero mean and unit variance over S, as in training (``data/datamodule.py``)."""
+    mean, var = audio.mean(-1, keepdim=True), audio.var(-1, correction=0, keepdim=True)
+    return (audio - mean) / torch.sqrt(var + 1e-5)
+
+
+def load(path: str | PathLike[str]) -> Recognizer | Wav2Vec2:
+    """The model of a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
+
+    Returns:
+        On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a pretraining
+        run its model; of an encoder alone a ``Wav2Vec2``.
+
+    Raises:
+        UsageError: nothing there, something else, or weights that do not fit.
+    """
+    path = Path(path)
+    if is_foreign(path):
+        contents = read(path)
+        model, vocabulary = contents.build(), contents.vocabulary
+    else:
+        model = load_model(path)
+        if isinstance(model, Wav2Vec2ForCTC):
+            return load_recognizer(path)
+        vocabulary = None
+    if not isinstance(model, Wav2Vec2ForCTC):
+        return model
+    assert vocabulary is not None
+    return Recognizer(model, vocabulary)
+
+
+def load_recognizer(folder: Path) -> Recognizer:
+    """The model of a fine-tuning run, or of a folder of weights of one, in evaluation mode, with its vocabulary.
+
+    Raises:
+        UsageError: no such folder, or one without a CTC head.
+    """
+    config = model_config(folder)
+    if not (folder / VOCABULARY).is_file():
+        raise UsageError(
+            f"{folder} has no CTC head, or no {VOCABULARY} beside it: expected a run of 'w2v2 finetune'; "
+            "a pretrained encoder has to be fine-tuned first"
+        )
+    vocabulary = load_vocabulary(folder / VOCABULARY)
+    model = load_weights(Wav2Vec2ForCTC(config, len(vocabulary.labels)), folder)
+    return Recognizer(model.eval(), vocabulary)

@@ -1,0 +1,299 @@
+"""Recordings of any length to text, in bounded memory: overlapping windows, log-probabilities stitched.
+
+Audio is decoded, mixed down and resampled as it is needed. A window starts at a whole number of frames; the frames near
+its edges, which see too little, are thrown away, and those that the next window starts with lie beside those that this
+one ends with. Neither the audio nor the log-probabilities of a long recording are ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, FloatArray, stream_audio
+from w2v2.data.sources import audio_paths
+from w2v2.data.storage import is_remote
+from w2v2.decoding.greedy import Decoder, Hypothesis
+from w2v2.errors import UsageError
+from w2v2.inference.recognizer import NOT_FINITE, Recognizer
+from w2v2.inference.transcripts import Transcript, label_scores, word_times
+from w2v2.model.wav2vec2 import Wav2Vec2Config
+from w2v2.text.vocabulary import Vocabulary
+
+T = TypeVar("T")
+
+
+STDIN = "-"
+
+
+STRETCH_SECONDS = 60.0
+"""Decoders get at most this, and at least half of it, of a longer recording: a beam keeps something of every frame."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How long recordings are cut into windows."""
+
+    seconds: float = 30.0
+    """Length of a window; a recording that is no longer is taken whole."""
+    context: float = 3.0
+    """At each inner edge, so much is heard and thrown away."""
+
+    def __post_init__(self) -> None:
+        if self.seconds * SAMPLE_RATE == math.inf:
+            raise UsageError(f"a window must be a finite number of seconds, got {self.seconds:g}; choose fewer")
+        if not (self.context >= 0.1 and self.seconds >= 2 * self.context + 0.1):
+            raise UsageError(
+                "a window must be at least 0.1 s longer than its two contexts, each of at least 0.1 s: "
+                f"got {self.seconds:g} s with {self.context:g} s"
+            )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a recording, and which of its frames count."""
+
+    audio: Tensor
+    """(S,) float32 at 16 kHz."""
+    skip: int
+    """Leading frames that do not count."""
+    keep: int
+    """Frames that do, after those."""
+    last: bool
+    """Whether the recording ends with it."""
+
+
+def cut_windows(blocks: Iterable[FloatArray], config: Wav2Vec2Config, layout: Layout) -> Iterator[Window]:
+    """Windows of audio that comes in blocks; together they keep exactly the frames that the whole would have.
+
+    Args:
+        blocks: (samples,) at 16 kHz each; no more of them is taken than the next window needs.
+    """
+    hop = math.prod(config.conv_strides)
+    size, context = (round(seconds * SAMPLE_RATE / hop) for seconds in (layout.seconds, layout.context))
+    step, skip = size - 2 * context, 0
+    held = np.zeros(0, np.float32)
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > size * hop:
+            yield Window(torch.from_numpy(held[: size * hop]), skip, size - context - skip, last=False)
+            # The next starts so much earlier that its own context is heard before its first frame that counts.
+            held, skip = held[step * hop :].copy(), context
+    yield Window(torch.from_numpy(held), skip, max(config.frames([len(held)])[0] - skip, 0), last=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recording to transcribe."""
+
+    path: str
+    """File, URL, or ``-`` for standard input."""
+    name: str
+    """What people know it by."""
+    place: str
+    """Relative path; of one that was found in a folder, from there."""
+
+    def size(self) -> int:
+        """Bytes, to judge how far the work is; 1 where that is unknown."""
+        return max(os.path.getsize(self.path), 1) if os.path.isfile(self.path) else 1
+
+    def open(self) -> AudioFile:
+        """Open the audio; standard input goes through a temporary file, because decoders seek.
+
+        Raises:
+            AudioError, OSError, UsageError: it cannot be had.
+        """
+        if os.path.isdir(self.path):
+            raise AudioError("it is a folder, expected an audio file")
+        return AudioFile(_spooled(sys.stdin.buffer) if self.path == STDIN else self.path)
+
+
+def _spooled(stream: BinaryIO) -> BinaryIO:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 -- it is gone when AudioFile lets go of it
+    shutil.copyfileobj(stream, file)
+    file.seek(0)
+    return file
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A recording that could not be transcribed."""
+
+    name: str
+    reason: str
+
+
+def source_of(path: str) -> Source:
+    """A file, a URL, or ``-``."""
+    name = "stdin" if path == STDIN else path
+    return Source(path, name, os.path.basename(name))
+
+
+def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[Failure]]:
+    """Recordings that arguments stand for: files and URLs as they are, folders with all audio below them.
+
+    Files are not opened here. A folder that cannot be used is a failure, and the rest goes on.
+    """
+    sources: list[Source] = []
+    failures: list[Failure] = []
+    for path in inputs:
+        if path == STDIN or is_remote(path) or not os.path.isdir(path):
+            sources.append(source_of(path))
+            continue
+        try:
+            names = ((os.path.join(path, place), place) for place in audio_paths(Path(path)))
+            found = [Source(name, name, place) for name, place in names]
+        except (UsageError, OSError) as error:
+            failures.append(Failure(path, _said(error)))
+            continue
+        sources += found
+        if not found:
+            failures.append(Failure(path, "no audio files in this folder"))
+    return sources, failures
+
+
+class _Recording:
+    """A recording whose windows are coming in. Decodes what it holds, up to a pause, whenever that is long enough."""
+
+    def __init__(self, source: Source, recognizer: Recognizer, decoder: Decoder, longest: float) -> None:
+        self.source, self.recognizer, self.decoder, self.longest = source, recognizer, decoder, longest
+        self.failure: Failure | None = None
+        self.samples = self.expected = 0
+        self.parts: list[Tensor] = []
+        self.first = 0  # frame of the recording that ``parts`` start with
+        self.texts: list[str] = []
+        self.labels: list[tuple[int, int, int, float]] = []  # id, first and last frame, score
+
+    def windows(self, layout: Layout) -> Iterator[tuple[_Recording, Window | None]]:
+        """Itself with each window; with None in the end if it cannot be read (further), and ``failure`` says why."""
+        config = self.recognizer.model.config
+        try:
+            with self.source.open() as file:
+                self.expected = round(file.frames * SAMPLE_RATE / file.rate)
+                for window in cut_windows(self._counted(stream_audio(file)), config, layout):
+                    yield self, window
+        except (AudioError, OSError, UsageError) as error:
+            self.failure = Failure(self.source.name, _said(error))
+            yield self, None
+
+    def _counted(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
+        for block in blocks:
+            self.samples += len(block)
+            yield block
+
+    def share(self) -> float:
+        """How much of it has been read, 0 to 1."""
+        return min(self.samples / self.expected, 1.0) if self.expected else 1.0
+
+    def add(self, log_probs: Tensor) -> None:
+        """Take the next frames (T, labels); of a recording that has failed already, nothing."""
+        if log_probs.isnan().any():
+            self.failure = Failure(self.source.name, NOT_FINITE)
+        if self.failure is not None:
+            return
+        self.parts.append(log_probs)
+        while sum(map(len, self.parts)) > self.longest:
+            held = torch.cat(self.parts)
+            cut = find_pause(held[: round(self.longest)], self.recognizer.vocabulary)
+            self._decode(held[:cut])
+            self.parts = [held[cut:].clone()]
+
+    def finish(self) -> Transcript:
+        """What is said in all of it."""
+        self._decode(torch.cat(self.parts))
+        ids, starts, ends, scores = zip(*self.labels, strict=True) if self.labels else ((),) * 4
+        said = Hypothesis(" ".join(text for text in self.texts if text), ids, starts, ends, sum(scores))
+        words = word_times(said, self.recognizer.vocabulary, self.recognizer.model.config.frame_seconds, scores)
+        return Transcript(self.source.name, self.samples / SAMPLE_RATE, said.text, tuple(words))
+
+    def _decode(self, log_probs: Tensor) -> None:
+        found, first, boundary = self.decoder(log_probs), self.first, self.recognizer.vocabulary.boundary
+        if self.labels and boundary is not None and self.labels[-1][0] != boundary:
+            self.labels.append((boundary, first - 1, first - 1, 0.0))  # a decoder need not end the last word
+        starts, ends = ([first + frame for frame in frames] for frames in (found.starts, found.ends))
+        self.labels += zip(found.ids, starts, ends, label_scores(found, log_probs), strict=True)
+        self.texts.append(found.text)
+        self.first += len(log_probs)
+
+
+def find_pause(log_probs: Tensor, vocabulary: Vocabulary) -> int:
+    """Where to cut log-probabilities (T, labels) so that no word is cut: inside the longest pause of their second half.
+
+    A pause is a run of frames without letters between two words. If nobody pauses there, the longest run within a word
+    has to do; if there is none either, the end.
+    """
+    best = log_probs.argmax(-1)
+    nothing = torch.tensor([vocabulary.blank, *vocabulary.silent])
+    between = (
+        best == vocabulary.boundary if vocabulary.boundary is not None else torch.zeros_like(best, dtype=torch.bool)
+    )
+    quiet, counts = (torch.isin(best, nothing) | between).unique_consecutive(return_counts=True)
+    found = (False, 0, len(log_probs))  # ends a word, length, where
+    for silent, end, count in zip(quiet.tolist(), counts.cumsum(0).tolist(), counts.tolist(), strict=True):
+        marks = between[end - count : end].nonzero().flatten().tolist()
+        start = end - count + (marks[-1] + 1 if marks else 0)  # a word keeps the label that ends it
+        middle = (start + end + 1) // 2
+        if silent and middle >= len(log_probs) // 2:
+            found = max(found, (bool(marks) or vocabulary.boundary is None, count, middle))
+    return found[2]
+
+
+def transcribe(
+    recognizer: Recognizer,
+    sources: Sequence[Source],
+    decoder: Decoder,
+    *,
+    layout: Layout | None = None,
+    batch_size: int = 1,
+    stretch: float = STRETCH_SECONDS,
+    show: Callable[[float], None] | None = None,
+) -> Iterator[Transcript | Failure]:
+    """Transcribe recordings, in their order; what cannot be read is a failure, and the rest goes on.
+
+    Args:
+        layout: of windows; None: 30 s with 3 s of context.
+        batch_size: windows that go through the model together, also of several recordings. The text does not depend on
+            it.
+        stretch: seconds that the decoder gets at most; infinite: always whole recordings.
+        show: is told the share of the work that is done, by size of files.
+    """
+    layout = layout or Layout()
+    sizes = [source.size() for source in sources]
+    longest = stretch * SAMPLE_RATE / math.prod(recognizer.model.config.conv_strides)
+    recordings = (_Recording(source, recognizer, decoder, longest) for source in sources)
+    done = 0
+    windows = (item for recording in recordings for item in recording.windows(layout))
+    for batch in _batches(windows, batch_size):
+        found = iter(recognizer.emissions([window.audio for _, window in batch if window is not None]))
+        for recording, window in batch:
+            if window is not None:
+                recording.add(next(found)[window.skip : window.skip + window.keep])
+            if window is None or window.last:
+                done += sizes.pop(0)
+                yield recording.failure or recording.finish()
+        if show is not None:
+            rest = sizes[0] * batch[-1][0].share() if sizes and batch[-1][1] and not batch[-1][1].last else 0.0
+            show((done + rest) / (done + sum(sizes)))
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, without the path, which is said beside it."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

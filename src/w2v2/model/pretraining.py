@@ -1,0 +1,266 @@
+"""The contrastive objective around the encoder: quantizer, losses and metrics (paper section 3)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from w2v2.errors import Count, Positive, ShareBelowOne, UsageError
+from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
+from w2v2.model.masking import Draws, cut_batch, draw, equalize_masks, keyed_generator, sample_layers, slices
+from w2v2.model.packing import Rows, repeat_rows, unpack
+from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
+
+
+class SSLModel(Protocol):
+    """What the task asks of a model."""
+
+    def draw(
+        self, samples: list[int], keys: list[tuple[int | str, ...]], *, step_key: tuple[int | str, ...] | None = None
+    ) -> Any:
+        """Everything random about a batch, drawn on the host; has ``to(device)`` and ``all_masked(frames)``."""
+
+    def __call__(self, audio: Tensor, draws: Any, lengths: list[int] | None = None, *, step: int = 0) -> SSLOutput:
+        """Losses and metrics, as sums."""
+
+    def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Figures from metrics summed over batches and ranks."""
+
+
+@dataclass
+class SSLOutput:
+    """What a self-supervised model returns for a batch: sums, so that they add over batches and ranks."""
+
+    losses: dict[str, Tensor]
+    """Scalar float32 sums over the targets; weighted and divided by the number of targets by the task."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of anything, without gradient; ``summarize`` makes figures of them."""
+    num_targets: int = 0
+    """Targets in the batch, known on the host."""
+
+
+class Wav2Vec2ForPretraining(Wav2Vec2):
+    """The encoder with quantizer and contrastive objective."""
+
+    config: ContrastiveConfig
+
+    def __init__(self, config: ContrastiveConfig) -> None:
+        super().__init__(config)
+        target_dim = config.n_embd if config.target_features == "projected" else config.conv_channels[-1]
+        self.quantizer = config.build_quantizer(target_dim)
+        self.project_q: nn.Linear | None = None
+        code_dim: int = self.quantizer.output_dim  # type: ignore[assignment]
+        if config.similarity_dim is not None:
+            self.project_q = nn.Linear(code_dim, config.similarity_dim)
+        self.out_linear = nn.Linear(config.n_embd, config.similarity_dim or code_dim)
+        init_weights(self.quantizer)
+
+    def draw(
+        self,
+        samples: Sequence[int],
+        keys: Sequence[Sequence[int | str]],
+        *,
+        step_key: Sequence[int | str] | None = None,
+    ) -> Draws:
+        """Draw masks, distractors and layers for a batch, on the host.
+
+        Args:
+            samples: length of each utterance.
+            keys: for each utterance, what its draws depend on, such as (seed, epoch, id).
+            step_key: what LayerDrop depends on, such as (seed, step). None: validation; no layer is dropped, and masks
+                are left as drawn, so that an utterance's do not depend on its batch.
+        """
+        config = self.config
+        rngs = [keyed_generator(*key) for key in keys]
+        masks = [config.sample_mask(n, rng) for n, rng in zip(config.frames(samples), rngs, strict=True)]
+        if step_key is None:
+            return draw(masks, rngs, config.num_distractors)
+        sub_batches = config.sub_batches(samples)
+        masks = [mask for part in slices(sub_batches) for mask in equalize_masks(masks[part], rngs[part])]
+        keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
+        return draw(masks, rngs, config.num_distractors, keep_layers, sub_batches)
+
+    def forward(  # type: ignore[override]
+        self, audio: Tensor, draws: Draws, lengths: Sequence[int] | None = None, *, step: int = 0
+    ) -> SSLOutput:
+        """Losses and metrics of a batch.
+
+        Args:
+            audio: (B, S) float32; lengths as for the encoder.
+            draws: on the audio's device.
+            step: optimiser steps so far, for the Gumbel temperature.
+        """
+        config = self.config
+        frames, packed = self.frame_lengths(audio, lengths)
+        features = self.feature_encoder(audio, lengths if packed else None)
+        normalised, projected = self.feature_projection(features, packed)
+        x = self.contextualize(
+            self.feature_projection.dropout(projected),
+            packed,
+            covered=draws.covered,
+            keep_layers=draws.keep_layers,
+            rows=Rows(draws.masked, draws.counts),
+        )
+        context = self.out_linear(x.squeeze(0))
+
+        source = self._to_quantize(normalised, projected)[draws.masked]
+        source = F.dropout(source, config.dropout_features, self.training)
+        temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
+        masked = [sum(draws.counts[part]) for part in draws.parts()]
+        quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
+        codes = torch.cat([q.codes for q in quantized])
+        targets = torch.cat([q.quantized for q in quantized])
+        targets = targets if self.project_q is None else self.project_q(targets)
+
+        logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
+        contrastive = contrastive_loss(logits)
+        diversity = [
+            diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n) for q, n in zip(quantized, masked, strict=True)
+        ]
+        ones = torch.ones((), device=audio.device)
+        return SSLOutput(
+            losses={
+                "contrastive": contrastive.loss,
+                "diversity": _total(diversity),
+                "feature_penalty": feature_penalty(features, frames, draws.counts),
+            },
+            metrics={
+                "contrastive": contrastive.loss.detach().double(),
+                "correct": contrastive.correct.detach(),
+                "identical": contrastive.identical.detach(),
+                "probs": _total([q.probs_sum for q in quantized]),
+                "codes": _total([q.code_counts for q in quantized]),
+                "distinct_codes": _distinct_codes(codes, draws.counts),
+                "utterances": len(frames) * ones,
+                "frames": sum(frames) * ones,
+                "masked": len(draws.masked) * ones,
+                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
+            },
+            num_targets=len(draws.masked),
+        )
+
+    def _to_quantize(self, normalised: Tensor, projected: Tensor) -> Tensor:
+        """(all frames laid end to end, width)."""
+        source = projected if self.config.target_features == "projected" else normalised
+        return source.flatten(0, 1)
+
+    def codes(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+        """The entry of each codebook for each frame, nothing masked: in evaluation mode the targets of ``forward``.
+
+        Args:
+            audio, lengths: as for ``encode``.
+
+        Returns:
+            (B, T, G) int64, zero after an utterance's end, and the frames T of each utterance.
+        """
+        frames, packed = self.frame_lengths(audio, lengths)
+        features = self.feature_projection(self.feature_encoder(audio, lengths if packed else None), packed)
+        codes = self.quantizer(self._to_quantize(*features), self.config.gumbel_end).codes
+        rows = codes[None] if packed else codes.unflatten(0, (len(frames), -1))
+        return unpack(rows, packed), frames
+
+    def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Figures from metrics summed over batches and ranks; perplexities are of the whole, not means of parts.
+
+        So is the diversity loss in evaluation, where it must not depend on how the utterances were batched.
+        """
+        total = {name: value.detach().cpu().double() for name, value in sums.items()}
+        masked = total["masked"]
+        probs, codes = total["probs"] / masked, total["codes"] / masked
+        nats = (total["contrastive"] / masked).item()
+        groups = {
+            f"{kind}_perplexity_{group}": perplexity(rows[group : group + 1]).item()
+            for kind, rows in (("prob", probs), ("code", codes))
+            for group in range(len(rows))
+        }
+        return {
+            "contrastive_bits": nats / math.log(2),
+            "contrastive_of_chance": nats / math.log(1 + self.config.num_distractors),
+            "accuracy": (total["correct"] / masked).item(),
+            "identical_distractors": (total["identical"] / masked).item(),
+            "prob_perplexity": perplexity(probs).item(),
+            "code_perplexity": perplexity(codes).item(),
+            **groups,
+            "dead_codes": (codes == 0).sum().item(),
+            "codes_per_utterance": (total["distinct_codes"] / total["utterances"]).item(),
+            "masked_fraction": (masked / total["frames"]).item(),
+            **(
+                {"temperature": (total["temperature"] / masked).item()}
+                if "temperature" in total
+                else {"diversity": diversity_loss(perplexity(probs), probs.numel(), 1).item()}
+            ),
+        }
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
+def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
+    """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
+    ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
+    for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
+        ids = ids * 6364136223846793005 + group + 1
+    ordered = ids.sort().values
+    return 1.0 + (ordered[1:] != ordered[:-1]).sum()
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig(Wav2Vec2Config):
+    """The encoder's, and everything that decides the contrastive objective. Defaults are the page's BASE."""
+
+    dropout_features: ShareBelowOne = 0.1
+    """On the features that the quantizer gets (``dropout_features``)."""
+    target_features: str = "projected"
+    """What is quantised: ``projected``, D wide, as on the page; ``encoder``, the normalised C-wide features (paper)."""
+    n_groups: Count = 2
+    """Codebooks G (``latent_groups``)."""
+    n_entries: Count = 320
+    """Entries V of each codebook (``latent_vars``)."""
+    codebook_dim: Count = 384
+    """Width of an entry (``latent_dim / latent_groups``)."""
+    similarity_dim: Count | None = None
+    """Width of the space in which contexts and targets meet (``final_dim``); None: the quantizer's own, unprojected."""
+    num_distractors: Count = 100
+    """Distractors K for each target (``num_negatives``)."""
+    logit_temperature: Positive = 0.1
+    """Cosine similarities are divided by it (``logit_temp``)."""
+    gumbel_start: Positive = 2.0
+    """Gumbel temperature at step 0 (``latent_temp[0]``)."""
+    gumbel_end: Positive = 0.5
+    """Its lower bound (``latent_temp[1]``)."""
+    gumbel_decay: Positive = 0.999995
+    """Its factor per optimiser step (``latent_temp[2]``)."""
+    sub_batch_seconds: Positive | None = 87.5
+    """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of
+    masked frames are taken: a batch that fills a larger GPU has the objective of the published one (``max_tokens`` 1.4M
+    samples). None: of the whole batch."""
+
+    def check(self) -> None:
+        """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
+        super().check()
+        if self.target_features not in ("projected", "encoder"):
+            raise UsageError(f"--model.target-features must be 'projected' or 'encoder', got {self.target_features!r}")
+
+    def build(self) -> Wav2Vec2ForPretraining:
+        """The pretraining model, freshly initialised from torch's global generator."""
+        return Wav2Vec2ForPretraining(self)
+
+    def build_quantizer(self, input_dim: int) -> nn.Module:
+        """Module of (x (M, input_dim), temperature) -> QuantizerOutput, with an ``output_dim``."""
+        return GumbelVectorQuantizer(input_dim, self.n_groups, self.n_entries, self.codebook_dim)
+
+    def sub_batches(self, samples: Sequence[int]) -> tuple[int, ...]:
+        """How many utterances, in their order, make up each sub-batch of a batch of these lengths."""
+        if self.sub_batch_seconds is None:
+            return (len(samples),)
+        # Resampling leaves a sample more or less in some; that is no reason to cut a batch in two.
+        return cut_batch(samples, round(self.sub_batch_seconds * SAMPLE_RATE * 1.001))

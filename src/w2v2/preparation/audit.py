@@ -1,0 +1,348 @@
+"""What can be wrong with a recording, a part of one, or a transcript: found in one decoding, each with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from w2v2.data.audio import (
+    FORMATS,
+    SAMPLE_RATE,
+    AudioError,
+    AudioFile,
+    FloatArray,
+    announced_but_missing,
+    mix_down,
+    says_length,
+)
+from w2v2.data.storage import is_remote, open_binary
+from w2v2.text.vocabulary import normalize_text
+
+REJECTING = ("unreadable", "truncated", "empty", "silent", "non_finite", "too_short", "duplicate")
+"""Reasons to leave a recording out."""
+
+
+WARNING = (
+    "clipped",
+    "dc_offset",
+    "wrong_extension",
+    "speaker_overlap",
+    "transcript_missing",
+    "transcript_empty",
+    "out_of_vocabulary",
+    "ctc_infeasible",
+    "speech_rate",
+)
+"""Reasons that are told and recorded; the recording is kept."""
+
+
+REASONS = REJECTING + WARNING
+
+
+_BLOCK_SECONDS = 60
+
+
+_FLAT = 0.99  # of the peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Thresholds."""
+
+    max_seconds: float = 30.0
+    """Recordings without a transcript are cut to at most this, at quiet points, seconds."""
+    silent_db: float = -60.0
+    """``silent``: root mean square without the mean, dB of full scale, below this."""
+    max_clipped: float = 1e-5
+    """``clipped``: share of samples in runs of three or more equal ones at the recording's peak, above this."""
+    max_dc: float = 0.02
+    """``dc_offset``: absolute mean, share of full scale, above this."""
+    receptive_field: int = 400
+    """``too_short``: fewer samples at 16 kHz than one output frame sees."""
+    hop: int = 320
+    """Samples at 16 kHz between output frames, for ``ctc_infeasible``."""
+    vocabulary: str = ""
+    """``out_of_vocabulary``: characters not among these, in upper case; empty: any but letters, their marks and the
+    apostrophe."""
+    min_chars_per_second: float = 1.0
+    """``speech_rate``: below this."""
+    max_chars_per_second: float = 30.0
+    """``speech_rate``: above this. LibriSpeech has 4 to 22."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a row claims about a recording."""
+
+    row: int
+    start: float | None = None
+    """Seconds; None: from its beginning."""
+    end: float | None = None
+    """Seconds; None: to its end."""
+    text: str | None = None
+    """Transcript; None: none."""
+
+
+@dataclass
+class Finding:
+    """What one decoding of a row found."""
+
+    row: int
+    rate: int = 0
+    """Hz."""
+    channels: int = 0
+    total: int = 0
+    """Samples per channel of the whole recording."""
+    first: int = 0
+    """Sample at which the row starts."""
+    samples: int = 0
+    """Samples per channel of the row."""
+    content: str = ""
+    """Hash of the decoded samples."""
+    cuts: list[int] = field(default_factory=list)
+    """Samples at which to cut it."""
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+    """(reason, detail)."""
+
+    def add(self, reason: str, detail: str) -> None:
+        """One more reason."""
+        self.reasons.append((reason, detail))
+
+
+class _Scan:
+    """Running figures over the blocks of a recording."""
+
+    def __init__(self, file: AudioFile, *, energies: bool) -> None:
+        self.hash = hashlib.sha256(f"{file.rate} Hz, {file.channels} channels".encode())
+        self.step = file.step
+        self.samples = self.flat = 0
+        self.sum = self.squares = self.peak = 0.0
+        self.finite = True
+        self.frame = round(file.rate * FRAME_SECONDS) if energies else 0
+        self.energy: list[FloatArray] = []
+
+    def add(self, block: FloatArray) -> None:
+        self.hash.update(np.ascontiguousarray(block).data)
+        high = max(float(block.max()), -float(block.min()))  # either is NaN if any sample is
+        self.samples += len(block)
+        if not np.isfinite(high):
+            self.finite = False
+            return
+        mono = mix_down(block)
+        exact = mono.astype(np.float64)  # the variance is a small difference where there is an offset
+        self.sum += float(exact.sum())
+        self.squares += float(np.dot(exact, exact))
+        if self.peak < _FLAT * high:  # what was flat below is not at the recording's peak
+            self.flat = 0
+        self.peak = max(self.peak, high)
+        if self.peak > 0.1:  # below, equal neighbours are a matter of few bits, not of clipping
+            for channel in block.T:
+                if max(float(channel.max()), -float(channel.min())) >= _FLAT * self.peak:
+                    self.flat += _flat_samples(channel, _FLAT * self.peak, self.step)
+        if self.frame:
+            starts = np.arange(0, len(mono), self.frame)
+            lengths = np.diff(starts, append=len(mono))  # the recording's last frame may be a shorter one
+            self.energy.append((np.add.reduceat(mono * mono, starts) / lengths).astype(np.float32))
+
+    def judge(self, found: Finding, config: AuditConfig) -> None:
+        if not self.finite:
+            found.add("non_finite", "some samples are not finite")
+            return
+        mean = self.sum / self.samples
+        rms = max(self.squares / self.samples - mean * mean, 0.0) ** 0.5
+        db = 20 * np.log10(rms) if rms else -np.inf
+        if db < config.silent_db:
+            found.add("silent", f"{db:.0f} dB of full scale")
+        if abs(mean) > config.max_dc:
+            found.add("dc_offset", f"mean {mean:+.3f}")
+        share = self.flat / (self.samples * found.channels)
+        if share > config.max_clipped:
+            found.add("clipped", f"{self.flat} samples flat at the peak {self.peak:.3f}, {share:.3g} of all")
+
+
+def _flat_samples(channel: FloatArray, level: float, step: float) -> int:
+    """Samples in runs of three or more equal ones at or beyond a level, from which the signal drops steeply.
+
+    The peak of a slow wave is flat too where values lie a step apart: of three equal samples at the top of a sine, the
+    next on each side is at most five steps lower.
+    """
+    starts = np.flatnonzero(np.diff(channel, prepend=np.nan))
+    lengths = np.diff(starts, append=len(channel))
+    runs = np.flatnonzero((lengths >= 3) & (np.abs(channel[starts]) >= level))
+    before = channel[np.maximum(starts[runs] - 1, 0)]
+    after = channel[np.minimum(starts[runs] + lengths[runs], len(channel) - 1)]
+    at = channel[starts[runs]]
+    steep = np.maximum(np.abs(at - before), np.abs(at - after)) > 5 * step
+    return int(lengths[runs][steep].sum())
+
+
+def audit_all(tasks: Sequence[tuple[str, Sequence[Part]]], config: AuditConfig) -> list[Finding]:
+    """``audit`` of several recordings, in one call to another process."""
+    return [found for location, parts in tasks for found in audit(location, parts, config)]
+
+
+def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Finding]:
+    """Decode the parts of one recording, in blocks of a minute, and say what is wrong with each.
+
+    Args:
+        location: path or URL.
+        parts: which parts; each is decoded once.
+        config: thresholds.
+    """
+    findings = [Finding(part.row) for part in parts]
+    try:
+        if not is_remote(location) and not stat.S_ISREG(os.stat(location).st_mode):
+            raise AudioError("not a regular file")  # a pipe would keep us waiting
+        with AudioFile(location) as file:
+            missing = announced_but_missing(location, file.format)
+            for part, found in zip(parts, findings, strict=True):
+                _audit_part(file, location, part, found, config)
+                if missing and not any(reason == "truncated" for reason, _ in found.reasons):
+                    found.reasons = [said for said in found.reasons if said[0] != "empty"]
+                    found.add("truncated", missing)
+                _check_extension(location, file.format, found)
+    except (AudioError, OSError) as error:
+        reason = _why_undecodable(location)
+        for found in findings:
+            if not found.samples and not found.reasons:
+                found.add(reason, str(error))
+    for part, found in zip(parts, findings, strict=True):
+        _check_transcript(part.text, found, config)
+    return findings
+
+
+def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, config: AuditConfig) -> None:
+    found.rate, found.channels, found.total = file.rate, file.channels, file.frames
+    found.first = round((part.start or 0.0) * file.rate)
+    if found.first and found.first >= file.frames:
+        found.add("truncated", f"it starts at {part.start:g} s, the recording ends at {file.frames / file.rate:g} s")
+        return
+    whole = part.start is None and part.end is None
+    expected = file.frames - found.first if part.end is None else round(part.end * file.rate) - found.first
+    limit = round(config.max_seconds * file.rate)
+    scan = _Scan(file, energies=not part.text and expected > limit)
+    file.seek(found.first)
+    for block in _blocks(file, None if part.end is None else expected):
+        scan.add(block)
+    found.samples, found.content = scan.samples, scan.hash.hexdigest()
+    found.total = scan.samples if whole else max(file.frames, found.first + scan.samples)
+    # The end of a row is often rounded up from the recording's own; MP4 announces its padding too.
+    slack = file.padding or (0 if whole else round(0.1 * file.rate))
+    if scan.samples == 0:
+        found.add("empty", "no samples")
+    elif scan.samples < expected - slack and (part.end is not None or says_length(location, file.format)):
+        found.add("truncated", f"{scan.samples} samples of {expected}")
+    else:
+        scan.judge(found, config)
+        if scan.samples * SAMPLE_RATE / file.rate < config.receptive_field:
+            found.add("too_short", f"{scan.samples / file.rate:.4f} s")
+        elif scan.energy and scan.samples > limit:
+            points = quiet_points(np.concatenate(scan.energy), limit // scan.frame)
+            found.cuts = [point * scan.frame for point in points]
+
+
+def _blocks(file: AudioFile, count: int | None) -> Iterator[FloatArray]:
+    """The next ``count`` samples, or all that are left, about a minute at a time, in whole frames."""
+    frame = max(round(file.rate * FRAME_SECONDS), 1)
+    size = _BLOCK_SECONDS * file.rate // frame * frame
+    while count is None or count > 0:
+        block = file.read(size if count is None else min(size, count))
+        if len(block) == 0:
+            return
+        yield block
+        count = None if count is None else count - len(block)
+
+
+def _check_extension(location: str, container: str, found: Finding) -> None:
+    suffix = PurePosixPath(location).suffix.lower()
+    if container not in FORMATS.get(suffix, {container}):
+        found.add("wrong_extension", f"{container} in a file named {suffix}")
+
+
+def _why_undecodable(location: str) -> str:
+    """``truncated`` if the decoder ran out of bytes, ``empty`` if there are none, else ``unreadable``."""
+    if not is_remote(location) and not os.path.isfile(location):
+        return "unreadable"
+    try:
+        with open_binary(location) as raw:
+            size = raw.seek(0, os.SEEK_END)
+            raw.seek(0)
+            if size == 0:
+                return "empty"
+            if raw.read(4) == b"OggS" and announced_but_missing(location, "OGG"):
+                return "truncated"
+            raw.seek(0)
+            with AudioFile(raw) as file:
+                try:
+                    for _ in _blocks(file, None):
+                        pass
+                except AudioError:
+                    if raw.tell() >= size:
+                        return "truncated"
+    except (AudioError, OSError):
+        pass
+    return "unreadable"
+
+
+def _check_transcript(text: str | None, found: Finding, config: AuditConfig) -> None:
+    if text is None:
+        return
+    words = normalize_text(text).split()
+    if not words:
+        found.add("transcript_empty", "nothing but spaces")
+        return
+    strange = sorted({c for word in words for c in word if not _known(c, config.vocabulary)})
+    if strange:
+        found.add("out_of_vocabulary", " ".join(f"{c} (U+{ord(c):04X})" for c in strange))
+    if not found.samples or any(reason in REJECTING for reason, _ in found.reasons):
+        return
+    seconds = found.samples / found.rate
+    labels = "|".join(words) + "|"  # a boundary after each word, as the vocabulary encodes it
+    needed = len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
+    frames = (int(seconds * SAMPLE_RATE) - config.receptive_field) // config.hop + 1
+    if needed > frames:
+        found.add("ctc_infeasible", f"{len(labels)} labels need {needed} frames, the audio has {frames}")
+    speed = sum(map(len, words)) / seconds
+    if not config.min_chars_per_second <= speed <= config.max_chars_per_second:
+        found.add("speech_rate", f"{speed:.1f} characters per second")
+
+
+def _known(character: str, vocabulary: str) -> bool:
+    if vocabulary:
+        return character in vocabulary
+    return character in "'\u2019" or unicodedata.category(character)[0] in "LM"
+
+
+FRAME_SECONDS = 0.02
+
+
+_SMOOTH = 10  # frames: a dip has to last about as long as a pause between words
+
+
+def quiet_points(energy: npt.NDArray[np.float32], longest: int) -> list[int]:
+    """Frames at which to cut so that no piece is longer than ``longest``, at the quietest place within reach.
+
+    Each piece but the last has at least half of ``longest``, and the last at least a quarter.
+
+    Args:
+        energy: (T,) mean square of each frame.
+        longest: frames, at least 8.
+    """
+    smooth = np.convolve(energy, np.ones(_SMOOTH) / _SMOOTH, mode="same")
+    points: list[int] = []
+    at = 0
+    while len(energy) - at > longest:
+        low, high = at + longest // 2, min(at + longest, len(energy) - longest // 4)
+        window = smooth[low : high + 1]
+        at = high - int(np.argmin(window[::-1]))  # of several, the last: fewer pieces
+        points.append(at)
+    return points

@@ -1,0 +1,214 @@
+"""Run-level configuration: what a recipe returns, what the run folder keeps, and the checks across its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from w2v2.checkpoint.native import CONFIG, expect_file
+from w2v2.data.config import DataConfig
+from w2v2.errors import Count, Positive, Range, ShareBelowOne, UsageError, Whole, check_ranges
+from w2v2.model.feature_encoder import receptive_field
+from w2v2.model.pretraining import ContrastiveConfig
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
+from w2v2.serial import load_config
+from w2v2.text.vocabulary import Characters, Phonemes, SentencePieces
+from w2v2.training.optim import OptimConfig
+
+
+def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
+    """The configuration of a run folder, or of a folder of weights, whose ``config.json`` is the model's alone."""
+    expect_file(folder, CONFIG)
+    config: Any = load_config(folder / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
+    found: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
+    return found
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, on what, and what is written."""
+
+    max_steps: Count | None = None
+    """Optimiser steps at which this run ends; None: at the end of the schedule. It does not change the schedule."""
+    accumulate: Count = 1
+    """Micro-batches per optimiser step and rank (``update_freq``)."""
+    precision: str = "auto"
+    """``bf16-mixed``, ``16-mixed``, ``bf16-true``, ``32-true``; ``auto``: bf16-mixed on a GPU that has it, else 32-true
+    (on a CPU bf16 is many times slower)."""
+    accelerator: str = "auto"
+    """Lightning's name: ``auto``, ``cpu``, ``gpu``."""
+    devices: Count = 1
+    """Processes on each machine, one per device."""
+    num_nodes: Count = 1
+    """Machines."""
+    seed: int = 0
+    """Of everything random."""
+    log_every: Count = 50
+    """Optimiser steps between rows of metrics.csv."""
+    val_every: Count = 1000
+    """Optimiser steps between validations."""
+    checkpoint_every: Count = 1000
+    """Optimiser steps between checkpoints."""
+    keep_checkpoints: Count = 3
+    """Checkpoints kept, the newest ones; the best weights are kept beside them."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more
+    time."""
+    shard: bool = False
+    """Share parameters, gradients and optimiser state out over the processes, block by block (FSDP2), instead of
+    keeping all of them on each (DDP): for models that would not fit otherwise. The numbers are the same."""
+    compile: bool = False
+    """``torch.compile`` each block."""
+    sentinel: bool = True
+    """Stop a pretraining run that has collapsed, and keep the last checkpoint before that (``training/health.py``)."""
+    max_steps_left_out: Whole = 10
+    """Steps that may be left out because their gradient is not finite, before the run stops; each is traced to a module
+    and utterances in the log."""
+    wandb: str = ""
+    """Log to this project of Weights & Biases too (``pip install 'w2v2[wandb]'``); empty: only to files."""
+
+
+def _loss_weights() -> dict[str, float]:
+    return {"contrastive": 1.0, "diversity": 0.1, "feature_penalty": 10.0}
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """A whole pretraining run."""
+
+    recipe: str = ""
+    """Name of the recipe, or FILE.py:FUNCTION."""
+    model: Wav2Vec2Config = field(default_factory=ContrastiveConfig)
+    """The network and its objective."""
+    loss_weights: dict[str, float] = field(default_factory=_loss_weights)
+    """Weight of each of the model's losses, per masked frame; the keys must be the model's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Audio."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Run."""
+
+    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
+        """Make the model and its objective that of another run; regularisation and temperature stay this recipe's."""
+        kept = {name: getattr(self.model, name) for name in _OF_A_PRETRAINING_RECIPE}
+        self.model = dataclasses.replace(pretrained, **kept)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is written.
+
+        Raises:
+            UsageError: with the field, what it must be, and what it is.
+        """
+        self.model.check()
+        self.data.check()
+        check_ranges(self)
+        frames = self.model.frames([int(self.data.max_seconds * SAMPLE_RATE)])[0]
+        if frames > self.model.max_seq_len:
+            raise UsageError(
+                f"--data.max-seconds {self.data.max_seconds:g} gives crops of {frames} frames, more than "
+                f"--model.max-seq-len {self.model.max_seq_len}; crop at "
+                f"{self.model.max_seq_len * 0.02:g} s or less, or raise max-seq-len"
+            )
+        if self.data.batch_seconds < self.data.max_seconds:
+            raise UsageError(
+                f"--data.batch-seconds must hold at least one crop of --data.max-seconds "
+                f"({self.data.max_seconds:g}), got {self.data.batch_seconds:g}"
+            )
+        field_seconds = receptive_field(self.model.conv_kernel_sizes, self.model.conv_strides) / SAMPLE_RATE
+        if self.data.min_seconds < 4 * field_seconds:
+            raise UsageError(
+                f"--data.min-seconds must leave a few frames to mask, at least {4 * field_seconds:g}, "
+                f"got {self.data.min_seconds:g}"
+            )
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """A whole CTC fine-tuning run."""
+
+    recipe: str = ""
+    """Name of the recipe, or FILE.py:FUNCTION."""
+    model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
+    """The network; with a pretrained one its shape comes from there, its regularisation from here."""
+    channel_mask_prob: ShareBelowOne = 0.25
+    """Share of channels that would be masked if no spans overlapped (``mask_channel_prob``)."""
+    channel_mask_length: Count = 64
+    """Channels of a span (``mask_channel_length``)."""
+    freeze_encoder_steps: Whole = 0
+    """Optimiser steps in which only the output layer learns (``freeze_finetune_updates``)."""
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Learning rate of a block as a share of that of the one above it; the top block's is the schedule's times this,
+    the feature encoder's the lowest, the output layer has the whole (``layer_decay``). 1: off, as published."""
+    lora_rank: Whole = 0
+    """Rank of the update that queries and values learn while the pretrained weights stay (arXiv:2106.09685); 0: off."""
+    lora_alpha: Positive = 16.0
+    """The update is multiplied by this over the rank."""
+    units: Characters | Phonemes | SentencePieces = field(default_factory=Characters)
+    """What the labels are; the recipe chooses which."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Audio with transcripts."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Run."""
+
+    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
+        """Make the model that of a pretraining run, but for the regularisation, which stays this recipe's."""
+        kept = {name: getattr(self.model, name) for name in _REGULARISATION}
+        self.model = dataclasses.replace(pretrained, **kept)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is written.
+
+        Raises:
+            UsageError: with the field, what it must be, and what it is.
+        """
+        self.model.check()
+        self.data.check()
+        check_ranges(self)
+        for name, frozen in (("--freeze-encoder-steps", self.freeze_encoder_steps), ("--lora-rank", self.lora_rank)):
+            if self.train.shard and frozen:
+                raise UsageError(f"--train.shard cannot freeze weights: it needs {name} 0, got {frozen}")
+        least = 3 if self.model.mask_prob > 0 else 1
+        if self.model.frames([int(self.data.min_seconds * SAMPLE_RATE)])[0] < least:
+            raise UsageError(
+                f"--data.min-seconds must leave {least} frames or more of every utterance, such as 0.1, "
+                f"got {self.data.min_seconds:g}"
+            )
+        width = self.model.n_embd
+        if self.channel_mask_prob > 0 and not 0 < self.channel_mask_length <= width // 2:
+            raise UsageError(
+                f"--channel-mask-length must be at most half of the {width} channels, got {self.channel_mask_length}; "
+                "give a shorter one, or --channel-mask-prob 0"
+            )
+        if self.lora_rank > width:
+            raise UsageError(f"--lora-rank must be 0 to {width}, got {self.lora_rank}")
+
+
+_OF_A_PRETRAINING_RECIPE = (
+    "conv_gradient_scale",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "dropout_features",
+    "layer_drop",
+    "gumbel_start",
+    "gumbel_end",
+    "gumbel_decay",
+)
+
+
+_REGULARISATION = (
+    "conv_gradient_scale",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_input",
+    "layer_drop",
+    "mask_prob",
+    "mask_length",
+)

@@ -1,0 +1,82 @@
+"""The data module: loaders of a corpus for pretraining or fine-tuning."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from w2v2.data.batch import Batch, Encode, Fits, SpeechDataset
+from w2v2.data.config import DataConfig
+from w2v2.data.corpora import Splits
+from w2v2.data.loader import SpeechLoader, make_loader
+from w2v2.data.sampler import Passes
+
+
+class SpeechDataModule(pl.LightningDataModule):
+    """Loaders of a corpus for pretraining (``encode`` None: crops of one length) or fine-tuning (whole utterances).
+
+    Args:
+        splits: cuts by name.
+        config: how to batch.
+        seed: of order and crops.
+        normalize: as for :class:`SpeechDataset`.
+        encode: transcript -> labels.
+        fits: whether a transcript's labels fit; those that do not are left out.
+        skip: batches that a resumed run has already had of its first pass.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        config: DataConfig,
+        *,
+        seed: int = 0,
+        normalize: bool = False,
+        encode: Encode | None = None,
+        fits: Fits | None = None,
+        skip: int = 0,
+    ) -> None:
+        super().__init__()
+        self.fits = fits
+        self.config, self.seed, self.normalize, self.encode = config, seed, normalize, encode
+        self.skip = skip
+        self.splits = splits
+        for name in ("train", "valid"):
+            if name in splits:
+                self._passes(name)
+
+    def _passes(self, name: str, *, shuffle: bool = False) -> Passes:
+        labelled = self.encode is not None
+        return Passes(
+            name, self.splits[name], self.config, labelled=labelled, shuffle=shuffle, seed=self.seed, fits=self.fits
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled, bucketed, without the last partial batches of an epoch's end being lost."""
+        pretraining = self.encode is None
+        max_seconds = self.config.max_seconds if pretraining else None
+        dataset = SpeechDataset(
+            seed=self.seed,
+            max_seconds=max_seconds,
+            same_length=pretraining,
+            normalize=self.normalize,
+            encode=self.encode,
+        )
+        # Lightning takes the first batches of a resumed run before it says which pass that is in.
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        passes = self._passes("train", shuffle=True)
+        return make_loader(
+            dataset, passes, self.config, max_seconds, shuffle=True, seed=self.seed, skip=self.skip, epoch=epoch
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The valid split in a fixed order; its workers start at once, before training does."""
+        loader = self.eval_dataloader("valid")
+        loader.start_workers()
+        return loader
+
+    def eval_dataloader(self, split: str) -> SpeechLoader:
+        """Any split in a fixed order; for pretraining, crops that depend on the utterance id alone."""
+        max_seconds = self.config.max_seconds if self.encode is None else None
+        dataset = SpeechDataset(max_seconds=max_seconds, normalize=self.normalize, encode=self.encode)
+        return make_loader(dataset, self._passes(split), self.config, max_seconds, seed=self.seed)

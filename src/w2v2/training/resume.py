@@ -1,0 +1,191 @@
+"""Checkpoints: written whole or not at all, the newest good one found again, one more when a signal ends the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import zipfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from w2v2.errors import JobError, StoppedError
+from w2v2.serial import save_config
+from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.sharding import whole_weights
+from w2v2.training.task import NormalizedTask
+
+log = logging.getLogger(__name__)
+
+
+_NAME = "step={:08d}.ckpt"
+
+
+class AtomicIO(CheckpointIO):
+    """A checkpoint is a file under its final name only when all of it is on disk; reading one runs no code.
+
+    Lightning's own writing holds a second copy of everything in memory.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside, then rename. On a full disk nothing is left but what was there before."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, (RuntimeError, OSError)):  # torch's writer does not say that the disk is full
+                said = str(error).splitlines()[0]
+                raise OSError(
+                    f"cannot write {path}: {said}; earlier checkpoints are whole, go on with --resume"
+                ) from error
+            raise
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors and plain values, on the host."""
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return saved
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the file."""
+        Path(path).unlink(missing_ok=True)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Checkpoints of a run folder, newest first."""
+    return sorted((folder / "checkpoints").glob("step=*.ckpt"), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Optimiser steps of a checkpoint, from its name."""
+    return int(path.stem.removeprefix("step="))
+
+
+def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is whole, by its checksums too, and what is in it; others are named in the log.
+
+    Raises:
+        JobError: none can be read.
+    """
+    for path in checkpoint_files(folder):
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+                if (name := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {name}")
+            return path, AtomicIO().load_checkpoint(path)
+        except Exception as error:  # a damaged file can fail in any way that its bytes please
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s is damaged (%s); the one before is used", path, said[:200])
+    raise JobError(
+        f"no checkpoint in {folder / 'checkpoints'} can be read; start again with --init-from {folder / 'best'}"
+    )
+
+
+class Checkpoints(pl.Callback):
+    """Writes a checkpoint every so many steps, at the end, and when a signal asks to stop; keeps the last ones.
+
+    The weights with the best validation (``NormalizedTask.score``) are kept beside as a folder of their own, ``best``.
+
+    SIGTERM or SIGUSR1, which schedulers send before they take the machine, and Ctrl-C end the run after the current
+    step, with its state saved; a second one ends it at once.
+
+    Raises:
+        StoppedError: in training, after a signal, when everything is saved.
+    """
+
+    def __init__(self, out: Path, config: PretrainConfig | FinetuneConfig, max_steps: int) -> None:
+        self.out, self.config, self.max_steps = out, config, max_steps
+        self.step = 0
+        self.signal = 0
+        self.trusted: int | None = None
+        """Last step at which the run was known to be healthy; the newest checkpoint up to there is never removed."""
+        self.suspected = False
+        """Whether the weights may have collapsed and must not become the best."""
+        self.best: tuple[float, ...] = (float("inf"),)
+        if (out / "best" / "best.json").exists():
+            self.best = tuple(json.loads((out / "best" / "best.json").read_text())["score"])
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals."""
+        self.step = trainer.global_step
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Listen no more."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen no more."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: saving after this step; once more to end at once", signal.Signals(number).name)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if an optimiser step has just ended that is due."""
+        step = trainer.global_step
+        if step == self.step:
+            return
+        self.step = step
+        number = self._agreed(trainer)
+        if number or step == self.max_steps or step % self.config.train.checkpoint_every == 0:
+            self._save(trainer)
+        if number:
+            raise StoppedError(number, f"{signal.Signals(number).name} at step {step}: saved; go on with --resume")
+
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """The signal that any process got; all learn of it at the same step."""
+        if trainer.world_size == 1:
+            return self.signal
+        if self.step % 10 and trainer.strategy.root_device.type == "cuda":
+            return 0  # asking the others means waiting for the device
+        number = torch.tensor(self.signal, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.out / "checkpoints" / _NAME.format(self.step))
+        if trainer.is_global_zero:
+            files = checkpoint_files(self.out)
+            good = [path for path in files if self.trusted is None or step_of(path) <= self.trusted]
+            for path in files[self.config.train.keep_checkpoints :]:
+                if path not in good[:1]:
+                    path.unlink(missing_ok=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the weights if they are the best so far."""
+        assert isinstance(pl_module, NormalizedTask)
+        score = pl_module.score()
+        # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
+        if not trainer.strategy.broadcast(score < self.best and not self.suspected):
+            return
+        self.best = score
+        weights = whole_weights(pl_module.model)
+        if trainer.is_global_zero:
+            folder = self.out / "best"
+            folder.mkdir(exist_ok=True)
+            pl_module.save(folder, weights)
+            save_config(self.config, folder / "config.json")
+            said = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
+            (folder / "best.json").write_text(json.dumps(said) + "\n")

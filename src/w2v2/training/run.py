@@ -1,0 +1,291 @@
+"""A configuration to a finished run folder: seeds, Trainer, loggers, checkpoints, and a record of what ran on what."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import warnings
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.checkpoint import checkpoint
+
+from w2v2.checkpoint.native import CONFIG
+from w2v2.data.corpora import Splits, describe
+from w2v2.data.loader import stop_workers
+from w2v2.errors import UsageError
+from w2v2.model.feature_encoder import FeatureEncoder
+from w2v2.model.flops import training_flops
+from w2v2.serial import differences, load_config, save_config, to_dict
+from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.training.data import SpeechDataModule
+from w2v2.training.health import Sentinel
+from w2v2.training.metrics import CSVMetrics, Progress
+from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
+from w2v2.training.sharding import transformer_blocks, whole_weights
+from w2v2.training.task import NormalizedTask
+
+log = logging.getLogger(__name__)
+
+
+def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> dict[str, float]:
+    """Figures of a task on a split, in one process."""
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, devices=1)
+        trainer.validate(task, data.eval_dataloader(split), verbose=False)
+    return task.valid_figures
+
+
+def fit_task(
+    task: NormalizedTask, data: SpeechDataModule, config: PretrainConfig | FinetuneConfig, out: Path, resume: bool
+) -> None:
+    """Run a task to its last step, with everything a run folder holds; weights are saved at the end.
+
+    Raises:
+        StoppedError: a signal asked for the end, and everything is saved.
+    """
+    train, optim = config.train, config.optim
+    max_steps = train.max_steps or optim.schedule.total_steps
+    metrics = CSVMetrics(out / "metrics.csv")
+    checkpoints = Checkpoints(out, config, max_steps)
+    pretraining = isinstance(config, PretrainConfig)
+    sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
+    tune(task.model, train)
+    flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer = pl.Trainer(
+            accelerator=train.accelerator,
+            devices=train.devices,
+            num_nodes=train.num_nodes,
+            strategy=_strategy(task.model, train),
+            default_root_dir=out,
+            precision=_precision(train),  # type: ignore[arg-type]
+            max_epochs=-1,
+            max_steps=max_steps,
+            accumulate_grad_batches=train.accumulate,
+            gradient_clip_val=optim.clip_norm,
+            gradient_clip_algorithm="norm",
+            val_check_interval=train.val_every * train.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            plugins=[AtomicIO(), *_slurm()],
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard"), *_wandb(config, out)],
+            callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
+        )
+        last = None
+        if resume:
+            last, saved = newest_good(out)
+            data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+            metrics.resume_at(saved["global_step"])
+            del saved
+        try:
+            trainer.fit(task, data, ckpt_path=last, weights_only=True)
+            if trainer.global_step % train.val_every:
+                trainer.validate(task, data, verbose=False)
+        finally:
+            stop_workers()
+    weights = whole_weights(task.model)
+    if trainer.is_global_zero:
+        task.save(out, weights)
+
+
+def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
+    """One device, DDP, or FSDP2 over all processes; a checkpoint is one whole file in each case."""
+    if not train.shard or train.devices * train.num_nodes == 1:
+        return "auto"
+    transformer_blocks(model, "--train.shard")
+    return ModelParallelStrategy(train.devices * train.num_nodes, 1, save_distributed_checkpoint=False)
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """SLURM's processes without Lightning's own requeueing, which would save and resume beside ours."""
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, of however many there are."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+
+
+def can_resume(out: Path) -> bool:
+    """Whether a run folder holds a checkpoint."""
+    return bool(checkpoint_files(out))
+
+
+def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
+    if not config.train.wandb:
+        return []
+    try:
+        logger = WandbLogger(project=config.train.wandb, name=out.name, save_dir=out)
+    except ModuleNotFoundError as error:
+        raise UsageError("--train.wandb needs Weights & Biases: pip install 'w2v2[wandb]'") from error
+    logger.log_hyperparams(to_dict(config))
+    return [logger]
+
+
+def tune(model: torch.nn.Module, train: TrainConfig) -> None:
+    """Trade memory for time, or compile, block by block."""
+    if train.activation_checkpointing:
+        for block in transformer_blocks(model, "--train.activation-checkpointing"):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for module in model.modules():
+            if isinstance(module, FeatureEncoder):
+                module.recompute = True
+    if train.compile:
+        for block in transformer_blocks(model, "--train.compile"):
+            block.compile(dynamic=True)
+
+
+def _silence_lightning() -> None:
+    """Advice that does not apply: workers are a setting of ours, and the loader's length is not known by design."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*train_dataloader yielded None.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*overridden `.*` in `LightningModule`.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def check_device(train: TrainConfig) -> None:
+    """Refuse a device or precision that is not there."""
+    if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--train.accelerator {train.accelerator} needs a CUDA device, none is visible; use cpu")
+    known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
+    if train.precision not in known:
+        raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
+    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
+    if train.shard and train.precision == "16-mixed":
+        raise UsageError("--train.shard works with bf16-mixed, bf16-true or 32-true, got --train.precision 16-mixed")
+
+
+def check_precision(precision: str, gpu: str, *, bf16: bool) -> None:
+    """Refuse a precision that the device does not have: a GPU, by name, with or without bf16, or "" for a CPU."""
+    if precision == "16-mixed" and not gpu:
+        raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
+    if precision.startswith("bf16") and gpu and not bf16:
+        raise UsageError(f"--train.precision {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
+
+
+def _bf16() -> bool:
+    """Whether the GPU, if there is one, computes in bf16 itself; older ones only pretend to, very slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _on_gpu(train: TrainConfig) -> bool:
+    return train.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _precision(train: TrainConfig) -> str:
+    if train.precision != "auto":
+        return train.precision
+    return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
+
+
+def check_splits(splits: Splits, train: TrainConfig) -> None:
+    """Refuse a corpus that lacks what a run needs."""
+    processes = train.devices * train.num_nodes
+    for name in ("train", "valid"):
+        if not len(splits.get(name, ())):
+            got = ", ".join(f"{other} ({len(split)})" for other, split in splits.items()) or "none"
+            raise UsageError(
+                f"no utterances to {'validate on' if name == 'valid' else 'train on'}: expected a split '{name}', got "
+                f"{got}; prepare the corpus with --valid-share, or name its folders"
+            )
+        if len(splits[name]) < processes:
+            raise UsageError(
+                f"the {name} split has {len(splits[name])} utterances for {processes} processes; use fewer, "
+                "by --train.devices and --train.num-nodes"
+            )
+
+
+@rank_zero_only
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse a run folder that would be overwritten, or has nothing to resume."""
+    if resume:
+        if not can_resume(out):
+            raise UsageError(f"nothing to resume in {out}: expected a file in {out / 'checkpoints'}")
+    elif out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty; choose another --out, or go on with --resume")
+
+
+@rank_zero_only
+def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
+    """Make the run folder and write what is run on what."""
+    out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        _refuse_changes(out, config, splits)
+    save_config(config, out / CONFIG)
+    if not resume:
+        (out / "environment.json").write_text(json.dumps(environment(splits), indent=2) + "\n")
+
+
+_MAY_CHANGE = (
+    "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
+    "data.max_bad", "train.sentinel", "train.max_steps_left_out", "train.wandb",
+    "train.shard",
+)  # fmt: skip
+
+
+def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits) -> None:
+    """Another model, schedule, batching or corpus would not continue the run but be another one.
+
+    Raises:
+        UsageError: naming every difference.
+    """
+    changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
+    said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
+    data = json.loads((out / "environment.json").read_text())["data"]
+    for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
+        said += [
+            f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
+            for key in now
+            if now[key] != data.get(name, {}).get(key)
+        ]
+    if said:
+        raise UsageError(
+            f"cannot resume {out} as another run: {'; '.join(said)}; undo that, or start one with --init-from"
+        )
+
+
+def environment(splits: Splits) -> dict[str, Any]:
+    """Versions, machine, source revision and data of a run."""
+    packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "git_revision": revision.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "data": describe(splits),
+    }
