@@ -89,7 +89,7 @@ class Kept:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.parameters:
             self.storages[storage._cdata] = storage
-        return tensor
+        return tensor.detach()  # an output that held itself would never be freed
 
     def bytes(self) -> int:
         """Of all of them."""
