@@ -22,7 +22,7 @@ from w2v2.checkpoint.native import save_weights, write_native
 from w2v2.cli.main import main
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.masking import draw, keyed_generator
+from w2v2.model.masking import draw_targets, keyed_generator
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import load_config, save_config
@@ -133,7 +133,7 @@ def both_losses(model, hf, blank=0):
         t = model.config.frames([audio.shape[1]])[0]
         rngs = [keyed_generator(b) for b in range(2)]
         masks = [model.config.sample_mask(t, rng) for rng in rngs]
-        draws = draw(masks, rngs, model.config.num_distractors)
+        draws = draw_targets(masks, rngs, model.config.num_distractors)
         negatives = torch.zeros(2, t, model.config.num_distractors, dtype=torch.long)
         parts = zip(masks, draws.distractors.split(draws.counts), strict=True)
         for b, (mask, places) in enumerate(parts):

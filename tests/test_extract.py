@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import sound
+from conftest import sound, utterances
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_parity_hf import PRESETS, audio_of, copied
@@ -89,7 +89,7 @@ def test_codes_are_the_targets_that_training_has_at_masked_frames(target_feature
     torch.manual_seed(0)
     model = small(target_features=target_features, similarity_dim=24).build().eval()
     audio, lengths = audio_of(3, 16_000), [16_000, 9_000, 12_345]
-    draws = model.draw(lengths, [("a",), ("b",), ("c",)])
+    draws = model.draw(utterances(lengths))
     seen = []
     model.quantizer.register_forward_hook(lambda _, args, out: seen.append(out.codes))
     with torch.no_grad():

@@ -27,7 +27,7 @@ from w2v2.errors import JobError, Show, UsageError, quiet
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.losses import ctc_loss
-from w2v2.model.masking import Draws, keyed_generator
+from w2v2.model.masking import ContrastiveDraws, keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 
@@ -212,7 +212,10 @@ def _ours(model: Any, batch: Sequence[_Utterance], checkpoint: Checkpoint) -> di
     if isinstance(model, Wav2Vec2ForPretraining):
         masked = torch.cat([row.mask for row in batch]).nonzero().flatten()
         counts = tuple(int(row.mask.sum()) for row in batch)
-        draws = Draws(masked, counts, torch.cat([row.distractors for row in batch]), covered=masked)
+        distractors = torch.cat([row.distractors for row in batch])
+        draws = ContrastiveDraws(
+            masked=masked, covered=masked, counts=counts, distractors=distractors, n_frames=sum(frames)
+        )
         results["contrastive"] = model(audio, draws, lengths).losses["contrastive"]
     return results
 
