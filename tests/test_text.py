@@ -65,7 +65,7 @@ def test_pieces_are_of_several_characters_and_the_same_from_the_same_texts(piece
     assert len(pieces.labels) <= 41 and any(len(label) > 2 for label in pieces.labels[2:])
     assert len(pieces.encode("the man ran")) < len("the man ran")
     assert pieces.labels[0] == "<blank>" and pieces.encode("Q")[-1] == pieces.unknown
-    with pytest.raises(UsageError, match=r"no 3 pieces can be made .*change --units.size"):
+    with pytest.raises(UsageError, match=r"no 3 pieces can be made .*change `units.size`"):
         SentencePieces(size=3).vocabulary(TEXTS)
 
 

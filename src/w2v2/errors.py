@@ -1,6 +1,7 @@
 """What a user is told in one line, and the ranges of settings.
 
-The command line prints the message and exits with the code named here.
+A message names a setting as the field that it is, in backticks: `` `train.max_steps` ``. The command line prints it
+with the options that it knows these by, and exits with the code named here.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def check_ranges(config: Any, name: str = "") -> None:
             check_ranges(value, path)
         for bounds in _ranges(hints[field.name]) if value is not None else ():
             if any(number not in bounds for number in (value if isinstance(value, tuple) else [value])):
-                raise UsageError(f"--{path.replace('_', '-')} must be {bounds}, got {value}")
+                raise UsageError(f"`{path}` must be {bounds}, got {value}")
 
 
 def _ranges(hint: Any) -> list[Range]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from w2v2.errors import UsageError
+from w2v2.files import write_text
 
 if TYPE_CHECKING:
     from w2v2.inference.recordings import Failure, Source
@@ -78,9 +79,7 @@ class Writer:
             return
         path = self.out / self.paths[transcript.name, transcript.channel]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.partial")  # a name may be as long as names can be
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
 
 
 def _is_beside(path: Path, audio: str) -> bool:

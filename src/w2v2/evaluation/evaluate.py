@@ -8,7 +8,6 @@ utterance whose reference is empty adds insertions; recordings that cannot be re
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import jiwer
 from w2v2.errors import Show, UsageError
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
+from w2v2.files import whole, write_text
 from w2v2.inference.recognizer import NOT_FINITE
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from w2v2.data.batch import Batch
-    from w2v2.decoding.decoder import BeamConfig
+    from w2v2.decoding.config import BeamConfig
     from w2v2.decoding.greedy import Decoder
     from w2v2.evaluation.tuning import EmissionCache, Tuning
     from w2v2.inference.recognizer import Recognizer
@@ -163,8 +163,7 @@ def run_evaluation(
         UsageError: as ``evaluate``; as ``paired_test``, once the results are written, ``against`` null.
     """
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / (HYPOTHESES + ".partial")
-    try:
+    with whole(out / HYPOTHESES) as partial:
         with partial.open("w", encoding="utf-8") as file:
             tally = evaluate(recognizer, decoder, batches, file)
         tested, fault = None, None
@@ -172,11 +171,8 @@ def run_evaluation(
             tested = None if against is None else paired_test(partial, against)
         except UsageError as error:
             fault = error
-        os.replace(partial, out / HYPOTHESES)
-    finally:
-        partial.unlink(missing_ok=True)
     found = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
-    (out / EVALUATION).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(out / EVALUATION, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if fault is not None:
         raise UsageError(f"{fault}; the results without the test are in {out}") from fault
     return found
