@@ -222,7 +222,7 @@ def _error_rates(
     from w2v2.training.data import SpeechDataModule
 
     splits, split = speech
-    references = {cut.id: vocabulary.normalize(cut.supervisions[0].text or "") for cut in splits[split]}
+    references = {u.id: vocabulary.normalize(u.text or "") for u in splits[split].utterances()}
     config = DataConfig(batch_seconds=60.0, min_seconds=0.1, num_workers=0)
     data = SpeechDataModule({split: splits[split]}, config, encode=vocabulary.encode)
     decode = Greedy(vocabulary)
