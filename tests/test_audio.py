@@ -18,9 +18,9 @@ from conftest import RATE, sound
 from w2v2.data import containers
 from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError, load_audio
 from w2v2.data.corpora import read_corpus
-from w2v2.data.sources import table_rows
+from w2v2.data.tables import table_rows
 from w2v2.errors import UsageError
-from w2v2.inference.transcribe import find_sources
+from w2v2.inference.recordings import find_sources
 from w2v2.preparation.audit import audit
 from w2v2.preparation.config import AuditConfig, PrepareConfig
 from w2v2.preparation.findings import Part

@@ -252,7 +252,7 @@ def test_a_wrong_folder_or_option_is_one_line_and_leaves_nothing(
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     theirs, file = tmp_path / "theirs", tmp_path / "wav2vec_small.pt"
-    transformers.ContrastiveConfig().save_pretrained(theirs)
+    transformers.Wav2Vec2Config().save_pretrained(theirs)
     file.write_bytes(b"PK")
     places = {**runs, "nowhere": Path("nowhere"), "corpus": corpus, "theirs": theirs, "file": file}
     options = [str(corpus) if option == "CORPUS" else option for option in options]

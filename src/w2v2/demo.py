@@ -72,6 +72,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     with _stage("pretrain", seconds):
         config = _scaled(recipes.tiny(), seed, shrink)
         pretrained = pretrain(config, splits, out / "pretrain")
+        assert isinstance(pretrained, Wav2Vec2ForPretraining)
         figures = evaluate_pretrained(out / "pretrain", splits, "valid")
     labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
     with _stage("finetune", seconds):
@@ -174,9 +175,7 @@ def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, co
     model.eval()
     with torch.no_grad():
         for batch in data.val_dataloader():
-            samples = batch.lengths.tolist()
-            draws = model.draw(samples, [("valid", name) for name in batch.ids])
-            counts += model(batch.audio, draws, samples).metrics["codes"]
+            counts += model(batch.audio, model.draw(batch), batch.lengths.tolist()).metrics["codes"]
     write_json(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
 
 

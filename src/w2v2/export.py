@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import w2v2
+from w2v2.checkpoint.card import CHECK
 from w2v2.checkpoint.formats import file_hashes
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.data.config import DataConfig
@@ -281,9 +282,6 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise JobError(f"this model cannot be exported: {reason}") from error
-
-
-CHECK = "export.json"
 
 
 LIMIT = 1e-4

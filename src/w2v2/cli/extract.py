@@ -49,7 +49,7 @@ def add(verb: AddVerb) -> None:
 
 
 def _extract(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.checkpoint.native import load_model
+    from w2v2.checkpoint.formats import read
     from w2v2.inference.extract import Wanted, check_wanted, extract_files
 
     if bool(args.audio) == bool(args.data):
@@ -59,7 +59,7 @@ def _extract(args: argparse.Namespace, rest: list[str]) -> None:
             raise UsageError(f"{name} must be more than 0, got {value:g}")
     layers = tuple(args.layers or (() if args.codes else (-1,)))
     wanted = Wanted(layers=layers, codes=args.codes, pool=args.pool is not None, format=args.format)
-    model = load_model(args.model)
+    model = read(args.model).build()
     check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     place(model, args.device)
     items, total = _items(args)

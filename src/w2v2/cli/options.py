@@ -32,7 +32,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_data: bool = True) -> T:
     """The recipe, with the shape of the model that the run starts from, if any, and the command line's overrides."""
-    from w2v2.checkpoint.native import model_config
+    from w2v2.checkpoint.formats import read
     from w2v2.recipes import load_recipe, recipe_names
 
     names = ", ".join(recipe_names(kind))
@@ -44,7 +44,7 @@ def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_
         raise UsageError(f"name a recipe: one of {names}, or FILE.py:FUNCTION")
     config: Any = load_recipe(args.recipe, kind)
     if getattr(args, "init_from", None) is not None:
-        config.take_shape(model_config(args.init_from))
+        config.take_shape(read(args.init_from).config)
     if args.help:
         args.parser.print_help()
         rest = ["--help"]
@@ -92,7 +92,9 @@ def as_options(message: str, args: argparse.Namespace) -> str:
     A field such as ``data.num_workers`` is the option whose ``dest`` is its last name, if the verb has one, otherwise
     that of its full name, if settings can follow the verb.
     """
-    names = {action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings}
+    names: dict[str, str] = {
+        action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings
+    }
 
     def spell(field: re.Match[str]) -> str:
         dotted = f"--{field[1].replace('_', '-')}" if args.overrides else field[0]

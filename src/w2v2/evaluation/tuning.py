@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from w2v2.checkpoint.native import WEIGHTS, expect_file
-from w2v2.decoding.decoder import BeamConfig
+from w2v2.checkpoint.native import WEIGHTS
+from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole, write_json
@@ -198,7 +198,8 @@ class EmissionCache:
 
 
 def weights_key(folder: Path) -> str:
-    """Hash of a model's weights file."""
-    expect_file(folder, WEIGHTS)
+    """Return the hash of the weights file of a folder of ours; :class:`UsageError` where there is none."""
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"no {folder / WEIGHTS}: expected a finished run folder; check the path")
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

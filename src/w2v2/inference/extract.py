@@ -2,7 +2,7 @@
 
 From Python::
 
-    model = load_model(Path("runs/pretrained"))  # of w2v2.checkpoint
+    model = w2v2.load("runs/pretrained")
     [found] = extract(model, [read_audio("song.mp3")], layers=(0, -1))
     found["layer_0"], found["times"]
 """

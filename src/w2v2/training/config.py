@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from w2v2.checkpoint.native import CONFIG, expect_file
+from w2v2.checkpoint.native import CONFIG
 from w2v2.data.config import DataConfig
 from w2v2.errors import Count, Positive, Range, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import receptive_field
@@ -20,10 +20,9 @@ from w2v2.training.units import Characters, Phonemes, SentencePieces
 
 def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
     """The configuration of a run folder, or of a folder of weights, whose ``config.json`` is the model's alone."""
-    expect_file(folder, CONFIG)
     config: Any = load_config(folder / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
-    found: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
-    return found
+    run: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
+    return run
 
 
 @dataclass(kw_only=True)
