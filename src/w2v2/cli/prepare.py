@@ -105,7 +105,7 @@ def _download(args: argparse.Namespace) -> Path:
             Path(args.source),
             base_url=args.base_url or OFFICIAL,
             checksums=args.checksums,
-            progress=lambda share: show("download", share),
+            show=show,
         )
 
 
