@@ -35,7 +35,8 @@ from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Piece, Split, labelled_subset, read_corpora, read_corpus
 from w2v2.data.sampler import CropConstraint, EpochSampler, Passes, whole_steps
 from w2v2.errors import JobError, UsageError
-from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.preparation.config import PrepareConfig
+from w2v2.preparation.run import prepare
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.pretrain import pretrain
 

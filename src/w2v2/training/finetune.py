@@ -29,7 +29,7 @@ from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.losses import ctc_loss
 from w2v2.model.masking import Draws
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
-from w2v2.text.check import check_transcripts, missing_labels, transcribed
+from w2v2.text.check import check_transcripts, missing_labels
 from w2v2.text.vocabulary import Vocabulary, frames_needed, load_vocabulary
 from w2v2.training.config import FinetuneConfig
 from w2v2.training.data import SpeechDataModule
@@ -298,8 +298,8 @@ def begin(
     vocabulary, takes_head = _settle_vocabulary(config, splits, pretrained, vocabulary)
     fits = label_fit(config.model, vocabulary)
     for name in ("train", "valid"):
-        said = transcribed(splits[name], config.data.min_seconds)
-        for line in check_transcripts(name, said, vocabulary, fits, len(splits[name]), show):
+        transcripts = splits[name].transcripts(config.data.min_seconds)
+        for line in check_transcripts(name, transcripts, vocabulary, fits, len(splits[name]), show):
             rank_zero_only(log.warning)("%s", line)
     torch.manual_seed(step_seed(config.train.seed))
     model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels))
@@ -319,7 +319,7 @@ def _settle_vocabulary(
     """
 
     def texts() -> Iterable[str]:
-        return (text for _, _, text in transcribed(splits["train"], config.data.min_seconds))
+        return (text for _, _, text in splits["train"].transcripts(config.data.min_seconds))
 
     own = given or config.units.vocabulary(texts())
     if pretrained is None or pretrained.vocabulary is None:

@@ -12,6 +12,7 @@ import torch
 
 from w2v2.data.batch import Batch, SpeechDataset
 from w2v2.data.corpora import Split, Splits
+from w2v2.data.utterance import Utterance
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.evaluation.evaluate import error_rates
@@ -91,7 +92,7 @@ def short_batch(config: FinetuneConfig, split: Split, start: Start) -> Batch:
     """The shortest usable utterances, of a second or more where there are enough, no two with the same transcript."""
     by_text: dict[str, Any] = {}
     for cut in itertools.islice(split, LOOKED_AT):
-        text = cut.supervisions[0].text or ""
+        text = Utterance.of(cut).text or ""
         if text.strip() and cut.duration >= config.data.min_seconds and start.fits(cut.duration, text):
             by_text.setdefault(text, cut)
     cuts = heapq.nsmallest(UTTERANCES, by_text.values(), key=lambda cut: (cut.duration < AT_LEAST, cut.duration))
