@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from w2v2.errors import Count, Positive, ShareBelowOne, UsageError
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import Draws, cut_batch, draw, equalize_masks, keyed_generator, sample_layers, slices
-from w2v2.model.packing import Rows, repeat_rows, unpack
+from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
+from w2v2.model.precision import low_precision
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
 
@@ -109,15 +110,16 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             keep_layers=draws.keep_layers,
             rows=Rows(draws.masked, draws.counts),
         )
-        context = self.out_linear(x.squeeze(0))
+        with low_precision(x, self.out_linear) as (x, out_linear):
+            context = out_linear(x.squeeze(0))
 
         source = self._to_quantize(normalised, projected)[draws.masked]
         source = F.dropout(source, config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
         masked = [sum(draws.counts[part]) for part in draws.parts()]
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
-        codes = torch.cat([q.codes for q in quantized])
-        targets = torch.cat([q.quantized for q in quantized])
+        codes = _laid([q.codes for q in quantized])
+        targets = _laid([q.quantized for q in quantized])
         targets = targets if self.project_q is None else self.project_q(targets)
 
         logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
@@ -125,7 +127,10 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         diversity = [
             diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n) for q, n in zip(quantized, masked, strict=True)
         ]
-        ones = torch.ones((), device=audio.device)
+        sizes = {"utterances": len(frames), "frames": sum(frames), "masked": len(draws.masked)}
+        if self.training:
+            sizes["temperature"] = temperature * len(draws.masked)
+        known = to_device(torch.tensor(list(sizes.values()), dtype=torch.float32), audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
@@ -139,10 +144,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
                 "probs": _total([q.probs_sum for q in quantized]),
                 "codes": _total([q.code_counts for q in quantized]),
                 "distinct_codes": _distinct_codes(codes, draws.counts),
-                "utterances": len(frames) * ones,
-                "frames": sum(frames) * ones,
-                "masked": len(draws.masked) * ones,
-                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
+                **dict(zip(sizes, known.unbind(), strict=True)),
             },
             num_targets=len(draws.masked),
         )
@@ -200,6 +202,10 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         }
 
 
+def _laid(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
 def _total(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
@@ -208,7 +214,7 @@ def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
     ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
     for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
-        ids = ids * 6364136223846793005 + group + 1
+        ids = torch.add(group, ids, alpha=6364136223846793005)
     ordered = ids.sort().values
     return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 
