@@ -16,8 +16,8 @@ from test_convert import KINDS, LETTERS, OUR_LETTERS, SHAPES, ours, save_fairseq
 
 from w2v2.checkpoint import certificate, fairseq, huggingface
 from w2v2.checkpoint import formats as conversion
-from w2v2.checkpoint.contents import renamed
 from w2v2.checkpoint.fairseq import conv_layers
+from w2v2.checkpoint.foreign import renamed
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.cli.main import main
 from w2v2.errors import UsageError
@@ -70,10 +70,10 @@ CONFIG_FAULTS = {
     "bias": ({"conv_bias": False}, "unexpected wav2vec2.feature_extractor.conv_layers.0.conv.bias"),
     "norm": ({"feat_extract_norm": "group"}, "unexpected wav2vec2.feature_extractor.conv_layers.1.layer_norm.bias"),
     "codebook": ({"num_codevectors_per_group": 11}, "quantizer.codevectors has (1, 20, 8), expected (1, 22, 8)"),
-    "heads": ({"num_attention_heads": 5}, "must be a multiple of n-head (5), got 48"),
+    "heads": ({"num_attention_heads": 5}, "must be a multiple of `model.n_head` (5), got 48"),
     "text": ({"hidden_size": "48"}, "hidden_size must be a whole number, 1 or more, got '48'"),
     "list": ({"conv_dim": []}, "conv_dim must be a list of whole numbers, 1 or more, got []"),
-    "unequal": ({"conv_stride": [5, 2]}, "need one number for each of the 7 conv-channels"),
+    "unequal": ({"conv_stride": [5, 2]}, "need one number for each of the 7 `model.conv_channels`"),
     "activation": ({"hidden_act": "relu", "layer_norm_eps": 1e-6}, "hidden_act 'relu' (expected 'gelu'), layer_n"),
     "adapter": ({"add_adapter": True}, "add_adapter True (expected False)"),
     "odd codebook": ({"codevector_dim": 15}, "codevector_dim must be a multiple of num_codevector_groups (2), got 15"),
@@ -454,12 +454,12 @@ def test_a_setting_that_no_shape_gives_away_fails_the_certificate(models, tmp_pa
 
 
 def test_what_comes_back_otherwise_than_it_went_fails(models, tmp_path, capsys, monkeypatch):
-    put = huggingface.put
+    put = huggingface.foreign.put
 
     def rounding(state, names):
         return {name: tensor.bfloat16().float() for name, tensor in put(state, names).items()}
 
-    monkeypatch.setattr(huggingface, "put", rounding)
+    monkeypatch.setattr(huggingface.foreign, "put", rounding)
     assert main(["convert", str(models / "ours" / "encoder"), str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "is not what comes back: weights ['mask_vector'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -197,7 +197,7 @@ def test_order_and_crops_depend_on_seed_and_epoch_alone(corpus: Path) -> None:
     assert all(torch.equal(a.audio, b.audio) for a, b in zip(first, again, strict=True))
     later = batches(module(corpus), epoch=1)
     assert [batch.ids for batch in first] != [batch.ids for batch in later]
-    assert {number for batch in later for number in batch.passes} == {1}
+    assert {number for batch in later for number in batch.epochs} == {1}
 
 
 def test_a_resumed_pass_continues_with_the_next_batch(corpus: Path) -> None:

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.decoding.beam import BeamConfig, make_decoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy, Hypothesis
 from w2v2.decoding.kneser_ney import estimate
 from w2v2.decoding.ngram import NGram
 from w2v2.errors import JobError, UsageError
 from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
-from w2v2.inference.transcripts import label_scores, word_times
+from w2v2.inference.words import label_scores, word_times
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.text.vocabulary import Vocabulary

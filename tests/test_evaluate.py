@@ -447,6 +447,7 @@ def test_options_of_recognisers_are_refused_for_a_pretraining_run_and_missing_ru
     run = tmp_path / "run"
     run.mkdir()
     save_config(recipes.tiny(), run / CONFIG)
+    save_weights(recipes.tiny().model.build(), run)
     argv = ["--data", str(corpus), "--split", "test"]
     assert main(["evaluate", str(run), *argv, "--lm", "x", "--against", "y", "--beam-size", "3"]) == 2
     assert "has no CTC head, so --lm, --against, --beam-size cannot be used" in capsys.readouterr().err
@@ -546,7 +547,7 @@ def test_tuning_notices_other_audio_of_the_same_length_and_a_transcript_that_is_
         (["--data", "audio", "--lm", "words.arpa", "--tune", "test-clean"], "--tune test-clean is what is scored, 4"),
         (["--trials", "3"], "--trials is of --tune SPLIT"),
         (["--lm", "none.arpa"], "no file none.arpa"),
-        (["--beam-size", "0"], "beam_size of a beam search must be 1 or more, got 0"),
+        (["--beam-size", "0"], "--beam-size of a beam search must be 1 or more, got 0"),
         (["--beam-width", "3"], "Unrecognized options: --beam-width"),
         (["--hot-words", "ÄÖ"], "cannot be spelled"),
     ],

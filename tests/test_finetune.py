@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2 import recipes
-from w2v2.checkpoint.native import load_encoder, load_weights, save_weights
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.data.corpora import Split, Splits, read_corpus
 from w2v2.data.loader import whole_utterances
@@ -28,7 +29,7 @@ from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.masking import keyed_generator, sample_channel_masks
 from w2v2.serial import save_config
-from w2v2.text.vocabulary import Phonemes, SentencePieces, Vocabulary, load_vocabulary
+from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training import preflight as preflights
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.data import SpeechDataModule
@@ -36,6 +37,7 @@ from w2v2.training.finetune import FinetuneTask, emission_counts, finetune, labe
 from w2v2.training.plateau import Plateau
 from w2v2.training.preflight import preflight
 from w2v2.training.run import validate_task
+from w2v2.training.units import Phonemes, SentencePieces
 
 
 def thin(**train) -> FinetuneConfig:
@@ -119,12 +121,12 @@ def test_no_channel_is_masked_where_the_share_rounds_to_no_span() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("channel_mask_length", 40, "--channel-mask-length must be at most half of the 48 channels, got 40"),
-        ("channel_mask_prob", 1.5, "--channel-mask-prob must be 0 to 1, got 1.5"),
-        ("layer_decay", 1.1, "--layer-decay must be more than 0, at most 1, got 1.1"),
-        ("lora_rank", -1, "--lora-rank must be 0 to 48, got -1"),
-        ("lora_alpha", 0.0, "--lora-alpha must be more than 0, got 0"),
-        ("freeze_encoder_steps", -1, "--freeze-encoder-steps must be 0 or more"),
+        ("channel_mask_length", 40, "`channel_mask_length` must be at most half of the 48 channels, got 40"),
+        ("channel_mask_prob", 1.5, "`channel_mask_prob` must be 0 or more, less than 1, got 1.5"),
+        ("layer_decay", 1.1, "`layer_decay` must be more than 0, at most 1, got 1.1"),
+        ("lora_rank", -1, "`lora_rank` must be 0 or more, got -1"),
+        ("lora_alpha", 0.0, "`lora_alpha` must be more than 0, got 0"),
+        ("freeze_encoder_steps", -1, "`freeze_encoder_steps` must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: float, said: str) -> None:
@@ -139,16 +141,16 @@ def test_settings_that_cannot_work_are_refused(field: str, value: float, said: s
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("model.dropout", 1.5, "--model.dropout must be 0 or more, less than 1, got 1.5"),
-        ("model.layer_drop", 1.0, "--model.layer-drop must be 0 or more, less than 1, got 1"),
-        ("model.mask_length", 0, "--model.mask-length must be 1 or more, got 0"),
-        ("model.mask_prob", 1.7, "--model.mask-prob must be 0 to 1, got 1.7"),
-        ("model.logit_temperature", 0.0, "--model.logit-temperature must be more than 0, got 0"),
-        ("optim.schedule.peak", -1.0, "--optim.schedule.peak must be 0 or more, got -1"),
-        ("optim.schedule.peak", math.nan, "--optim.schedule.peak must be 0 or more, got nan"),
-        ("optim.schedule.total_steps", 0, "--optim.schedule.total-steps must be 1 or more, got 0"),
-        ("optim.clip_norm", -1.0, "--optim.clip-norm must be more than 0, or None, got -1"),
-        ("optim.weight_decay", -0.1, "--optim.weight-decay must be 0 or more, got -0.1"),
+        ("model.dropout", 1.5, "`model.dropout` must be 0 or more, less than 1, got 1.5"),
+        ("model.layer_drop", 1.0, "`model.layer_drop` must be 0 or more, less than 1, got 1"),
+        ("model.mask_length", 0, "`model.mask_length` must be 1 or more, got 0"),
+        ("model.mask_prob", 1.7, "`model.mask_prob` must be 0 to 1, got 1.7"),
+        ("model.logit_temperature", 0.0, "`model.logit_temperature` must be more than 0, got 0"),
+        ("optim.schedule.peak", -1.0, "`optim.schedule.peak` must be 0 or more, got -1"),
+        ("optim.schedule.peak", math.nan, "`optim.schedule.peak` must be 0 or more, got nan"),
+        ("optim.schedule.total_steps", 0, "`optim.schedule.total_steps` must be 1 or more, got 0"),
+        ("optim.clip_norm", -1.0, "`optim.clip_norm` must be more than 0, got -1"),
+        ("optim.weight_decay", -0.1, "`optim.weight_decay` must be 0 or more, got -0.1"),
     ],
 )
 @pytest.mark.parametrize("recipe", [recipes.tiny, recipes.tiny_ctc])
@@ -205,7 +207,7 @@ def test_layer_decay_reaches_the_optimiser(splits: Splits, pretrained: Path, tmp
     config.layer_decay = 1e-6
     moved = finetune(config, splits, tmp_path / "run", init_from=pretrained).model
     start = Wav2Vec2ForCTC(config.model, len(load_vocabulary(tmp_path / "run" / "vocab.json").labels))
-    load_encoder(start, pretrained)
+    read(pretrained).fill_encoder(start)
     before, after = dict(start.named_parameters()), dict(moved.named_parameters())
     change = {
         name: (after[name] - before[name]).abs().max().item()
@@ -270,7 +272,7 @@ def test_a_run_with_low_rank_updates_changes_them_alone_resumes_exactly_and_leav
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(torch.equal(states[0][name], tensor) for name, tensor in recognizer.model.state_dict().items())
     start = Wav2Vec2ForCTC(lora().model, len(recognizer.vocabulary.labels))
-    load_encoder(start, pretrained)
+    read(pretrained).fill_encoder(start)
     changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, states[0][name])}
     updated = {f"transformer.{i}.attn.{part}.weight" for i in range(2) for part in ("q_proj", "v_proj")}
     assert changed == updated | {"lm_head.weight", "lm_head.bias"}
@@ -286,7 +288,7 @@ def test_a_frozen_encoder_is_left_to_itself_even_by_weight_decay_and_learns_afte
         config.freeze_encoder_steps, config.optim.weight_decay, config.optim.schedule.peak = 2, 0.5, 0.1
         recognizer = finetune(config, splits, tmp_path / str(steps), init_from=pretrained)
         start = Wav2Vec2ForCTC(config.model, len(recognizer.vocabulary.labels))
-        load_encoder(start, pretrained)
+        read(pretrained).fill_encoder(start)
         after = recognizer.model.state_dict()
         return {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, after[name])}
 
@@ -296,7 +298,7 @@ def test_a_frozen_encoder_is_left_to_itself_even_by_weight_decay_and_learns_afte
 
 def test_low_rank_updates_of_random_weights_are_refused(splits: Splits, tmp_path: Path) -> None:
     for call in (lambda: finetune(lora(), splits, tmp_path / "run"), lambda: preflight(lora(), splits)):
-        with pytest.raises(UsageError, match=r"--lora-rank 4 keeps the weights of --init-from RUN"):
+        with pytest.raises(UsageError, match=r"`lora_rank` 4 keeps the weights of `init_from` RUN"):
             call()
     assert not (tmp_path / "run").exists()
 
@@ -583,4 +585,4 @@ def test_preflight_on_the_command_line_fails_with_exit_code_1(
 
 def test_the_weights_of_a_run_load_as_those_of_its_model(tuned: Path) -> None:
     recognizer = load_recognizer(tuned)
-    load_weights(Wav2Vec2ForCTC(thin().model, len(recognizer.vocabulary.labels)), tuned)
+    read(tuned).fill(Wav2Vec2ForCTC(thin().model, len(recognizer.vocabulary.labels)))

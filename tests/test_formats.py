@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from w2v2.inference.transcripts import FORMATS, Transcript, Word, ctm_names, cues
+from w2v2.inference.transcripts import FORMATS, Transcript, ctm_names, cues
+from w2v2.inference.words import Word
 
 CLOCK = r"(\d\d):(\d\d):(\d\d)"
 

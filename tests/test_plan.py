@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import utterances
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,7 +70,7 @@ def test_flops_are_what_torch_counts(name: str) -> None:
     model_config.n_layer, model_config.layer_drop = 2, 0.0
     model = model_config.build()
     samples = [48_000] * 2
-    draws = model.draw(samples, [("a",), ("b",)], step_key=(0,))
+    draws = model.draw(utterances(samples), (0, 0))
     # the fused attention of a CPU is one call that the counter does not know
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(2, 48_000), draws)

@@ -121,6 +121,8 @@ def write_faults(root: Path) -> dict[str, list[str]]:
     write("wav", "empty", change=lambda samples: samples[:0])
     write("flac", "silent", change=lambda samples: 1e-3 * samples)
     write("flac", "clipped", change=lambda samples: np.clip(4 * samples, -0.9, 0.9))
+    write("wav", "out_of_range", change=lambda samples: 4 * samples, subtype="FLOAT")
+    write("flac", "out_of_phase", change=lambda samples: np.stack([samples, -samples], 1))
     write("flac", "dc_offset", change=lambda samples: samples + 0.1)
     write("wav", "non_finite", change=lambda samples: np.where(np.arange(len(samples)) == 999, np.nan, samples),
           subtype="FLOAT")  # fmt: skip
@@ -163,7 +165,7 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path: Path, workers: 
         reason: counts[reason] for reason in REASONS
     }
     assert set(counts) == set(REASONS)
-    assert summary["audit"] | {"reasons": None} == {"ok": 3, "warned": 10, "rejected": 15, "reasons": None}
+    assert summary["audit"] | {"reasons": None} == {"ok": 3, "warned": 12, "rejected": 15, "reasons": None}
     kept = {Path(path).stem for path, why in expected.items() if not set(why) & REJECTED}
     assert set.union(*ids(read_corpus(tmp_path / "out")).values()) == kept
 

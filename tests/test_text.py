@@ -12,20 +12,12 @@ from hypothesis import strategies as st
 
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
-from w2v2.inference.transcripts import word_times
+from w2v2.inference.words import word_times
 from w2v2.serial import from_dict, to_dict
 from w2v2.text.check import check_transcripts
-from w2v2.text.vocabulary import (
-    Characters,
-    Phonemes,
-    PhonemeVocabulary,
-    PieceVocabulary,
-    SentencePieces,
-    Vocabulary,
-    frames_needed,
-    load_vocabulary,
-)
+from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary, frames_needed, load_vocabulary
 from w2v2.training.config import FinetuneConfig
+from w2v2.training.units import Characters, Phonemes, SentencePieces
 
 TEXTS = ["the cat sat on the mat", "a dog and a cat ran", "the man had a hat", "on and on the dog ran"] * 4
 
@@ -73,7 +65,7 @@ def test_pieces_are_of_several_characters_and_the_same_from_the_same_texts(piece
     assert len(pieces.labels) <= 41 and any(len(label) > 2 for label in pieces.labels[2:])
     assert len(pieces.encode("the man ran")) < len("the man ran")
     assert pieces.labels[0] == "<blank>" and pieces.encode("Q")[-1] == pieces.unknown
-    with pytest.raises(UsageError, match=r"no 3 pieces can be made .*change --units.size"):
+    with pytest.raises(UsageError, match=r"no 3 pieces can be made .*change `units.size`"):
         SentencePieces(size=3).vocabulary(TEXTS)
 
 

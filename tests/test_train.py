@@ -1,27 +1,33 @@
 import csv
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import utterances
 
 import w2v2
 from w2v2 import recipes
-from w2v2.checkpoint.native import load_pretrained
+from w2v2.checkpoint.formats import read
+from w2v2.cli.main import main
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.loader import whole_utterances
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.evaluation.evaluate import evaluate
 from w2v2.inference.recognizer import load_recognizer
+from w2v2.model import pretraining
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.masking import keyed_generator
+from w2v2.model.masking import Draws, keyed_generator
 from w2v2.model.pretraining import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.serial import from_dict, load_config, to_dict
@@ -97,7 +103,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(run: Path, corp
     pretrain(nano(max_steps=5), read_corpus(corpus), out)
     pretrain(nano(max_steps=10), read_corpus(corpus), out, resume=True)
     same_numbers(run, out)
-    first, second = load_pretrained(run).state_dict(), load_pretrained(out).state_dict()
+    first, second = read(run).state, read(out).state
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -110,7 +116,7 @@ def test_the_weights_of_a_run_start_another(run: Path, corpus: Path, tmp_path: P
     config.optim.schedule.peak = 0.0
     config.optim.weight_decay = 0.0
     started = pretrain(config, read_corpus(corpus), tmp_path / "b", init_from=run).state_dict()
-    assert all(torch.equal(started[name], tensor) for name, tensor in load_pretrained(run).state_dict().items())
+    assert all(torch.equal(started[name], tensor) for name, tensor in read(run).state.items())
 
 
 def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> None:
@@ -123,7 +129,7 @@ def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> 
 def test_validation_does_not_depend_on_the_batch(run: Path, corpus: Path, tmp_path: Path, batch_seconds: float) -> None:
     config = load_config(run / "config.json", PretrainConfig)
     splits = read_corpus(corpus)
-    model = load_pretrained(run)
+    model = read(run).build()
     task = PretrainTask(model, config.optim, config.loss_weights, 0)
     config.data.batch_seconds = batch_seconds
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
@@ -139,8 +145,11 @@ class Quadratic(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(torch.zeros(()))
 
-    def draw(self, samples, keys, *, step_key=None):
-        return Nothing()
+    def draw(self, batch, step_key):
+        return Draws()
+
+    def baseline(self, draws):
+        return None
 
     def forward(self, audio, draws, lengths=None, *, step=0) -> SSLOutput:
         n = audio.numel() // 100
@@ -148,11 +157,6 @@ class Quadratic(torch.nn.Module):
 
     def summarize(self, sums):
         return {"n": sums["n"].item()}
-
-
-class Nothing:
-    def to(self, device):
-        return self
 
 
 def first_gradient(corpus: Path, batch_seconds: float, accumulate: int) -> tuple[float, float]:
@@ -200,8 +204,7 @@ def test_one_batch_can_be_overfitted_while_the_codebook_stays_in_use(corpus: Pat
     model = config.model.build()
     data = SpeechDataModule(read_corpus(corpus), config.data, seed=0)
     batch = next(iter(data.train_dataloader()))
-    samples = batch.lengths.tolist()
-    draws = model.draw(samples, [(0, name) for name in batch.ids], step_key=(0, 0))
+    draws = model.draw(batch, (0, 0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for step in range(150):
@@ -257,13 +260,13 @@ def test_a_damaged_or_foreign_weights_file_is_refused_with_all_its_faults(run: P
     (broken / "config.json").write_text((run / "config.json").read_text())
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UsageError, match="is damaged"):
-        load_pretrained(broken)
+        read(broken)
     config = json.loads((run / "config.json").read_text())
     config["model"]["n_layer"], config["model"]["n_entries"] = 3, 16
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"missing transformer\.2.*quantizer\.codebook has"):
-        load_pretrained(broken)
+        read(broken)
 
 
 @pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
@@ -309,12 +312,9 @@ def test_a_quantizer_and_a_mask_of_ones_own_live_in_ones_recipe_file(corpus: Pat
     config.model.my_entries = 32
     model = pretrain(config, read_corpus(corpus), tmp_path / "run")
     assert model.quantizer.codebook.shape == (32, 16)
-    assert load_pretrained(tmp_path / "run").config.my_entries == 32
+    assert read(tmp_path / "run").config.my_entries == 32
     # A fresh process does not import a file that a configuration merely names.
-    code = (
-        "from w2v2.checkpoint.native import load_pretrained; from pathlib import Path; "
-        f"load_pretrained(Path({str(tmp_path / 'run')!r}))"
-    )
+    code = f"import w2v2; w2v2.load({str(tmp_path / 'run')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert "needs the type 'mine:MyModel', which is not known here" in done.stderr
 
@@ -351,17 +351,38 @@ def test_lengths_that_do_not_fit_the_audio_are_refused() -> None:
             model.encode(torch.zeros(2, 8000), lengths)
 
 
-def test_without_fine_tuning_decoding_and_text_pretraining_still_runs(corpus: Path, tmp_path: Path) -> None:
+def test_without_decoding_evaluation_inference_and_text_pretraining_still_runs(corpus: Path, tmp_path: Path) -> None:
     package = tmp_path / "src" / "w2v2"
     shutil.copytree(Path(w2v2.__file__).parent, package)
-    for name in ("tasks/finetune.py", "decode.py", "text.py"):
-        (package / name).unlink()
+    for name in ("decoding", "evaluation", "inference", "text"):
+        shutil.rmtree(package / name)
     call = [*["w2v2.cli.main", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"]]
     call += ["--data", str(corpus), "--out", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_files_from_the_command_to_the_loss_are_those_that_are_documented(
+    recipe: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, passed = Path(w2v2.__file__).parent, []
+    compute = pretraining.contrastive_loss
+
+    def traced(*args):
+        frames = traceback.extract_stack()
+        inside = [Path(f.filename).relative_to(package).as_posix() for f in frames if str(package) in f.filename]
+        passed.append([*dict.fromkeys(inside), Path(inspect.getfile(compute)).relative_to(package).as_posix()])
+        return compute(*args)
+
+    monkeypatch.setattr(pretraining, "contrastive_loss", traced)
+    run = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--train.max-steps", "1"]
+    assert main(["pretrain", recipe, *run]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    documented = re.findall(r"^\d\. `(.*)`$", page, flags=re.M)
+    assert passed[0] == documented and len(documented) <= 6
+    assert sum(len((package / file).read_text().splitlines()) for file in documented) <= 1500
 
 
 def test_activations_computed_twice_give_the_same_run(corpus: Path, tmp_path: Path) -> None:
@@ -389,7 +410,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(corpus: Path)
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        draws = model.draw([32_000] * 2, [("a",), ("b",)], step_key=(0, 0))
+        draws = model.draw(utterances([32_000] * 2), (0, 0))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(torch.randn(2, 32_000), draws)
         kept.append(sum(held.values()))
@@ -406,7 +427,7 @@ def test_a_corpus_without_validation_is_refused_in_a_line(corpus: Path, tmp_path
 
 def test_another_run_in_the_folder_is_left_as_it_is(run: Path, corpus: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"is not empty; choose another --out, or go on with --resume"):
+    with pytest.raises(UsageError, match=r"is not empty; choose another `out`, or go on with `resume`"):
         pretrain(nano(seed=1), read_corpus(corpus), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

@@ -1,6 +1,7 @@
 """What a user is told in one line, and the ranges of settings.
 
-The command line prints the message and exits with the code named here.
+A message names a setting as the field that it is, in backticks: `` `train.max_steps` ``. The command line prints it
+with the options that it knows these by, and exits with the code named here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ class StoppedError(Exception):
 
 class JobError(RuntimeError):
     """The work itself could not be done (exit code 1). The message is one line; what was finished is kept."""
+
+
+class AudioError(Exception):
+    """Audio that cannot be had; the message says which and why."""
+
+
+class TruncatedError(AudioError):
+    """Audio that lacks its end."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def check_ranges(config: Any, name: str = "") -> None:
             check_ranges(value, path)
         for bounds in _ranges(hints[field.name]) if value is not None else ():
             if any(number not in bounds for number in (value if isinstance(value, tuple) else [value])):
-                raise UsageError(f"--{path.replace('_', '-')} must be {bounds}, got {value}")
+                raise UsageError(f"`{path}` must be {bounds}, got {value}")
 
 
 def _ranges(hint: Any) -> list[Range]:

@@ -8,7 +8,6 @@ the numbers. So utterances of unequal lengths are run one by one, which on a CPU
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import statistics
 import time
@@ -25,11 +24,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import w2v2
+from w2v2.checkpoint.card import CHECK
 from w2v2.checkpoint.formats import file_hashes
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
 from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.files import write_json
 from w2v2.inference.recognizer import Recognizer, normalize_waveform
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
@@ -283,9 +284,6 @@ def _explained() -> Iterator[None]:
         raise JobError(f"this model cannot be exported: {reason}") from error
 
 
-CHECK = "export.json"
-
-
 LIMIT = 1e-4
 """Largest difference to the model in PyTorch, where values are at most 1; relative to the largest value elsewhere."""
 
@@ -346,7 +344,7 @@ def write_check(
         **more,
         "packages": {name: metadata.version(name) for name in ("w2v2", "torch", *packages)},
     }
-    (folder / CHECK).write_text(json.dumps(found, indent=2) + "\n")
+    write_json(folder / CHECK, found)
 
 
 def write_preprocessor(folder: Path) -> None:
@@ -363,4 +361,4 @@ def write_preprocessor(folder: Path) -> None:
         "do_normalize": False,
         "return_attention_mask": False,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / "preprocessor_config.json", settings)

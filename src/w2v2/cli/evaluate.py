@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2v2.data.batch import Batch
     from w2v2.data.config import DataConfig
     from w2v2.data.corpora import Splits
-    from w2v2.decoding.beam import BeamConfig
+    from w2v2.decoding.config import BeamConfig
     from w2v2.decoding.greedy import Decoder
     from w2v2.inference.recognizer import Recognizer
 
@@ -71,27 +71,27 @@ def _add_evaluate(verb: AddVerb) -> None:
         "--against", type=Path, help="results of another system on the same utterances, a folder as of --out, to test"
     )
     evaluate.add_argument("--batch-seconds", type=float, help="audio in a batch at most, s (default: 87.5)")
-    evaluate.add_argument("--workers", type=int, help="processes that decode audio (default: 2)")
+    evaluate.add_argument("--workers", dest="num_workers", type=int, help="processes that decode audio (default: 2)")
     evaluate.add_argument("--max-bad", help="share of utterances that may be unreadable; named (default: 0.1%%)")
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
 
 
 def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.checkpoint.native import CONFIG, VOCABULARY, expect_file
     from w2v2.data.corpora import read_corpus
+    from w2v2.inference.recognizer import Recognizer, load
 
     show_beam_settings(args, _USAGE)
     splits = read_corpus(args.data, training=False)
     for name, split in (("--split", args.split), ("--tune", args.tune)):
         if split is not None and split not in splits:
             raise UsageError(f"{name} must be one of {', '.join(splits)}, which {args.data} has; got {split!r}")
-    if (args.model / VOCABULARY).exists():
-        _evaluate_recognizer(args, rest, splits)
+    model = load(args.model)
+    if isinstance(model, Recognizer):
+        _evaluate_recognizer(args, rest, splits, model)
         return
     from w2v2.training.pretrain import evaluate_pretrained
 
-    expect_file(args.model, CONFIG)
-    given = [f"--{name.replace('_', '-')}" for name in _RECOGNIZERS_ONLY if getattr(args, name) is not None] + rest[:1]
+    given = [f"`{name}`" for name in _RECOGNIZERS_ONLY if getattr(args, name) is not None] + rest[:1]
     if given:
         raise UsageError(
             f"{args.model} has no CTC head, so {', '.join(given)} cannot be used; name a run of 'w2v2 finetune'"
@@ -103,23 +103,23 @@ _USAGE = "w2v2 evaluate RUN --data CORPUS"
 
 
 _RECOGNIZERS_ONLY = (
-    "lm", "lexicon", "hot_words", "tune", "trials", "out", "against", "batch_seconds", "workers", "max_bad", "device",
+    "lm", "lexicon", "hot_words", "tune", "trials", "out", "against", "batch_seconds", "num_workers", "max_bad",
+    "device",
 )  # fmt: skip
 
 
-def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits) -> None:
-    from w2v2.checkpoint.native import is_foreign
+def _evaluate_recognizer(args: argparse.Namespace, rest: list[str], splits: Splits, recognizer: Recognizer) -> None:
+    from w2v2.checkpoint.formats import OURS, recognize
     from w2v2.data.loader import whole_utterances
-    from w2v2.evaluation.evaluate import evaluation_table, hypotheses_file, run_evaluation
-    from w2v2.inference.recognizer import load_recognizer
+    from w2v2.evaluation.evaluate import hypotheses_file, run_evaluation
+    from w2v2.evaluation.table import evaluation_table
     from w2v2.training.config import FinetuneConfig, run_config
 
-    config = reading(batch_seconds=args.batch_seconds, num_workers=args.workers, max_bad=args.max_bad)
+    config = reading(batch_seconds=args.batch_seconds, num_workers=args.num_workers, max_bad=args.max_bad)
     if args.against is not None:
         hypotheses_file(args.against)
-    recognizer = load_recognizer(args.model)
     place(recognizer.model, args.device)
-    trained = None if is_foreign(args.model) else run_config(args.model)
+    trained = run_config(args.model) if recognize(args.model)[0] is OURS else None
     if len(splits) == 1 and isinstance(trained, FinetuneConfig) and args.data in trained.data.sources:
         log.warning(
             "%s is one split here, and what the model was trained on: for a score of unseen speakers, hold some out "

@@ -39,7 +39,7 @@ def add(verb: AddVerb) -> None:
 def _export(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.checkpoint.card import write_card
     from w2v2.checkpoint.hub import expect_hub, push
-    from w2v2.files import new_folder
+    from w2v2.files import whole_folder
 
     if args.to != "onnx" and (args.int8 or args.data):
         raise UsageError(f"--int8 and --data are for --to onnx, got --to {args.to}")
@@ -48,7 +48,7 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
         raise UsageError("--license and --push-to-hub need huggingface_hub: pip install 'w2v2[hf]'")
     if args.push_to_hub:
         expect_hub(args.push_to_hub)
-    with new_folder(args.out) as folder:
+    with whole_folder(args.out) as folder:
         _write(args, folder)
         if has_hub:
             write_card(args.model, folder, name=args.out.name, license_id=args.license)

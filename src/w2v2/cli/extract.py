@@ -42,12 +42,14 @@ def add(verb: AddVerb) -> None:
     sub.add_argument(
         "--max-seconds", type=float, default=120.0, help="longer recordings are refused, s (default: %(default)s)"
     )
-    sub.add_argument("--workers", type=int, default=2, help="processes that decode --data (default: %(default)s)")
+    sub.add_argument(
+        "--workers", dest="num_workers", type=int, default=2, help="processes that decode --data (default: %(default)s)"
+    )
     sub.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
 
 
 def _extract(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.checkpoint.native import load_model
+    from w2v2.checkpoint.formats import read
     from w2v2.inference.extract import Wanted, check_wanted, extract_files
 
     if bool(args.audio) == bool(args.data):
@@ -57,7 +59,7 @@ def _extract(args: argparse.Namespace, rest: list[str]) -> None:
             raise UsageError(f"{name} must be more than 0, got {value:g}")
     layers = tuple(args.layers or (() if args.codes else (-1,)))
     wanted = Wanted(layers=layers, codes=args.codes, pool=args.pool is not None, format=args.format)
-    model = load_model(args.model)
+    model = read(args.model).build()
     check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     place(model, args.device)
     items, total = _items(args)
@@ -87,7 +89,7 @@ def _items(args: argparse.Namespace) -> tuple[Iterator[Item], int]:
     from w2v2.data.corpora import read_corpus
     from w2v2.data.loader import whole_utterances
 
-    config = reading(batch_seconds=args.batch_seconds, num_workers=args.workers, max_bad="100%")
+    config = reading(batch_seconds=args.batch_seconds, num_workers=args.num_workers, max_bad="100%")
     splits = read_corpus(args.data, training=False)
     if args.split not in splits:
         raise UsageError(f"--split must be one of {', '.join(splits)}, which {args.data} has; got {args.split!r}")

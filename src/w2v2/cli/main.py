@@ -22,7 +22,7 @@ from w2v2.cli import lm as language
 from w2v2.cli import prepare as data
 from w2v2.cli import train as training
 from w2v2.cli import transcribe as transcription
-from w2v2.cli.options import Run
+from w2v2.cli.options import Run, as_options
 from w2v2.errors import JobError, StoppedError, UsageError
 
 log = logging.getLogger("w2v2")
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_early_settings(argv, rest)
         args.run(args, rest)
     except UsageError as error:
-        sys.stderr.write(f"w2v2: error: {_last_line(error)}\n")
+        sys.stderr.write(f"w2v2: error: {as_options(_last_line(error), args)}\n")
         return 2
     except StoppedError as stop:
-        sys.stderr.write(f"w2v2: {stop}\n")
+        sys.stderr.write(f"w2v2: {as_options(str(stop), args)}\n")
         return stop.exit_code
     except (JobError, OSError) as error:
-        sys.stderr.write(f"w2v2: failed: {_last_line(error)}\n")
+        sys.stderr.write(f"w2v2: failed: {as_options(_last_line(error), args)}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("w2v2: interrupted\n")
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Run, text: str, *, overrides: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
         # Otherwise a setting such as --beam-size, mistyped, may be taken for the beginning of an option.
         sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)
-        sub.set_defaults(run=run, overrides=overrides)
+        sub.set_defaults(run=run, overrides=overrides, parser=sub)
         return sub
 
     for group in (data, training, language, transcription, results, features, exchange, export):

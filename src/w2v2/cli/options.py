@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_data: bool = True) -> T:
     """The recipe, with the shape of the model that the run starts from, if any, and the command line's overrides."""
-    from w2v2.checkpoint.native import model_config
+    from w2v2.checkpoint.formats import read
     from w2v2.recipes import load_recipe, recipe_names
 
     names = ", ".join(recipe_names(kind))
@@ -43,7 +44,7 @@ def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_
         raise UsageError(f"name a recipe: one of {names}, or FILE.py:FUNCTION")
     config: Any = load_recipe(args.recipe, kind)
     if getattr(args, "init_from", None) is not None:
-        config.take_shape(model_config(args.init_from))
+        config.take_shape(read(args.init_from).config)
     if args.help:
         args.parser.print_help()
         rest = ["--help"]
@@ -85,6 +86,23 @@ def _one_line(box: str) -> str:
     return f"{problem}; did you mean {hints[0]}?" if "Unrecognized" in problem and hints else problem
 
 
+def as_options(message: str, args: argparse.Namespace) -> str:
+    """The message with its settings, fields in backticks, spelled as the options of the verb that runs.
+
+    A field such as ``data.num_workers`` is the option whose ``dest`` is its last name, if the verb has one, otherwise
+    that of its full name, if settings can follow the verb.
+    """
+    names: dict[str, str] = {
+        action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings
+    }
+
+    def spell(field: re.Match[str]) -> str:
+        dotted = f"--{field[1].replace('_', '-')}" if args.overrides else field[0]
+        return names.get(field[1].rpartition(".")[2], dotted)
+
+    return re.sub(r"`([a-z]\w*(?:\.\w+)*)`", spell, message)
+
+
 def run_folder(args: argparse.Namespace) -> Path:
     """Where a run goes: ``--out``, or a new name under ``runs``."""
     if args.out is not None:
@@ -97,15 +115,12 @@ def reading(**given: Any) -> DataConfig:
     """How a verb reads a corpus whole, from its options; those that are None are as they are by default.
 
     Raises:
-        UsageError: impossible numbers, named by the verb's options.
+        UsageError: impossible numbers.
     """
     from w2v2.data.config import DataConfig
 
     config = DataConfig(**{name: value for name, value in given.items() if value is not None})
-    try:
-        config.check()
-    except UsageError as error:
-        raise UsageError(str(error).replace("--data.num-workers", "--workers").replace("--data.", "--")) from None
+    config.check()
     return config
 
 

@@ -5,30 +5,26 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from w2v2.cli.decoding import SETTINGS, add_decoder_options, decoder_asked_for, show_beam_settings
 from w2v2.cli.options import AddVerb, place
 from w2v2.cli.progress import progress
+from w2v2.cli.writer import Writer
 from w2v2.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from w2v2.inference.recognizer import Recognizer
-    from w2v2.inference.transcribe import Failure, Layout, Source
-    from w2v2.inference.transcripts import Transcript
+    from w2v2.inference.recordings import Source
+    from w2v2.inference.transcribe import Layout
 
 
 log = logging.getLogger("w2v2")
 
 
 FORMATS = ("txt", "json", "srt", "vtt", "ctm", "TextGrid")
-
-
-ONE_FILE_EACH = ("srt", "vtt", "TextGrid")
 
 
 def add(verb: AddVerb) -> None:
@@ -55,7 +51,27 @@ def _add_output(sub: argparse.ArgumentParser, default: str) -> None:
     sub.add_argument("--out", type=Path, help="folder for a file of each recording (default: standard output)")
 
 
+def _channel(text: str) -> int | str:
+    if text in ("each", "mix"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1, 2, ..., each, or mix, got {text!r}")
+    return int(text)
+
+
+def _heard(sources: Sequence[Source], channel: int | str) -> list[Source]:
+    from w2v2.inference.recordings import choose_channel
+
+    return list(sources) if channel == "mix" else choose_channel(sources, channel if isinstance(channel, int) else None)
+
+
 def _add_windows(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--channel",
+        type=_channel,
+        default="mix",
+        help="the one to hear: 1, 2, ..., each of them on its own, or the mix of all (default: %(default)s)",
+    )
     sub.add_argument(
         "--batch-size", type=int, default=1, help="windows that are worked on together (default: %(default)s)"
     )
@@ -75,7 +91,8 @@ def _add_windows(sub: argparse.ArgumentParser) -> None:
 
 
 def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.inference.transcribe import find_sources, transcribe
+    from w2v2.inference.recordings import find_sources
+    from w2v2.inference.transcribe import transcribe
 
     usage = "w2v2 transcribe MODEL AUDIO"
     show_beam_settings(args, usage)
@@ -85,9 +102,10 @@ def _transcribe(args: argparse.Namespace, rest: list[str]) -> None:
     recognizer = _recognizer(args)
     decoder = decoder_asked_for(args, rest, recognizer.vocabulary, usage)
     sources, failures = find_sources(args.audio)
+    sources = _heard(sources, args.channel)
     for failure in failures:
         log.warning("%s: %s", failure.name, failure.reason)
-    failed, writer = len(failures), _Writer(args, timestamps, sources)
+    failed, writer = len(failures), Writer(args, timestamps, sources)
     with progress("transcribe") as show:
         for found in transcribe(
             recognizer,
@@ -126,90 +144,6 @@ def _check_output(args: argparse.Namespace, timestamps: str) -> None:
         raise UsageError(f"--format {args.format} is made of times; leave --timestamps none out")
 
 
-class _Writer:
-    """Writes transcripts as they are made: to a file each, or all to standard output."""
-
-    def __init__(self, args: argparse.Namespace, timestamps: str, sources: Sequence[Source]) -> None:
-        from w2v2.inference.transcripts import ctm_names
-
-        self.format, self.timestamps, self.out, self.several = args.format, timestamps, args.out, len(sources) > 1
-        self.ctm_names = ctm_names([source.name for source in sources])
-        self.stdout: TextIO = sys.stdout  # a progress bar would send to standard error what is printed while it moves
-        if self.out is None:
-            if self.several and self.format in ONE_FILE_EACH:
-                raise UsageError(
-                    f"--format {self.format} holds one recording, got {len(sources)}; name a folder with --out"
-                )
-            return
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is a file; expected a folder")
-        self.paths = _output_paths(sources, self.format)
-        for source in sources:
-            path = self.out / self.paths[source.name]
-            if path.exists() and _is_beside(path, source.path):
-                raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another --out")
-
-    def take(self, found: Transcript | Failure) -> bool:
-        """Write a transcript, or a line that says why there is none; returns whether it was written."""
-        from w2v2.inference.transcripts import Transcript
-
-        if isinstance(found, Transcript):
-            try:
-                self._write(found)
-            except OSError as error:
-                if self.out is None:  # nobody reads any further
-                    raise
-                log.warning("%s: cannot write what is said in it: %s", found.name, error.strerror or error)
-                return False
-            return True
-        log.warning("%s: %s", found.name, found.reason)
-        return False
-
-    def _write(self, transcript: Transcript) -> None:
-        from w2v2.inference.transcripts import FORMATS, to_ctm
-
-        if self.format == "ctm":
-            text = to_ctm(transcript, self.timestamps, self.ctm_names[transcript.name])
-        else:
-            text = FORMATS[self.format](transcript, self.timestamps)
-        if self.out is None:
-            if self.several and self.format == "txt":
-                text = "".join(f"{transcript.name}\t{line}\n" for line in text.splitlines())
-            self.stdout.write(text)
-            self.stdout.flush()
-            return
-        path = self.out / self.paths[transcript.name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.partial")  # a name may be as long as names can be
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-
-
-def _is_beside(path: Path, audio: str) -> bool:
-    return os.path.isfile(audio) and path.parent.samefile(os.path.dirname(audio) or ".")
-
-
-def _output_paths(sources: Sequence[Source], ending: str) -> dict[str, str]:
-    """File below ``--out`` by name of recording: its own with another ending, or with a further one if two would clash.
-
-    Raises:
-        UsageError: they clash all the same.
-    """
-    below = {source.name: source.place for source in sources}
-    stems = Counter(os.path.splitext(own)[0] for own in below.values())
-    paths: dict[str, str] = {}
-    for name, own in below.items():
-        stem = os.path.splitext(own)[0]
-        paths[name] = f"{own if stems[stem] > 1 else stem}.{ending}"
-    path, count = Counter(paths.values()).most_common(1)[0] if paths else ("", 0)
-    if count > 1:
-        first, second = [name for name, own in paths.items() if own == path][:2]
-        raise UsageError(
-            f"{first} and {second} would both go to {path} in --out; transcribe them into folders of their own"
-        )
-    return paths
-
-
 def _add_align(verb: AddVerb) -> None:
     sub = verb("align", _align, "when each word of a known text is said")
     sub.add_argument("model", type=Path, help="fine-tuning run, or folder of weights of a CTC model")
@@ -224,13 +158,13 @@ def _add_align(verb: AddVerb) -> None:
 
 def _align(args: argparse.Namespace, rest: list[str]) -> None:
     from w2v2.inference.align import align
-    from w2v2.inference.transcribe import Failure
+    from w2v2.inference.recordings import Failure
 
     _check_output(args, args.timestamps)
     layout = _layout(args)
-    pairs = _texts(args)
+    pairs = [(heard, text) for source, text in _texts(args) for heard in _heard([source], args.channel)]
     recognizer = _recognizer(args)
-    failed, writer = 0, _Writer(args, args.timestamps, [source for source, text in pairs if isinstance(text, str)])
+    failed, writer = 0, Writer(args, args.timestamps, [source for source, text in pairs if isinstance(text, str)])
     with progress("align") as show:
         for done, (source, text) in enumerate(pairs, 1):
             try:
@@ -250,7 +184,7 @@ def _align(args: argparse.Namespace, rest: list[str]) -> None:
 def _texts(args: argparse.Namespace) -> list[tuple[Source, str | UsageError]]:
     """Recordings and what is said in them, or why that is not known."""
     from w2v2.data.sources import folder_texts
-    from w2v2.inference.transcribe import Source, source_of
+    from w2v2.inference.recordings import Source, source_of
 
     if not os.path.isdir(args.audio):
         if args.text is None:

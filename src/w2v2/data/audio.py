@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import io
-import os
-import struct
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import soxr
 
+from w2v2.data.containers import ContainerFile, container_of
+from w2v2.data.headers import examine
+from w2v2.data.sndfile import SndFile
+from w2v2.data.splice import read_at
 from w2v2.data.storage import UnreachableError, is_remote, open_binary
-from w2v2.errors import UsageError
+from w2v2.errors import AudioError as AudioError
+from w2v2.errors import TruncatedError as TruncatedError
 
 if TYPE_CHECKING:
     from lhotse import MonoCut
 
 SAMPLE_RATE = 16_000
+RATES = (1_000, 768_000)
+"""Hz: what else a header announces is no recording, and would cost any time to resample."""
+MOST_CHANNELS = 64
 FORMATS = {
     ".wav": {"WAV", "WAVEX", "RF64", "W64"},
+    ".rf64": {"RF64"},
+    ".w64": {"W64"},
     ".flac": {"FLAC"},
     ".mp3": {"MP3"},
     ".ogg": {"OGG"},
@@ -32,57 +37,35 @@ FORMATS = {
     ".opus": {"OGG"},
     ".aiff": {"AIFF"},
     ".aif": {"AIFF"},
+    ".aifc": {"AIFF"},
     ".au": {"AU"},
     ".sph": {"NIST"},
     ".caf": {"CAF"},
     ".m4a": {"M4A"},
+    ".m4b": {"M4A"},
     ".mp4": {"M4A"},
-    ".aac": {"M4A"},
+    ".mov": {"M4A"},
+    ".3gp": {"M4A"},
+    ".aac": {"AAC", "M4A"},
+    ".mkv": {"Matroska"},
+    ".mka": {"Matroska"},
+    ".webm": {"Matroska"},
+    ".avi": {"AVI"},
+    ".ts": {"MPEG-TS"},
+    ".wma": {"ASF"},
+    ".amr": {"AMR"},
 }
 """File name endings that count as audio, and the containers that may be behind them."""
+_BY_LIBSNDFILE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "MP3", "OGG", "AIFF", "AU", "NIST", "CAF"}
 _STEPS = {"PCM_U8": 2**-7, "PCM_S8": 2**-7, "ULAW": 2**-5, "ALAW": 2**-5}
 
 FloatArray = npt.NDArray[np.float32]
 
 
-class AudioError(Exception):
-    """Audio that cannot be had; the message says which and why."""
-
-
-class _Silence:
-    """Keeps the process's standard error shut: the MP3 decoder writes a line there for every frame that it dislikes."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.depth = 0
-        self.kept = -1
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        self.depth += 1
-        if self.depth == 1:
-            try:
-                self.kept = os.dup(2)
-            except OSError:  # there is none
-                self.kept = -1
-                return
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 2)
-            os.close(null)
-
-    def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-        if self.depth == 0 and self.kept >= 0:
-            os.dup2(self.kept, 2)
-            os.close(self.kept)
-        self.lock.release()
-
-
-_silence = _Silence()
-
-
 class AudioFile:
-    """An open audio file, read from its current position on. WAV, FLAC, MP3, Ogg, Opus by libsndfile; M4A by PyAV.
+    """An open audio file, read from its current position on, to where its bytes end, whatever its header says.
+
+    By libsndfile (WAV, FLAC, MP3, Ogg, Opus, AIFF, AU, CAF, SPH, ...); what that does not know, by PyAV.
 
     Args:
         source: path, URL, or a binary file object.
@@ -93,57 +76,80 @@ class AudioFile:
     """
 
     def __init__(self, source: str | BinaryIO) -> None:
-        opened = open_binary(source) if isinstance(source, str) and is_remote(source) else source
-        # As bytes, since a name need not be UTF-8 on a POSIX system, whatever soundfile thinks.
-        named = os.fsencode(opened) if isinstance(opened, str) and os.name == "posix" else opened
         self.source = source
+        self.position = 0
+        self.stream = open_binary(source) if isinstance(source, str) else source
         try:
-            with _silence:
-                self.file: Any = soundfile.SoundFile(named)
-            self.format: str = self.file.format
-        except soundfile.LibsndfileError as error:
-            if not isinstance(opened, str):
-                opened.seek(0)
-            if not _is_mp4(opened):
-                if isinstance(opened, str):
-                    open(opened, "rb").close()  # a missing file or permission is said by the system's own words
-                raise AudioError(_reason(error)) from error
-            self.file = _Mp4(opened)
-            self.format = "M4A"
-        self.rate: int = self.file.samplerate
-        self.channels: int = self.file.channels
-        self.frames: int = self.file.frames
-        """Samples per channel that the header announces."""
-        self.padding = 4096 if self.format == "M4A" else 0
-        """So many of these may never come."""
+            self.file = self._open()
+            self.rate: int = self.file.samplerate
+            self.channels: int = self.file.channels
+            if not RATES[0] <= self.rate <= RATES[1]:
+                raise AudioError(f"{self.rate} Hz, expected {RATES[0]} to {RATES[1]}")
+            if not 1 <= self.channels <= MOST_CHANNELS:
+                raise AudioError(f"{self.channels} channels, expected 1 to {MOST_CHANNELS}")
+        except BaseException:
+            self._let_go()
+            raise
+        self.format: str = self.file.format
         self.step: float = _STEPS.get(self.file.subtype, 2**-15)
         """Distance between two neighbouring values near full scale; 16 bits also where it is less."""
-        self.position = 0
+        self.floats = self.file.subtype in ("FLOAT", "DOUBLE", "pcm_f32le", "pcm_f64le")
+        """Whether it holds floating-point numbers, which may be beyond full scale."""
+        self.slack: int = self.file.slack
+        """So many samples fewer than announced are no loss."""
+
+    def _open(self) -> SndFile | ContainerFile:
+        path = self.source if isinstance(self.source, str) else None
+        kind = container_of(read_at(self.stream, 0, 192))
+        ending = "" if path is None else PurePosixPath(path).suffix.lower()
+        if kind is None:
+            try:
+                layout = examine(self.stream, path)
+                return SndFile(self.stream, layout, None if path is None or is_remote(path) else path)
+            except TruncatedError:
+                raise
+            except AudioError:
+                kinds = FORMATS.get(ending, set()) - _BY_LIBSNDFILE
+                if not kinds:
+                    raise
+                kind = min(kinds)
+        return ContainerFile(self.stream, kind, RATES, MOST_CHANNELS, f"audio{ending}")
+
+    @property
+    def frames(self) -> int:
+        """Samples per channel, by the header where its bytes do not prove it wrong."""
+        return self.file.length[0]
+
+    @property
+    def missing(self) -> str:
+        """What the file lacks at its end, where a decoder takes the shorter file for the whole; or nothing."""
+        return self.file.length[1]
 
     def __enter__(self) -> AudioFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if isinstance(self.source, str):
+            self.stream.close()
 
     def seek(self, start: int) -> None:
-        """Go to a sample."""
-        if start == self.position:
-            return
-        try:
-            with _silence if self.format == "MP3" else nullcontext():
-                self.file.seek(start)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(_reason(error)) from error
-        self.position = start
+        """Go to a sample; in a format that cannot seek, by decoding what is before it."""
+        if start != self.position:
+            self.file.seek(start)
+            self.position = start
 
     def read(self, count: int = -1) -> FloatArray:
         """Up to ``count`` samples, (samples, channels) float32; fewer at the end."""
-        try:
-            with _silence if self.format == "MP3" else nullcontext():
-                samples: FloatArray = self.file.read(count, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(_reason(error)) from error
+        if count < 0:
+            parts = [np.zeros((0, self.channels), np.float32)]
+            while len(part := self.read(1 << 20)):
+                parts.append(part)
+            return np.concatenate(parts)
+        samples = self.file.read(count)
         self.position += len(samples)
         return samples
 
@@ -151,17 +157,49 @@ class AudioFile:
         """Refuse a file that lacks its end, once all of it has been read.
 
         Raises:
-            AudioError: it announces more than it holds.
+            TruncatedError: it announces more than it holds.
         """
-        if self.position < self.frames - self.padding and says_length(self.source, self.format):
-            raise AudioError(f"it breaks off: {self.position} samples of {self.frames}")
-        if missing := announced_but_missing(self.source, self.format):
-            raise AudioError(f"it breaks off: {missing}")
+        if self.position < self.frames - self.slack:
+            raise TruncatedError(f"it breaks off: {self.position} samples of {self.frames}")
+        if self.missing:
+            raise TruncatedError(f"it breaks off: {self.missing}")
 
 
-def mix_down(samples: FloatArray) -> FloatArray:
-    """(samples, channels) to (samples,): the mean over channels."""
+def mix_down(samples: FloatArray, channel: int | None = None) -> FloatArray:
+    """(samples, channels) to (samples,): one channel, counted from 1, or the mean over all.
+
+    Raises:
+        AudioError: there is no such channel.
+    """
+    if channel is not None:
+        if channel > samples.shape[1]:
+            raise AudioError(f"it has no channel {channel}, only {samples.shape[1]}")
+        return samples[:, channel - 1]
     return samples[:, 0] if samples.shape[1] == 1 else samples.mean(1)
+
+
+class Mixer:
+    """``mix_down`` of block after block, which finds out whether the channels cancel each other out."""
+
+    def __init__(self, channel: int | None = None) -> None:
+        self.channel = channel
+        self.mixed = self.apart = 0.0  # energy of the mean, and the mean of the channels' energies
+        self.channels = 1
+
+    def __call__(self, samples: FloatArray) -> FloatArray:
+        """(samples, channels) to (samples,); errors as for ``mix_down``."""
+        mono = mix_down(samples, self.channel)
+        if self.channel is None and samples.shape[1] > 1:
+            self.channels = samples.shape[1]
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.mixed += float(np.dot(mono, mono))
+                self.apart += float(np.einsum("sc,sc->", samples, samples)) / self.channels
+        return mono
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the mean has less than a tenth of the energy that it has of unrelated channels."""
+        return self.channels > 1 and self.mixed * self.channels < 0.1 * self.apart
 
 
 def resample(samples: FloatArray, rate: int) -> FloatArray:
@@ -169,21 +207,22 @@ def resample(samples: FloatArray, rate: int) -> FloatArray:
     return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
 
 
-def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]:
+def stream_audio(file: AudioFile, seconds: float = 10.0, mix: Mixer | None = None) -> Iterator[FloatArray]:
     """The rest of a file in blocks of (samples,), mono, at 16 kHz; laid end to end they are what ``resample`` gives.
 
     Args:
         file: read from its current position on.
         seconds: of a block; what is in memory at a time.
+        mix: takes it down to one channel; None: the mean over all.
 
     Raises:
-        AudioError: it cannot be decoded, lacks its end, or holds samples that are not finite.
+        AudioError: it cannot be decoded, has no such channel, lacks its end, or holds samples that are not finite.
     """
     stream = soxr.ResampleStream(file.rate, SAMPLE_RATE, 1) if file.rate != SAMPLE_RATE else None
     count = max(1, round(seconds * file.rate))
-    ended = False
+    mix, ended = mix or Mixer(), False
     while not ended:
-        samples = mix_down(file.read(count))
+        samples = mix(file.read(count))
         ended = len(samples) < count
         if not np.isfinite(samples).all():
             raise AudioError(f"samples that are not finite within {seconds:g} s before {file.position / file.rate:g} s")
@@ -195,10 +234,12 @@ def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]
 def load_audio(
     cut: MonoCut, offset: float = 0.0, duration: float | None = None, data: bytes | None = None
 ) -> FloatArray:
-    """Decode part of a cut: channels averaged, 16 kHz, float32. Only that part is decoded where the format can seek.
+    """Decode part of a cut: its channel, or the mean over all, 16 kHz, float32.
+
+    Only that part is decoded where the format can seek.
 
     Args:
-        cut: of one recording in one file.
+        cut: of one recording in one file; ``channel`` among its custom fields, from 1, is the one that is heard.
         offset: seconds after the cut's start.
         duration: seconds; None: to the cut's end.
         data: the encoded file, where it has been read already, as of a shard.
@@ -216,7 +257,7 @@ def load_audio(
             if file.rate != rate:
                 raise AudioError(f"it has {file.rate} Hz, the manifest says {rate}")
             file.seek(start)
-            samples = file.read(count)
+            samples = mix_down(file.read(count), (cut.custom or {}).get("channel"))
     except UnreachableError:
         raise
     except (AudioError, OSError) as error:
@@ -224,152 +265,4 @@ def load_audio(
     # Decoders' versions differ in how they count the last samples of compressed formats; a rounding is no loss.
     if len(samples) < count - max(1, rate // 1000):
         raise AudioError(f"{path} ({cut.id}): it ends early, {len(samples)} samples of {count} from {start}")
-    return resample(mix_down(samples), rate)
-
-
-def says_length(source: str | BinaryIO, container: str) -> bool:
-    """Whether a file says how long it is; of MP3 without a Xing header the decoder guesses it."""
-    if container != "MP3":
-        return True
-    with _bytes_of(source) as file:
-        head = file.read(10)
-        tag = head[:3] == b"ID3"  # its size has seven bits in each byte
-        file.seek(10 + sum((byte & 127) << 7 * i for i, byte in enumerate(head[:5:-1])) if tag else 0)
-        first = file.read(2048)
-    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
-
-
-def announced_but_missing(source: str | BinaryIO, container: str) -> str:
-    """What a WAV or Ogg file lacks at its end, where the decoder takes the shorter file for the whole; or nothing."""
-    if isinstance(source, str) and is_remote(source):
-        return ""
-    with _bytes_of(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if container in ("WAV", "WAVEX"):
-            head = file.read(12)
-            while len(head) >= 8 and (chunk := file.read(8)):
-                name, length = chunk[:4], struct.unpack("<I", chunk[4:].ljust(4, b"\0"))[0]
-                if name == b"data":  # writers to a pipe leave a length near 2^31 (SoX) or 2^32, or of 0
-                    left = size - file.tell()
-                    return f"{left} bytes of {length}" if left < length < 0x7FFF_0000 else ""
-                file.seek(length + length % 2, os.SEEK_CUR)
-        elif container == "OGG":
-            file.seek(max(0, size - 65_307))  # the largest page
-            tail = file.read()
-            at = tail.rfind(b"OggS")
-            if at < 0 or len(tail) < at + 27 or not tail[at + 5] & 4:
-                return "the last page does not end the stream"
-            sizes = tail[at + 27 : at + 27 + tail[at + 26]]
-            if len(tail) < at + 27 + len(sizes) + sum(sizes):
-                return "the last page is cut off"
-    return ""
-
-
-def _bytes_of(source: str | BinaryIO) -> AbstractContextManager[BinaryIO]:
-    """The encoded file from its start; one that was given open stays open."""
-    if isinstance(source, str):
-        return open_binary(source)
-    source.seek(0)
-    return nullcontext(source)
-
-
-def _reason(error: soundfile.LibsndfileError) -> str:
-    text = str(error.error_string).strip().rstrip(".")
-    return text.removeprefix("Error : ")
-
-
-def _is_mp4(source: str | BinaryIO) -> bool:
-    if isinstance(source, str):
-        if PurePosixPath(source).suffix.lower() == ".aac":
-            return True
-        try:
-            with open(source, "rb") as file:
-                head = file.read(12)
-        except OSError:
-            return False
-    else:
-        head = source.read(12)
-        source.seek(0)
-    return head[4:8] == b"ftyp"
-
-
-class _Mp4:
-    """The part of ``soundfile.SoundFile`` that :class:`AudioFile` uses, for AAC and ALAC in MP4. Seeks by decoding."""
-
-    def __init__(self, source: str | BinaryIO) -> None:
-        try:
-            import av
-        except ImportError:
-            raise UsageError("M4A audio needs PyAV: pip install 'w2v2[m4a]'") from None
-        self.errors = av.error.FFmpegError
-        self.source = source
-        self._open: Any = av.open
-        self._start()
-        stream = self.container.streams.audio[0]
-        self.samplerate: int = stream.rate
-        self.channels: int = stream.channels
-        self.subtype = stream.codec_context.name
-        ticks, unit = stream.duration or 0, stream.time_base
-        if self.container.format.name == "aac":  # no header announces anything, and the duration is a guess
-            ticks = sum(packet.duration or 0 for packet in self._demuxed())
-            self._start()
-        self.frames = round(float(ticks * unit) * self.samplerate)
-
-    def _start(self) -> None:
-        if not isinstance(self.source, str):
-            self.source.seek(0)
-        try:
-            self.container = self._open(self.source)
-            if not self.container.streams.audio:
-                raise AudioError("no audio stream in it")
-            self.packets = self.container.decode(audio=0)
-        except self.errors as error:
-            raise AudioError(error.strerror or str(error)) from error
-        self.rest = np.zeros((0, 1), np.float32)
-        self.position = 0
-
-    def _demuxed(self) -> Iterator[Any]:
-        try:
-            yield from self.container.demux(audio=0)
-        except self.errors as error:
-            raise AudioError(error.strerror or str(error)) from error
-        finally:
-            self.container.close()
-
-    def seek(self, start: int) -> None:
-        if start < self.position:
-            self.container.close()
-            self._start()
-        while self.position < start and len(self.read(min(start - self.position, 1 << 16))):
-            pass
-
-    def read(self, count: int, dtype: str = "float32", always_2d: bool = True) -> FloatArray:
-        parts, have = [self.rest], len(self.rest)
-        while count < 0 or have < count:
-            try:
-                frame = next(self.packets, None)
-            except self.errors as error:
-                raise AudioError(error.strerror or str(error)) from error
-            if frame is None:
-                break
-            part = self._samples(frame)
-            parts.append(part)
-            have += len(part)
-        samples = np.concatenate([part for part in parts if len(part)] or [np.zeros((0, self.channels), np.float32)])
-        taken = samples if count < 0 else samples[:count]
-        self.rest = samples[len(taken) :]
-        self.position += len(taken)
-        return taken
-
-    @staticmethod
-    def _samples(frame: Any) -> FloatArray:
-        values: npt.NDArray[Any] = frame.to_ndarray()
-        if not frame.format.is_planar:
-            values = values.reshape(-1, len(frame.layout.channels)).T
-        if values.dtype.kind == "i":
-            values = values / float(-np.iinfo(values.dtype).min)
-        return np.ascontiguousarray(values.T, dtype=np.float32)
-
-    def close(self) -> None:
-        self.container.close()
+    return resample(samples, rate)

@@ -39,7 +39,8 @@ class DataConfig:
         bad_share(self.max_bad)
         if self.min_seconds > self.max_seconds:
             raise UsageError(
-                f"--data.min-seconds must not exceed max-seconds ({self.max_seconds:g}), got {self.min_seconds:g}"
+                f"`data.min_seconds` must not exceed `data.max_seconds` ({self.max_seconds:g}), "
+                f"got {self.min_seconds:g}"
             )
 
 
@@ -50,5 +51,5 @@ def bad_share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise UsageError(f"--data.max-bad must be a share such as 0.1% or 0.001, got {text!r}")
+        raise UsageError(f"`data.max_bad` must be a share such as 0.1% or 0.001, got {text!r}")
     return share

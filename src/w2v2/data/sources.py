@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2v2.data.audio import FORMATS
+from w2v2.data.audio import FORMATS, MOST_CHANNELS
 from w2v2.data.storage import is_remote
 from w2v2.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "valid", "test")
-COLUMNS = ("path", "start", "end", "text", "speaker", "split")
+COLUMNS = ("path", "start", "end", "text", "speaker", "split", "channel")
 _SUBSET = re.compile(r"(train|dev|val|test)(ing|elopment|id|idation)?(?![a-z])", re.IGNORECASE)
 
 
@@ -41,6 +44,8 @@ class Row:
     speaker: str | None = None
     split: str | None = None
     """train, valid or test; None: to be decided."""
+    channel: int | None = None
+    """Of the recording, from 1; None: the mean over all."""
 
 
 def folder_rows(root: Path, speaker: str | None = None) -> Iterator[Row]:
@@ -239,6 +244,9 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterato
                     "name the columns with --columns path=NAME"
                 )
             present = [column for column in COLUMNS if names[column] in record]
+            unread = [str(name) for name in record if name not in names.values()]
+            if unread:
+                log.warning("%s: nobody reads the columns %s; name them with --columns", table, ", ".join(unread))
         late = [names[column] for column in COLUMNS if column not in present and names[column] in record]
         if late:
             raise UsageError(f"{table}, row {line}: column {late[0]!r}, which the rows before lack; add it, null there")
@@ -253,6 +261,11 @@ def _table_row(table: Path, line: int, record: Mapping[str, Any], names: Mapping
     values: dict[str, Any] = {column: record[name] for column, name in names.items()}
     if not values["path"] or not isinstance(values["path"], str):
         raise UsageError(f"{where}: expected a path in {names['path']!r}, got {values['path']!r}")
+    channel = values.get("channel")
+    if channel in (None, ""):
+        channel = None
+    elif not str(channel).isdecimal() or not 1 <= int(channel) <= MOST_CHANNELS:
+        raise UsageError(f"{where}: expected a channel from 1 in {names['channel']!r}, got {channel!r}")
     for column in ("start", "end"):
         values[column] = _seconds(where, names, column, values.get(column))
     start, end = values["start"] or 0.0, values["end"]
@@ -274,6 +287,7 @@ def _table_row(table: Path, line: int, record: Mapping[str, Any], names: Mapping
         text=None if text is None else str(text),
         speaker=None if speaker in (None, "") else str(speaker),
         split=None if split is None else named_split(str(split)),
+        channel=None if channel is None else int(channel),
     )
 
 

@@ -50,7 +50,7 @@ def estimate(sentences: Iterable[Sequence[str]], order: int, prune: Sequence[int
         UsageError: no words, one of those three, an order that no sentence is long enough for, or wrong thresholds.
     """
     if order < 1:
-        raise UsageError(f"--order must be 1 or more, got {order}")
+        raise UsageError(f"`order` must be 1 or more, got {order}")
     thresholds = _thresholds(prune, order)
     numbers = {word: number for number, word in enumerate(SPECIAL)}
     tokens, sentence = encode(sentences, numbers, grow=True)
@@ -60,8 +60,8 @@ def estimate(sentences: Iterable[Sequence[str]], order: int, prune: Sequence[int
     longest = int(np.bincount(sentence).max())
     if longest < order:
         raise UsageError(
-            f"--order {order} needs a sentence of {order - 2} words or more, the longest has {longest - 2}; "
-            f"use --order {longest} or less"
+            f"`order` {order} needs a sentence of {order - 2} words or more, the longest has {longest - 2}; "
+            f"use `order` {longest} or less"
         )
     levels = _count(tokens, sentence, len(numbers), order)
     return _smooth(tuple(numbers), levels, thresholds)
@@ -81,7 +81,7 @@ def _thresholds(prune: Sequence[int], order: int) -> list[int]:
     given = list(prune) or [0]
     if given[0] != 0 or given != sorted(given) or len(given) > order:
         raise UsageError(
-            f"--prune takes up to {order} counts, for n-grams of 1 word, 2 words, ..., 0 first and none less than the "
+            f"`prune` takes up to {order} counts, for n-grams of 1 word, 2 words, ..., 0 first and none less than the "
             f"one before, such as 0 0 1; got {' '.join(map(str, given))}"
         )
     return given + given[-1:] * (order - len(given))

@@ -16,7 +16,8 @@ from w2v2.data.audio import SAMPLE_RATE, AudioError
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import Recognizer
-from w2v2.inference.transcribe import Failure, Layout, Source, transcribe
+from w2v2.inference.recordings import Failure, Source
+from w2v2.inference.transcribe import Layout, transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.text.vocabulary import Vocabulary
 

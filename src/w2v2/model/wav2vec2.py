@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from w2v2.errors import Count, NotNegative, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
 from w2v2.model.masking import sample_span_mask
+from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
 from w2v2.model.quantizer import GumbelVectorQuantizer
-from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, repeat_rows, unpack
+from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
 
 SAMPLE_RATE = 16_000
 
@@ -85,21 +86,22 @@ class Wav2Vec2Config:
         shape = [self.conv_kernel_sizes, self.conv_strides, self.conv_paddings]
         if any(len(part) != len(self.conv_channels) for part in shape):
             raise UsageError(
-                f"--model.conv-kernel-sizes, conv-strides and conv-paddings need one number for each of the "
-                f"{len(self.conv_channels)} conv-channels, got {', '.join(str(len(part)) for part in shape)}"
+                f"`model.conv_kernel_sizes`, `model.conv_strides` and `model.conv_paddings` need one number for "
+                f"each of the {len(self.conv_channels)} `model.conv_channels`, got "
+                f"{', '.join(str(len(part)) for part in shape)}"
             )
-        for name, parts in (("n-head", self.n_head), ("pos-conv-groups", self.pos_conv_groups)):
+        for name, parts in (("n_head", self.n_head), ("pos_conv_groups", self.pos_conv_groups)):
             if self.n_embd % parts:
-                raise UsageError(f"--model.n-embd must be a multiple of {name} ({parts}), got {self.n_embd}")
+                raise UsageError(f"`model.n_embd` must be a multiple of `model.{name}` ({parts}), got {self.n_embd}")
         kind, _, groups = self.conv_norm.partition(":")
         if self.conv_norm != "layer" and (kind != "group" or not groups.isdigit() or int(groups) == 0):
             raise UsageError(
-                f"--model.conv-norm must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
+                f"`model.conv_norm` must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
             )
         if kind == "group" and self.conv_channels[0] % int(groups):
             raise UsageError(
-                f"--model.conv-norm needs groups that divide the first of conv-channels ({self.conv_channels[0]}), "
-                f"got {groups}"
+                f"`model.conv_norm` needs groups that divide the first of `model.conv_channels` "
+                f"({self.conv_channels[0]}), got {groups}"
             )
 
     def build(self) -> Wav2Vec2:
@@ -120,6 +122,10 @@ class Wav2Vec2Config:
     def sample_mask(self, n_frames: int, rng: torch.Generator) -> Tensor:
         """(n_frames,) bool on the host: which frames of one utterance are masked; at least two, not all."""
         return sample_span_mask(n_frames, self.mask_prob, self.mask_length, rng)
+
+    def sample_masks(self, samples: Sequence[int], rngs: Sequence[torch.Generator]) -> list[Tensor]:
+        """A mask for each utterance of so many samples."""
+        return [self.sample_mask(n, rng) for n, rng in zip(self.frames(samples), rngs, strict=True)]
 
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
@@ -256,6 +262,7 @@ class Wav2Vec2(nn.Module):
         channels: Tensor | None = None,
         keep_layers: Sequence[bool] | None = None,
         inputs: list[Tensor] | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Run the context network.
 
@@ -267,13 +274,14 @@ class Wav2Vec2(nn.Module):
             channels: (B, D) bool, True where a channel is set to zero for the whole utterance, after the time mask.
             keep_layers: which blocks run; None for all.
             inputs: gets the input of each block appended, as x is.
+            rows: what frames are wanted, as (1, N, D), when not all are: in training the last block computes no more.
         """
         if covered is not None:
             vector = self.mask_vector.to(x.dtype).expand(len(covered), -1)
             x = x.flatten(0, 1).index_copy(0, covered, vector).view_as(x)
         if channels is not None:
-            rows = channels[:, None] if lengths is None else repeat_rows(channels, lengths)[None]
-            x = x.masked_fill(rows, 0.0)
+            zeroed = channels[:, None] if lengths is None else repeat_rows(channels, lengths)[None]
+            x = x.masked_fill(zeroed, 0.0)
         x = x + self.positional_embedding(x, lengths)
         if not self.config.norm_first:
             x = self.ln_f(x)
@@ -282,7 +290,13 @@ class Wav2Vec2(nn.Module):
             assert isinstance(block, TransformerBlock)
             if inputs is not None:
                 inputs.append(x)
-            x = block(x, lengths) if keep_layers is None or keep_layers[i] else block.skip(x)
+            if keep_layers is not None and not keep_layers[i]:
+                x = block.skip(x)
+            elif rows is None or not self.training or is_plain() or i < len(self.transformer) - 1:
+                x = block(x, lengths)
+            else:
+                x, rows = block(x, lengths, rows), None
+        x = x if rows is None else take(x, rows)
         return self.ln_f(x) if self.config.norm_first else x
 
 

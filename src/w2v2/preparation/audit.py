@@ -20,10 +20,10 @@ from w2v2.data.audio import (
     AudioError,
     AudioFile,
     FloatArray,
-    announced_but_missing,
-    mix_down,
-    says_length,
+    Mixer,
+    TruncatedError,
 )
+from w2v2.data.headers import examine
 from w2v2.data.storage import is_remote, open_binary
 from w2v2.text.vocabulary import normalize_text
 
@@ -33,6 +33,8 @@ REJECTING = ("unreadable", "truncated", "empty", "silent", "non_finite", "too_sh
 
 WARNING = (
     "clipped",
+    "out_of_range",
+    "out_of_phase",
     "dc_offset",
     "wrong_extension",
     "speaker_overlap",
@@ -90,6 +92,8 @@ class Part:
     """Seconds; None: to its end."""
     text: str | None = None
     """Transcript; None: none."""
+    channel: int | None = None
+    """Counted from 1; None: the mean over all."""
 
 
 @dataclass
@@ -106,6 +110,8 @@ class Finding:
     """Sample at which the row starts."""
     samples: int = 0
     """Samples per channel of the row."""
+    channel: int | None = None
+    """That is to be heard, from 1; None: the mean over all."""
     content: str = ""
     """Hash of the decoded samples."""
     cuts: list[int] = field(default_factory=list)
@@ -121,9 +127,11 @@ class Finding:
 class _Scan:
     """Running figures over the blocks of a recording."""
 
-    def __init__(self, file: AudioFile, *, energies: bool) -> None:
-        self.hash = hashlib.sha256(f"{file.rate} Hz, {file.channels} channels".encode())
-        self.step = file.step
+    def __init__(self, file: AudioFile, channel: int | None, *, energies: bool) -> None:
+        self.channels = file.channels if channel is None else 1
+        self.hash = hashlib.sha256(f"{file.rate} Hz, {self.channels} channels".encode())
+        self.mix = Mixer(channel)
+        self.step, self.floats = file.step, file.floats
         self.samples = self.flat = 0
         self.sum = self.squares = self.peak = 0.0
         self.finite = True
@@ -131,13 +139,15 @@ class _Scan:
         self.energy: list[FloatArray] = []
 
     def add(self, block: FloatArray) -> None:
+        mono = self.mix(block)
+        if self.channels < block.shape[1]:
+            block = mono[:, None]
         self.hash.update(np.ascontiguousarray(block).data)
         high = max(float(block.max()), -float(block.min()))  # either is NaN if any sample is
         self.samples += len(block)
         if not np.isfinite(high):
             self.finite = False
             return
-        mono = mix_down(block)
         exact = mono.astype(np.float64)  # the variance is a small difference where there is an offset
         self.sum += float(exact.sum())
         self.squares += float(np.dot(exact, exact))
@@ -151,7 +161,8 @@ class _Scan:
         if self.frame:
             starts = np.arange(0, len(mono), self.frame)
             lengths = np.diff(starts, append=len(mono))  # the recording's last frame may be a shorter one
-            self.energy.append((np.add.reduceat(mono * mono, starts) / lengths).astype(np.float32))
+            energy = np.einsum("sc,sc->s", block, block)
+            self.energy.append((np.add.reduceat(energy, starts) / lengths).astype(np.float32))
 
     def judge(self, found: Finding, config: AuditConfig) -> None:
         if not self.finite:
@@ -160,11 +171,18 @@ class _Scan:
         mean = self.sum / self.samples
         rms = max(self.squares / self.samples - mean * mean, 0.0) ** 0.5
         db = 20 * np.log10(rms) if rms else -np.inf
-        if db < config.silent_db:
+        if self.mix.cancels and 10 * np.log10(self.mix.apart / self.samples) > config.silent_db:
+            found.channel = 1
+            found.add(
+                "out_of_phase", "the channels cancel each other out, the first is taken, a column channel may say which"
+            )
+        elif db < config.silent_db:
             found.add("silent", f"{db:.0f} dB of full scale")
-        if abs(mean) > config.max_dc:
+        if abs(mean) > config.max_dc * max(1.0, self.peak):
             found.add("dc_offset", f"mean {mean:+.3f}")
-        share = self.flat / (self.samples * found.channels)
+        if self.floats and self.peak > 1.0:  # decoders of MP3 or Opus overshoot, too
+            found.add("out_of_range", f"samples up to {self.peak:.4g}, expected 1 at most")
+        share = self.flat / (self.samples * self.channels)
         if share > config.max_clipped:
             found.add("clipped", f"{self.flat} samples flat at the peak {self.peak:.3f}, {share:.3g} of all")
 
@@ -203,15 +221,14 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
         if not is_remote(location) and not stat.S_ISREG(os.stat(location).st_mode):
             raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
-            missing = announced_but_missing(location, file.format)
             for part, found in zip(parts, findings, strict=True):
-                _audit_part(file, location, part, found, config)
-                if missing and not any(reason == "truncated" for reason, _ in found.reasons):
+                _audit_part(file, part, found, config)
+                if file.missing and not any(reason == "truncated" for reason, _ in found.reasons):
                     found.reasons = [said for said in found.reasons if said[0] != "empty"]
-                    found.add("truncated", missing)
+                    found.add("truncated", file.missing)
                 _check_extension(location, file.format, found)
     except (AudioError, OSError) as error:
-        reason = _why_undecodable(location)
+        reason = "truncated" if isinstance(error, TruncatedError) else _why_undecodable(location)
         for found in findings:
             if not found.samples and not found.reasons:
                 found.add(reason, str(error))
@@ -220,26 +237,29 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
     return findings
 
 
-def _audit_part(file: AudioFile, location: str, part: Part, found: Finding, config: AuditConfig) -> None:
-    found.rate, found.channels, found.total = file.rate, file.channels, file.frames
+def _audit_part(file: AudioFile, part: Part, found: Finding, config: AuditConfig) -> None:
+    found.rate, found.channels, found.total, found.channel = file.rate, file.channels, file.frames, part.channel
     found.first = round((part.start or 0.0) * file.rate)
+    if part.channel is not None and part.channel > file.channels:
+        found.add("unreadable", f"it has no channel {part.channel}, only {file.channels}")
+        return
     if found.first and found.first >= file.frames:
         found.add("truncated", f"it starts at {part.start:g} s, the recording ends at {file.frames / file.rate:g} s")
         return
     whole = part.start is None and part.end is None
     expected = file.frames - found.first if part.end is None else round(part.end * file.rate) - found.first
     limit = round(config.max_seconds * file.rate)
-    scan = _Scan(file, energies=not part.text and expected > limit)
+    scan = _Scan(file, part.channel, energies=not part.text and expected > limit)
     file.seek(found.first)
     for block in _blocks(file, None if part.end is None else expected):
         scan.add(block)
     found.samples, found.content = scan.samples, scan.hash.hexdigest()
     found.total = scan.samples if whole else max(file.frames, found.first + scan.samples)
-    # The end of a row is often rounded up from the recording's own; MP4 announces its padding too.
-    slack = file.padding or (0 if whole else round(0.1 * file.rate))
+    # The end of a row is often rounded up from the recording's own.
+    slack = file.slack or (0 if whole else round(0.1 * file.rate))
     if scan.samples == 0:
         found.add("empty", "no samples")
-    elif scan.samples < expected - slack and (part.end is not None or says_length(location, file.format)):
+    elif scan.samples < expected - slack:
         found.add("truncated", f"{scan.samples} samples of {expected}")
     else:
         scan.judge(found, config)
@@ -278,9 +298,8 @@ def _why_undecodable(location: str) -> str:
             raw.seek(0)
             if size == 0:
                 return "empty"
-            if raw.read(4) == b"OggS" and announced_but_missing(location, "OGG"):
+            if examine(raw).missing:
                 return "truncated"
-            raw.seek(0)
             with AudioFile(raw) as file:
                 try:
                     for _ in _blocks(file, None):

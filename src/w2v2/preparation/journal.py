@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import sqlite3
 import time
@@ -20,9 +21,10 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS rows (
     id INTEGER PRIMARY KEY, path TEXT, line INTEGER, start REAL, stop REAL, text TEXT, speaker TEXT, split TEXT,
-    stamp TEXT, bytes INTEGER, seen INTEGER, stem TEXT,
+    channel INTEGER, stamp TEXT, bytes INTEGER, seen INTEGER, stem TEXT,
     name TEXT, part TEXT, place INTEGER, done INTEGER DEFAULT 0,
     rate INTEGER, channels INTEGER, total INTEGER, first INTEGER, samples INTEGER, content TEXT, cuts TEXT,
+    heard INTEGER,
     UNIQUE (path, line)
 );
 CREATE TABLE IF NOT EXISTS reasons (row INTEGER, reason TEXT, detail TEXT);
@@ -94,14 +96,19 @@ class Journal:
             seen = int(self.get("seen") or 0) + 1
             self.put("seen", str(seen))
             for row, stamp, size in rows:
-                mark = hashlib.sha256(repr((stamp, row.start, row.end, row.text)).encode()).hexdigest()[:16]
+                known = (row.path, row.line, row.start, row.end, row.text, row.speaker, row.split, row.channel)
+                mark = hashlib.sha256(repr((stamp, row.start, row.end, row.text, row.channel)).encode()).hexdigest()[
+                    :16
+                ]
                 self.db.execute(
-                    """INSERT INTO rows (path, line, start, stop, text, speaker, split, stamp, bytes, seen, stem)
-                    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, utterance_id(?1))
+                    """INSERT INTO rows
+                    (path, line, start, stop, text, speaker, split, channel, stamp, bytes, seen, stem)
+                    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, utterance_id(?1))
                     ON CONFLICT (path, line) DO UPDATE SET start = excluded.start, stop = excluded.stop,
                     text = excluded.text, speaker = excluded.speaker, split = excluded.split, seen = excluded.seen,
+                    channel = excluded.channel,
                     bytes = excluded.bytes, done = done AND stamp = excluded.stamp, stamp = excluded.stamp""",
-                    (row.path, row.line, row.start, row.end, row.text, row.speaker, row.split, mark, size, seen),
+                    (*known, mark, size, seen),
                 )
             if not keep_old:
                 self.db.execute("DELETE FROM rows WHERE seen != ?", (seen,))
@@ -111,14 +118,14 @@ class Journal:
         """(path, parts, bytes) of what has not been decoded yet, some parts of one recording at a time."""
         parts: list[Part] = []
         path, size = "", 0
-        query = "SELECT id, path, start, stop, text, bytes FROM rows WHERE NOT done ORDER BY path, line"
-        for row, at, start, stop, text, taken in self.db.execute(query):
+        query = "SELECT id, path, start, stop, text, channel, bytes FROM rows WHERE NOT done ORDER BY path, line"
+        for row, at, start, stop, text, channel, taken in self.db.execute(query):
             if parts and (at != path or len(parts) >= ROWS_PER_TASK):
                 yield path, parts, size
                 parts, size = [], 0
             path = at
             size += taken
-            parts.append(Part(row, start, stop, text))
+            parts.append(Part(row, start, stop, text, channel))
         if parts:
             yield path, parts, size
 
@@ -129,10 +136,10 @@ class Journal:
         for found in findings:
             self.db.execute(
                 "UPDATE rows SET done = 1, rate = ?, channels = ?, total = ?, first = ?, samples = ?, content = ?, "
-                "cuts = ? WHERE id = ?",
+                "cuts = ?, heard = ? WHERE id = ?",
                 (
                     found.rate, found.channels, found.total, found.first, found.samples, found.content,
-                    json.dumps(found.cuts), found.row,
+                    json.dumps(found.cuts), found.channel, found.row,
                 ),
             )  # fmt: skip
             self.db.execute("DELETE FROM reasons WHERE row = ?", (found.row,))
@@ -195,7 +202,8 @@ class Journal:
             || CASE WHEN stop IS NULL THEN 'end' ELSE printf('%.3f', stop) END
             WHERE start IS NOT NULL OR stop IS NOT NULL"""
         )
-        row = "path || ' ' || coalesce(start, 0) || ' ' || coalesce(stop, 'end')"
+        self.db.execute("UPDATE rows SET name = name || '-ch' || channel WHERE channel IS NOT NULL")
+        row = "path || ' ' || coalesce(start, 0) || ' ' || coalesce(stop, 'end') || ' ' || coalesce(channel, 0)"
         self.db.execute(  # two rows may still share one, such as a/b_c.wav and a_b/c.wav
             f"""UPDATE rows SET name = name || printf('-%08x', share({row}) >> 31) WHERE name IN
             (SELECT name FROM rows GROUP BY name HAVING count(DISTINCT {row}) > 1)"""
@@ -215,14 +223,19 @@ class Journal:
             self.db.execute("UPDATE rows SET part = 'train' WHERE part IS NULL")
 
     def _divide(self, shares: dict[str, float], seed: int) -> None:
-        """Hold out whole speakers of train for each split that is missing; files, where there are not two speakers."""
+        """Hold out whole speakers of train for each split that is missing; recordings, where there are not two.
+
+        Speakers of one recording stay together, and so do the recordings of a speaker.
+        """
         if not self.value(f"SELECT count(*) FROM rows WHERE part = 'train' AND {KEPT}"):
             self.db.execute("UPDATE rows SET part = 'train' WHERE part IS NOT NULL")
+        self._group()
         left = 1.0
         for split, wanted in shares.items():
             if not wanted or self.value(f"SELECT count(*) FROM rows WHERE part = ? AND {KEPT}", split):
                 continue
-            for group in ("coalesce(speaker, path)", "path", "path || line"):
+            speaker = "coalesce((SELECT leader FROM leaders WHERE who = coalesce(speaker, path)), speaker, path)"
+            for group in (speaker, "path"):
                 train = f"part = 'train' AND {KEPT}"
                 count = self.value(f"SELECT count(DISTINCT {group}) FROM rows WHERE {train}")
                 if count < 2:
@@ -236,12 +249,30 @@ class Journal:
                 left -= wanted
                 break
 
+    def _group(self) -> None:
+        """One leader for all speakers that recordings tie together."""
+        leaders: dict[str, str] = {}
+
+        def leader(who: str) -> str:
+            while leaders.get(who, who) != who:
+                who = leaders[who]
+            return who
+
+        several = "SELECT path FROM rows GROUP BY path HAVING count(DISTINCT coalesce(speaker, path)) > 1"
+        query = f"SELECT DISTINCT path, coalesce(speaker, path) FROM rows WHERE path IN ({several}) ORDER BY 1, 2"
+        for _, together in itertools.groupby(self.db.execute(query), key=lambda row: row[0]):
+            first, *others = [leader(who) for _, who in together]
+            leaders.update((other, min(first, *others)) for other in (first, *others))
+        self.db.execute("CREATE TEMP TABLE IF NOT EXISTS leaders (who TEXT PRIMARY KEY, leader TEXT)")
+        self.db.execute("DELETE FROM leaders")
+        self.db.executemany("INSERT INTO leaders VALUES (?, ?)", [(who, leader(who)) for who in leaders])
+
     def findings(self) -> Iterator[dict[str, Any]]:
         """What ``audit.jsonl`` holds: a line per file or row."""
-        query = """SELECT path, line, start, stop, part, done,
+        query = """SELECT path, line, start, stop, channel, part, done,
             (SELECT json_group_array(json_array(reason, detail)) FROM reasons WHERE row = id) FROM rows
             ORDER BY path, line"""
-        for path, line, start, stop, part, done, said in self.db.execute(query):
+        for path, line, start, stop, channel, part, done, said in self.db.execute(query):
             reasons = sorted(json.loads(said))
             names = [reason for reason, _ in reasons]
             status = "rejected" if set(names) & set(REJECTING) else "warned" if names else "ok"
@@ -251,6 +282,8 @@ class Journal:
             where = {"row": line} if line else {}
             if start is not None or stop is not None:
                 where |= {"start": start, "end": stop}
+            if channel is not None:
+                where |= {"channel": channel}
             yield {"path": path, **where, "status": status, "reasons": names, "detail": "; ".join(details)}
 
     def kept(self, split: str) -> Iterator[sqlite3.Row]:

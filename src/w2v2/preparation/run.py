@@ -448,15 +448,17 @@ def row_cuts(row: sqlite3.Row, root: Path) -> Iterator[MonoCut]:
         said = SupervisionSegment(
             id=name, recording_id=recording.id, start=0.0, duration=duration, text=row["text"], speaker=row["speaker"]
         )
-        custom = {"ctc_infeasible": True} if row["infeasible"] else None
+        custom: dict[str, Any] = {"ctc_infeasible": True} if row["infeasible"] else {}
+        if row["heard"] is not None:
+            custom["channel"] = row["heard"]
         yield MonoCut(
             id=name,
             start=start,
             duration=duration,
-            channel=0,
+            channel=(row["heard"] or 1) - 1,
             recording=recording,
             supervisions=[said],
-            custom=custom,
+            custom=custom or None,
         )
 
 

@@ -120,8 +120,13 @@ def _resampled(cut: MonoCut, tar: AudioTarWriter) -> MonoCut:
         channel_ids=[0],
     )
     recording = to_shar_placeholder(recording)
-    tar.write(cut.id, np.clip(samples, -1.0, 1.0)[None], SAMPLE_RATE, manifest=recording)
-    return fastcopy(cut, start=0.0, duration=recording.duration, channel=0, recording=recording)
+    custom = {name: value for name, value in (cut.custom or {}).items() if name != "channel"}  # there is but one now
+    peak = float(np.abs(samples).max(initial=0.0))
+    if peak > 1.0:  # integers end there: all of it is made smaller, and the cut says by how much
+        samples = samples / peak
+        custom["gain"] = 1.0 / peak
+    tar.write(cut.id, samples[None], SAMPLE_RATE, manifest=recording)
+    return fastcopy(cut, start=0.0, duration=recording.duration, channel=0, recording=recording, custom=custom or None)
 
 
 def _write_cuts(path: Path, cuts: Iterable[MonoCut]) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from w2v2.errors import UsageError
-from w2v2.serial import from_dict, to_dict
+from w2v2.files import write_text
+from w2v2.serial import from_dict, read_json, to_dict
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
 
@@ -131,7 +132,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write as JSON: its type and fields."""
-        path.write_text(json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +259,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
         UsageError: something else.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict({"_type": Vocabulary.__name__, **fields}, Vocabulary)
+        return from_dict({"_type": Vocabulary.__name__, **read_json(path)}, Vocabulary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a vocabulary of 'w2v2 finetune' ({error}); check the path") from error
 

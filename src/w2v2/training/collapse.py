@@ -36,7 +36,7 @@ def _at_chance(figures: Figures) -> bool:
 SIGNATURES = (
     Signature(
         "uniform logits: the contrastive loss is ln(K+1) and does not move, accuracy is chance, the gradient is gone",
-        "lower --optim.schedule.peak or lengthen the warm-up, hear more audio per step (--train.accumulate), and check "
+        "lower `optim.schedule.peak` or lengthen the warm-up, hear more audio per step (`train.accumulate`), and check "
         "that the audio is not constant or silent",
         80,
         # Published runs stay at chance for thousands of updates, with a gradient norm of 0.2 to 5.
@@ -44,14 +44,14 @@ SIGNATURES = (
     ),
     Signature(
         "few codes: targets use a handful of entries, and many distractors are identical to the target",
-        "raise --loss-weights.diversity, hear more audio per step (--train.accumulate, --data.batch-seconds), lower "
-        "--optim.schedule.peak",
+        "raise `loss_weights.diversity`, hear more audio per step (`train.accumulate`, `data.batch_seconds`), lower "
+        "`optim.schedule.peak`",
         100,
         lambda f, groups: f["identical_distractors"] > (0.15 if f["code_perplexity"] < 4.5 * groups else 0.5),
     ),
     Signature(
         "chosen codes no longer follow the probabilities: code_perplexity is far below prob_perplexity",
-        "lower --optim.schedule.peak or lengthen the warm-up, and check that the audio is not constant or silent; "
+        "lower `optim.schedule.peak` or lengthen the warm-up, and check that the audio is not constant or silent; "
         "without content the diversity loss is met by probabilities that are all equal",
         60,
         lambda f, groups: f["code_perplexity"] < 0.5 * f["prob_perplexity"] and f["contrastive_of_chance"] > 0.95,
@@ -59,21 +59,21 @@ SIGNATURES = (
     Signature(
         "perplexity has fallen to a few entries of each codebook, and much of the accuracy is there with every frame "
         "masked: which of them comes next is guessed from no context",
-        "raise --loss-weights.diversity, hear more audio per step (--train.accumulate, --data.batch-seconds), lower "
-        "--optim.schedule.peak",
+        "raise `loss_weights.diversity`, hear more audio per step (`train.accumulate`, `data.batch_seconds`), lower "
+        "`optim.schedule.peak`",
         200,
         # Healthy runs pass through so few in 20 steps; one that stayed there read two thirds from context all the same.
         lambda f, groups: f["code_perplexity"] < 8 * groups and f["accuracy"] > 0.1 and f["blind_share"] > 0.4,
     ),
     Signature(
         "perplexity has fallen to almost nothing: about one entry of each codebook is left",
-        "raise --loss-weights.diversity, lower --optim.schedule.peak, hear more audio per step (--train.accumulate)",
+        "raise `loss_weights.diversity`, lower `optim.schedule.peak`, hear more audio per step (`train.accumulate`)",
         60,
         lambda f, groups: f["prob_perplexity"] < 2 * groups,
     ),
     Signature(
         "the gradient norm is gone: nothing is learned any more",
-        "lower --optim.schedule.peak, lengthen the warm-up, or start again from weights that are not dead",
+        "lower `optim.schedule.peak`, lengthen the warm-up, or start again from weights that are not dead",
         60,
         lambda f, groups: f["grad_norm"] < 0.02,
     ),
@@ -134,7 +134,7 @@ class CollapseDetector:
         if not math.isfinite(figures["loss"]):
             # Of a step that was left out, the budget of these takes care.
             if not figures.get("steps_left_out"):
-                return Alarm("the loss is not finite", "lower --optim.schedule.peak, train in bf16-mixed", before, step)
+                return Alarm("the loss is not finite", "lower `optim.schedule.peak`, train in bf16-mixed", before, step)
             return None
         if not figures.keys() >= _NEEDED:
             return None

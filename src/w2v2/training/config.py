@@ -7,23 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from w2v2.checkpoint.native import CONFIG, expect_file
+from w2v2.checkpoint.native import CONFIG
 from w2v2.data.config import DataConfig
 from w2v2.errors import Count, Positive, Range, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.serial import load_config
-from w2v2.text.vocabulary import Characters, Phonemes, SentencePieces
 from w2v2.training.optim import OptimConfig
+from w2v2.training.units import Characters, Phonemes, SentencePieces
 
 
 def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
     """The configuration of a run folder, or of a folder of weights, whose ``config.json`` is the model's alone."""
-    expect_file(folder, CONFIG)
     config: Any = load_config(folder / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
-    found: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
-    return found
+    run: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
+    return run
 
 
 @dataclass(kw_only=True)
@@ -108,19 +107,19 @@ class PretrainConfig:
         frames = self.model.frames([int(self.data.max_seconds * SAMPLE_RATE)])[0]
         if frames > self.model.max_seq_len:
             raise UsageError(
-                f"--data.max-seconds {self.data.max_seconds:g} gives crops of {frames} frames, more than "
-                f"--model.max-seq-len {self.model.max_seq_len}; crop at "
-                f"{self.model.max_seq_len * 0.02:g} s or less, or raise max-seq-len"
+                f"`data.max_seconds` {self.data.max_seconds:g} gives crops of {frames} frames, more than "
+                f"`model.max_seq_len` {self.model.max_seq_len}; crop at "
+                f"{self.model.max_seq_len * 0.02:g} s or less, or raise `model.max_seq_len`"
             )
         if self.data.batch_seconds < self.data.max_seconds:
             raise UsageError(
-                f"--data.batch-seconds must hold at least one crop of --data.max-seconds "
+                f"`data.batch_seconds` must hold at least one crop of `data.max_seconds` "
                 f"({self.data.max_seconds:g}), got {self.data.batch_seconds:g}"
             )
         field_seconds = receptive_field(self.model.conv_kernel_sizes, self.model.conv_strides) / SAMPLE_RATE
         if self.data.min_seconds < 4 * field_seconds:
             raise UsageError(
-                f"--data.min-seconds must leave a few frames to mask, at least {4 * field_seconds:g}, "
+                f"`data.min_seconds` must leave a few frames to mask, at least {4 * field_seconds:g}, "
                 f"got {self.data.min_seconds:g}"
             )
 
@@ -169,23 +168,23 @@ class FinetuneConfig:
         self.model.check()
         self.data.check()
         check_ranges(self)
-        for name, frozen in (("--freeze-encoder-steps", self.freeze_encoder_steps), ("--lora-rank", self.lora_rank)):
+        for name, frozen in (("`freeze_encoder_steps`", self.freeze_encoder_steps), ("`lora_rank`", self.lora_rank)):
             if self.train.shard and frozen:
-                raise UsageError(f"--train.shard cannot freeze weights: it needs {name} 0, got {frozen}")
+                raise UsageError(f"`train.shard` cannot freeze weights: it needs {name} 0, got {frozen}")
         least = 3 if self.model.mask_prob > 0 else 1
         if self.model.frames([int(self.data.min_seconds * SAMPLE_RATE)])[0] < least:
             raise UsageError(
-                f"--data.min-seconds must leave {least} frames or more of every utterance, such as 0.1, "
+                f"`data.min_seconds` must leave {least} frames or more of every utterance, such as 0.1, "
                 f"got {self.data.min_seconds:g}"
             )
         width = self.model.n_embd
         if self.channel_mask_prob > 0 and not 0 < self.channel_mask_length <= width // 2:
             raise UsageError(
-                f"--channel-mask-length must be at most half of the {width} channels, got {self.channel_mask_length}; "
-                "give a shorter one, or --channel-mask-prob 0"
+                f"`channel_mask_length` must be at most half of the {width} channels, got {self.channel_mask_length}; "
+                "give a shorter one, or `channel_mask_prob` 0"
             )
         if self.lora_rank > width:
-            raise UsageError(f"--lora-rank must be 0 to {width}, got {self.lora_rank}")
+            raise UsageError(f"`lora_rank` must be 0 to {width}, got {self.lora_rank}")
 
 
 _OF_A_PRETRAINING_RECIPE = (

@@ -15,7 +15,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from w2v2.checkpoint.native import VOCABULARY, load_encoder, load_weights, vocabulary_of
+from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import VOCABULARY
 from w2v2.data.batch import Batch, Fits
 from w2v2.data.corpora import Splits
 from w2v2.decoding.greedy import Greedy
@@ -25,7 +27,7 @@ from w2v2.inference.recognizer import Recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora, merged_state
 from w2v2.model.losses import ctc_loss
-from w2v2.model.masking import equalize_masks, keyed_generator, sample_channel_masks, sample_layers
+from w2v2.model.masking import Draws
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.text.check import check_transcripts, missing_labels, transcribed
 from w2v2.text.vocabulary import Vocabulary, frames_needed, load_vocabulary
@@ -33,7 +35,7 @@ from w2v2.training.config import FinetuneConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.plateau import Plateau
 from w2v2.training.run import check_device, check_folder, check_splits, fit_task, start_folder
-from w2v2.training.task import NormalizedTask, Sums, step_seed
+from w2v2.training.task import NormalizedTask, Sums, step_seed, unequal_lengths
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +58,8 @@ class CTCBatch:
     target_lengths: Tensor
     texts: list[str | None]
     """Transcripts as they are."""
-    covered: Tensor | None = None
-    channels: Tensor | None = None
-    keep_layers: tuple[bool, ...] | None = None
+    draws: Draws | None = None
+    """What is masked or left out; None: nothing, in validation."""
 
 
 def emission_counts(
@@ -134,33 +135,22 @@ class FinetuneTask(NormalizedTask):
         if self.is_empty(batch):
             return None
         assert batch.targets is not None and batch.target_lengths is not None
-        samples = batch.lengths.tolist()
         on_device = CTCBatch(
             audio=batch.audio.to(device, non_blocking=True),
-            lengths=samples if min(samples) < batch.audio.shape[1] else None,
+            lengths=unequal_lengths(batch),
             targets=batch.targets.to(device, non_blocking=True),
             target_lengths=batch.target_lengths,
             texts=batch.texts,
         )
         if self.trainer.training:
-            self._draw(on_device, batch, samples, device)
+            draws = self.model.draw(
+                batch,
+                (self.seed, self.global_step),
+                channel_mask_prob=self.config.channel_mask_prob,
+                channel_mask_length=self.config.channel_mask_length,
+            )
+            on_device.draws = draws.to(device)
         return on_device
-
-    def _draw(self, on_device: CTCBatch, batch: Batch, samples: list[int], device: torch.device) -> None:
-        config, model = self.config, self.config.model
-        keys = list(zip(batch.passes, batch.ids, strict=True))
-        rngs = [keyed_generator(self.seed, *key) for key in keys]
-        if model.mask_prob > 0:
-            masks = [model.sample_mask(n, rng) for n, rng in zip(model.frames(samples), rngs, strict=True)]
-            masks = equalize_masks(masks, rngs)
-            on_device.covered = torch.cat(masks).nonzero().flatten().to(device, non_blocking=True)
-        if config.channel_mask_prob > 0:
-            batch_rng = keyed_generator(self.seed, *keys[0], "channels")
-            prob, span = config.channel_mask_prob, config.channel_mask_length
-            rows = sample_channel_masks(model.n_embd, prob, span, rngs, batch_rng)
-            on_device.channels = torch.stack(rows).to(device, non_blocking=True)
-        step_rng = keyed_generator(self.seed, self.global_step, "layers")
-        on_device.keep_layers = sample_layers(model.n_layer, model.layer_drop, step_rng)
 
     def _count(self, log_probs: Tensor, frames: list[int], batch: CTCBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss, and everything that is logged as sums."""
@@ -174,9 +164,7 @@ class FinetuneTask(NormalizedTask):
         log_probs, frames = self.model(
             batch.audio,
             batch.lengths,
-            covered=batch.covered,
-            channels=batch.channels,
-            keep_layers=batch.keep_layers,
+            draws=batch.draws,
             freeze_encoder=self.global_step < self.config.freeze_encoder_steps,
         )
         loss, counts = self._count(log_probs, frames, batch)
@@ -289,7 +277,7 @@ def check_start(config: FinetuneConfig, init_from: Path | None) -> None:
     """Refuse low-rank updates of weights that are random."""
     if config.lora_rank and init_from is None:
         raise UsageError(
-            f"--lora-rank {config.lora_rank} keeps the weights of --init-from RUN; name one, or leave it at 0"
+            f"`lora_rank` {config.lora_rank} keeps the weights of `init_from` RUN; name one, or leave it at 0"
         )
 
 
@@ -306,7 +294,8 @@ def begin(
     Raises:
         UsageError: transcripts or weights that cannot be used.
     """
-    vocabulary, takes_head = _settle_vocabulary(config, splits, init_from, vocabulary)
+    pretrained = None if init_from is None else read(init_from)
+    vocabulary, takes_head = _settle_vocabulary(config, splits, pretrained, vocabulary)
     fits = label_fit(config.model, vocabulary)
     for name in ("train", "valid"):
         said = transcribed(splits[name], config.data.min_seconds)
@@ -314,15 +303,15 @@ def begin(
             rank_zero_only(log.warning)("%s", line)
     torch.manual_seed(step_seed(config.train.seed))
     model = Wav2Vec2ForCTC(config.model, len(vocabulary.labels))
-    if init_from is not None:
-        (load_weights if takes_head else load_encoder)(model, init_from)
+    if pretrained is not None:
+        (pretrained.fill if takes_head else pretrained.fill_encoder)(model)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
     return Start(model, vocabulary, fits)
 
 
 def _settle_vocabulary(
-    config: FinetuneConfig, splits: Splits, init_from: Path | None, given: Vocabulary | None
+    config: FinetuneConfig, splits: Splits, pretrained: Checkpoint | None, given: Vocabulary | None
 ) -> tuple[Vocabulary, bool]:
     """The vocabulary, and whether it comes with the output layer of the run to start from.
 
@@ -333,9 +322,9 @@ def _settle_vocabulary(
         return (text for _, _, text in transcribed(splits["train"], config.data.min_seconds))
 
     own = given or config.units.vocabulary(texts())
-    theirs = None if init_from is None else vocabulary_of(init_from)
-    if theirs is None:
+    if pretrained is None or pretrained.vocabulary is None:
         return own, False
+    theirs = pretrained.vocabulary
     if given is not None:
         why = "" if theirs == given else "it has another vocabulary than the one given"
     elif type(theirs) is type(own):
@@ -345,9 +334,9 @@ def _settle_vocabulary(
         why = f"its labels are a {type(theirs).__name__}, these a {type(own).__name__}"
     say = rank_zero_only(log.info)
     if why:
-        say("the output layer starts afresh, not from %s: %s", init_from, why)
+        say("the output layer starts afresh, not from %s: %s", pretrained.source, why)
         return own, False
-    say("vocabulary and output layer are those of %s, %d labels", init_from, len(theirs.labels))
+    say("vocabulary and output layer are those of %s, %d labels", pretrained.source, len(theirs.labels))
     return theirs, True
 
 

@@ -136,7 +136,7 @@ class Sentinel(pl.Callback):
         self.checkpoints.suspected = bool(self.detector.since)
         if alarm is not None:
             raise JobError(
-                f"{alarm} (to go on all the same: --train.sentinel False); {self._retreat(trainer, alarm.since)}"
+                f"{alarm} (to go on all the same: `train.sentinel` False); {self._retreat(trainer, alarm.since)}"
             )
 
     def _retreat(self, trainer: pl.Trainer, since: int) -> str:
@@ -161,7 +161,7 @@ class Sentinel(pl.Callback):
         log.warning("step %d left out, its gradient is not finite: %s", step.number, fault)
         if self.left_out > self.max_steps_left_out:
             raise JobError(
-                f"{self.left_out} steps left out, more than --train.max-steps-left-out {self.max_steps_left_out}; "
+                f"{self.left_out} steps left out, more than `train.max_steps_left_out` {self.max_steps_left_out}; "
                 f"the last, step {step.number}: {fault}; repair these utterances, or go on from an earlier checkpoint"
             )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from w2v2.files import whole
 from w2v2.model.flops import peak_flops, utilisation
 from w2v2.training.task import NormalizedTask
 
@@ -65,20 +65,18 @@ class CSVMetrics(Logger):
         if grown or known or not self.path.exists():
             self._rewrite()
         else:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerow([step, *(_cell(row, name) for name in self._columns())])
 
     def _columns(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows.values() for name in row))
 
     def _rewrite(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with whole(self.path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", *self._columns()])
             for step in sorted(self.rows):
                 writer.writerow([step, *(_cell(self.rows[step], name) for name in self._columns())])
-        os.replace(partial, self.path)
 
 
 def _cell(row: dict[str, float], name: str) -> str:

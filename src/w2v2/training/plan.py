@@ -20,6 +20,7 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
+from w2v2.data.batch import Batch
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split, read_run
 from w2v2.errors import UsageError
@@ -71,7 +72,7 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
 
         def timed() -> Any:
             model = build()
-            if not cuda:
+            if not cuda and isinstance(config.model, ContrastiveConfig):
                 _meet_other_lengths(model, config.data)
             model.register_forward_pre_hook(clock)
             return model
@@ -153,9 +154,11 @@ def _meet_other_lengths(model: Any, data: DataConfig) -> None:
     Twenty steps meet few lengths, or one, a run meets many; what they add is a tenth of a small model's memory.
     """
     for seconds in np.linspace(data.min_seconds, data.max_seconds, 16):
-        samples = [round(seconds * SAMPLE_RATE)] * crops(data, data.max_seconds)
-        draws = model.draw(samples, [("length", i) for i in range(len(samples))], step_key=("length",))
-        torch.stack(list(model(torch.randn(len(samples), samples[0]), draws).losses.values())).sum().backward()
+        audio = torch.randn(crops(data, data.max_seconds), round(seconds * SAMPLE_RATE))
+        n, samples = audio.shape
+        batch = Batch(audio, torch.full((n,), samples), torch.zeros(n), [str(i) for i in range(n)], [0] * n)
+        draws = model.draw(batch, (0, 0))
+        torch.stack(list(model(audio, draws).losses.values())).sum().backward()
     model.zero_grad(set_to_none=True)
 
 

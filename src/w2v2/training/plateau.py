@@ -57,7 +57,7 @@ class Plateau:
             f"{figures['length_ratio']:.2f} labels are said for each of the reference, the loss stays at "
             f"{self.loss:.2f} nats per label: the plateau of blanks, which every CTC run goes through before its first "
             f"letters; {rest}. If it lasts for more than a third of the run, until step "
-            f"{self.since + total_steps // 3}, raise --optim.schedule.peak, mask less, or see with --preflight whether "
+            f"{self.since + total_steps // 3}, raise `optim.schedule.peak`, mask less, or see with `preflight` whether "
             "the set-up can learn"
         )
 

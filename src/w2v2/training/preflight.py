@@ -57,7 +57,7 @@ class Preflight:
             "this set-up can learn"
             if self.learns
             else "it does not learn them; listen whether the transcripts belong to the audio, and check "
-            "--optim.schedule.peak and the run it starts from"
+            "`optim.schedule.peak` and the run it starts from"
         )
         return (
             f"preflight: {self.utterances} utterances ({self.seconds:.1f} s) {self.steps} times at a rate of up to "

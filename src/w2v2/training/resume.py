@@ -16,6 +16,7 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from w2v2.errors import JobError, StoppedError
+from w2v2.files import whole, write_json
 from w2v2.serial import save_config
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.sharding import whole_weights
@@ -37,21 +38,16 @@ class AtomicIO(CheckpointIO):
         """Write beside, then rename. On a full disk nothing is left but what was there before."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         try:
-            with partial.open("wb") as file:
+            with whole(path) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, (RuntimeError, OSError)):  # torch's writer does not say that the disk is full
-                said = str(error).splitlines()[0]
-                raise OSError(
-                    f"cannot write {path}: {said}; earlier checkpoints are whole, go on with --resume"
-                ) from error
-            raise
+        except (RuntimeError, OSError) as error:  # torch's writer does not say that the disk is full
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"cannot write {path}: {reason}; earlier checkpoints are whole, go on with `resume`"
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors and plain values, on the host."""
@@ -89,7 +85,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("%s is damaged (%s); the one before is used", path, said[:200])
     raise JobError(
-        f"no checkpoint in {folder / 'checkpoints'} can be read; start again with --init-from {folder / 'best'}"
+        f"no checkpoint in {folder / 'checkpoints'} can be read; start again with `init_from` {folder / 'best'}"
     )
 
 
@@ -115,7 +111,7 @@ class Checkpoints(pl.Callback):
         """Whether the weights may have collapsed and must not become the best."""
         self.best: tuple[float, ...] = (float("inf"),)
         if (out / "best" / "best.json").exists():
-            self.best = tuple(json.loads((out / "best" / "best.json").read_text())["score"])
+            self.best = tuple(json.loads((out / "best" / "best.json").read_text(encoding="utf-8"))["score"])
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,7 +148,7 @@ class Checkpoints(pl.Callback):
         if number or step == self.max_steps or step % self.config.train.checkpoint_every == 0:
             self._save(trainer)
         if number:
-            raise StoppedError(number, f"{signal.Signals(number).name} at step {step}: saved; go on with --resume")
+            raise StoppedError(number, f"{signal.Signals(number).name} at step {step}: saved; go on with `resume`")
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """The signal that any process got; all learn of it at the same step."""
@@ -187,5 +183,5 @@ class Checkpoints(pl.Callback):
             folder.mkdir(exist_ok=True)
             pl_module.save(folder, weights)
             save_config(self.config, folder / "config.json")
-            said = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
-            (folder / "best.json").write_text(json.dumps(said) + "\n")
+            best = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
+            write_json(folder / "best.json", best)

@@ -26,6 +26,8 @@ from w2v2.checkpoint.native import CONFIG
 from w2v2.data.corpora import Splits, describe
 from w2v2.data.loader import stop_workers
 from w2v2.errors import UsageError
+from w2v2.files import write_json
+from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
 from w2v2.serial import differences, load_config, save_config, to_dict
 from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
@@ -110,7 +112,7 @@ def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
     """One device, DDP, or FSDP2 over all processes; a checkpoint is one whole file in each case."""
     if not train.shard or train.devices * train.num_nodes == 1:
         return "auto"
-    transformer_blocks(model, "--train.shard")
+    transformer_blocks(model, "`train.shard`")
     return ModelParallelStrategy(train.devices * train.num_nodes, 1, save_distributed_checkpoint=False)
 
 
@@ -137,7 +139,7 @@ def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
     try:
         logger = WandbLogger(project=config.train.wandb, name=out.name, save_dir=out)
     except ModuleNotFoundError as error:
-        raise UsageError("--train.wandb needs Weights & Biases: pip install 'w2v2[wandb]'") from error
+        raise UsageError("`train.wandb` needs Weights & Biases: pip install 'w2v2[wandb]'") from error
     logger.log_hyperparams(to_dict(config))
     return [logger]
 
@@ -145,10 +147,13 @@ def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
 def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     """Trade memory for time, or compile, block by block."""
     if train.activation_checkpointing:
-        for block in transformer_blocks(model, "--train.activation-checkpointing"):
+        for block in transformer_blocks(model, "`train.activation_checkpointing`"):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for module in model.modules():
+            if isinstance(module, FeatureEncoder):
+                module.recompute = True
     if train.compile:
-        for block in transformer_blocks(model, "--train.compile"):
+        for block in transformer_blocks(model, "`train.compile`"):
             block.compile(dynamic=True)
 
 
@@ -168,21 +173,21 @@ def _silence_lightning() -> None:
 def check_device(train: TrainConfig) -> None:
     """Refuse a device or precision that is not there."""
     if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--train.accelerator {train.accelerator} needs a CUDA device, none is visible; use cpu")
+        raise UsageError(f"`train.accelerator` {train.accelerator} needs a CUDA device, none is visible; use cpu")
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
-        raise UsageError(f"--train.precision must be one of {', '.join(known)}, got {train.precision!r}")
+        raise UsageError(f"`train.precision` must be one of {', '.join(known)}, got {train.precision!r}")
     check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
     if train.shard and train.precision == "16-mixed":
-        raise UsageError("--train.shard works with bf16-mixed, bf16-true or 32-true, got --train.precision 16-mixed")
+        raise UsageError("`train.shard` works with bf16-mixed, bf16-true or 32-true, got `train.precision` 16-mixed")
 
 
 def check_precision(precision: str, gpu: str, *, bf16: bool) -> None:
     """Refuse a precision that the device does not have: a GPU, by name, with or without bf16, or "" for a CPU."""
     if precision == "16-mixed" and not gpu:
-        raise UsageError("--train.precision 16-mixed needs a CUDA device; on a CPU use 32-true")
+        raise UsageError("`train.precision` 16-mixed needs a CUDA device; on a CPU use 32-true")
     if precision.startswith("bf16") and gpu and not bf16:
-        raise UsageError(f"--train.precision {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
+        raise UsageError(f"`train.precision` {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
 
 
 def _bf16() -> bool:
@@ -208,12 +213,12 @@ def check_splits(splits: Splits, train: TrainConfig) -> None:
             got = ", ".join(f"{other} ({len(split)})" for other, split in splits.items()) or "none"
             raise UsageError(
                 f"no utterances to {'validate on' if name == 'valid' else 'train on'}: expected a split '{name}', got "
-                f"{got}; prepare the corpus with --valid-share, or name its folders"
+                f"{got}; prepare the corpus with `valid_share`, or name its folders"
             )
         if len(splits[name]) < processes:
             raise UsageError(
                 f"the {name} split has {len(splits[name])} utterances for {processes} processes; use fewer, "
-                "by --train.devices and --train.num-nodes"
+                "by `train.devices` and `train.num_nodes`"
             )
 
 
@@ -224,7 +229,7 @@ def check_folder(out: Path, resume: bool) -> None:
         if not can_resume(out):
             raise UsageError(f"nothing to resume in {out}: expected a file in {out / 'checkpoints'}")
     elif out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty; choose another --out, or go on with --resume")
+        raise UsageError(f"{out} is not empty; choose another `out`, or go on with `resume`")
 
 
 @rank_zero_only
@@ -235,7 +240,7 @@ def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Spl
         _refuse_changes(out, config, splits)
     save_config(config, out / CONFIG)
     if not resume:
-        (out / "environment.json").write_text(json.dumps(environment(splits), indent=2) + "\n")
+        write_json(out / "environment.json", environment(splits))
 
 
 _MAY_CHANGE = (
@@ -254,7 +259,7 @@ def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: 
     """
     changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
     said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
-    data = json.loads((out / "environment.json").read_text())["data"]
+    data = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
     for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
         said += [
             f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
@@ -263,7 +268,7 @@ def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: 
         ]
     if said:
         raise UsageError(
-            f"cannot resume {out} as another run: {'; '.join(said)}; undo that, or start one with --init-from"
+            f"cannot resume {out} as another run: {'; '.join(said)}; undo that, or start one with `init_from`"
         )
 
 

@@ -36,7 +36,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    for block in transformer_blocks(model, "--train.shard"):
+    for block in transformer_blocks(model, "`train.shard`"):
         fully_shard(block, mesh=mesh)
         if hasattr(block, "skip"):
             # A block that LayerDrop leaves out still takes part with all its parameters: gradients of zero.

@@ -1,0 +1,75 @@
+"""An evaluation as lines to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def evaluation_table(found: dict[str, Any]) -> list[str]:
+    """Lines to read, from what ``evaluation.json`` holds."""
+    lines = [f"{'':12}{'rate':>9}  {'95 % interval':>18}{'errors':>9}{'reference':>11}{'sub':>8}{'del':>8}{'ins':>8}"]
+    for name in ("words", "characters"):
+        row = found[name]
+        interval = "" if row["interval"] is None else "{:.2%} to {:.2%}".format(*row["interval"])
+        lines.append(
+            f"{name:12}{row['rate']:>9.2%}  {interval:>18}{row['errors']:>9,}{row['reference']:>11,}"
+            f"{row['substitutions']:>8,}{row['deletions']:>8,}{row['insertions']:>8,}"
+        )
+    lines += ["", *_remarks(found), *_comparison(found["against"])]
+    for title, rows in (
+        ("seconds", [(_span(row), row) for row in found["by_length"]]),
+        ("speaker, worst first", [(row["speaker"] or "unknown", row) for row in _worst(found["by_speaker"])]),
+    ):
+        lines += ["", f"{title:24}{'utterances':>12}{'words':>9}{'WER':>9}{'CER':>9}"]
+        lines += [
+            f"{name:24}{row['utterances']:>12,}{row['words']:>9,}{row['wer']:>9.2%}{row['cer']:>9.2%}"
+            for name, row in rows
+        ]
+    for name, rows in found["frequent"].items():
+        lines += ["", f"most frequent {name}"] if rows else []
+        lines += [f"{row['count']:>6}  {' -> '.join(row['words'])}" for row in rows[:10]]
+    return lines
+
+
+def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["wer"])[:10]
+
+
+def _span(row: dict[str, Any]) -> str:
+    return f"{row['from']:g} and more" if row["to"] is None else f"{row['from']:g} to {row['to']:g}"
+
+
+def _comparison(tested: dict[str, Any] | None) -> list[str]:
+    if tested is None:
+        return []
+    lines = ["", f"less the rate of {tested['other']}, over {tested['units']} {tested['over']}"]
+    for name in ("wer", "cer"):
+        row = tested[name]
+        interval = "no interval" if row["interval"] is None else "{:+.2%} to {:+.2%}".format(*row["interval"])
+        lines.append(f"{name.upper():12}{row['difference']:>+9.2%}  {interval:>18}   p = {row['p']:.4f}")
+    return lines
+
+
+def _remarks(found: dict[str, Any]) -> list[str]:
+    over, units = found["intervals"]["over"], found["intervals"]["units"]
+    lines = [
+        f"{found['utterances']:,} utterances, {found['seconds'] / 3600:.2f} h; {found['sentence_error_rate']:.1%} of "
+        f"them with an error; real-time factor {found['real_time_factor']:.3f}"
+    ]
+    if found["words"]["interval"] is None:
+        lines.append(f"no interval: too few {over} ({units}), or too few that differ in their rate")
+    elif over == "speakers":
+        lines.append(f"intervals over {units} speakers")
+    else:
+        lines.append("intervals over utterances, for want of speakers: they say nothing of how speakers differ")
+    for name, what in (
+        ("too_short", "too short for a frame: all words deleted"),
+        ("empty_references", "with an empty reference: all words inserted"),
+        ("without_transcript", "without a transcript: not scored"),
+    ):
+        lines += [f"{found[name]} utterances {what}"] if found[name] else []
+    strange = found["without_label"]
+    if strange["utterances"]:
+        named = " ".join(strange["characters"])
+        lines.append(f"{strange['utterances']} utterances with what the model has no label for, always wrong: {named}")
+    return lines + [f"not read and not scored: {why}" for why in found["unreadable"].values()]

@@ -1,0 +1,58 @@
+"""What the labels of a CTC model are: a recipe's choice, from which the transcripts make a vocabulary.
+
+Your own is a dataclass with ``vocabulary``, in your recipe file, and a subclass of :class:`w2v2.Vocabulary`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from w2v2.text.vocabulary import Vocabulary
+
+
+@dataclass(kw_only=True)
+class Characters:
+    """The characters of the transcripts, of any script, and a label after each word (the paper's letters)."""
+
+    upper: bool = True
+    """Whether text is upper-cased; else case is kept, and both cases are labels."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        from w2v2.text.vocabulary import Vocabulary  # late: pretraining, whose recipes stand beside, needs no text
+
+        return Vocabulary.from_texts(texts, _case(self.upper))
+
+
+@dataclass(kw_only=True)
+class Phonemes:
+    """What spaces separate in the transcripts: phonemes, or whatever else is written so (paper section 5.3, TIMIT)."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        from w2v2.text.vocabulary import PhonemeVocabulary
+
+        return PhonemeVocabulary.from_texts(texts)
+
+
+@dataclass(kw_only=True)
+class SentencePieces:
+    """Pieces of words, learned from the transcripts by SentencePiece (``pip install 'w2v2[pieces]'``)."""
+
+    size: int = 500
+    """Pieces at most; fewer where the transcripts do not hold as many."""
+    upper: bool = True
+    """Whether text is upper-cased; else case is kept."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        from w2v2.text.vocabulary import PieceVocabulary
+
+        return PieceVocabulary.from_texts(texts, _case(self.upper), self.size)
+
+
+def _case(upper: bool) -> Callable[[str], str]:
+    return str.upper if upper else str
