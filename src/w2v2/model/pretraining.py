@@ -158,7 +158,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             if q.prob_perplexity is not None and q.probs_sum is not None
         ]
         figures = {"probs": [q.probs_sum for q in quantized], "codes": [q.code_counts for q in quantized]}
-        sizes = {"utterances": len(frames), "frames": sum(frames), "masked": len(draws.masked)}
+        sizes: dict[str, float] = {"utterances": len(frames), "frames": sum(frames), "masked": len(draws.masked)}
         if self.training:
             sizes["temperature"] = temperature * len(draws.masked)
         known = to_device(torch.tensor(list(sizes.values()), dtype=torch.float32), audio.device)
