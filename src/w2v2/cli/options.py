@@ -44,7 +44,7 @@ def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_
         raise UsageError(f"name a recipe: one of {names}, or FILE.py:FUNCTION")
     config: Any = load_recipe(args.recipe, kind)
     if getattr(args, "init_from", None) is not None:
-        config.take_shape(read(args.init_from).config)
+        config.adopt_architecture(read(args.init_from).config)
     if args.help:
         args.parser.print_help()
         rest = ["--help"]
