@@ -454,12 +454,12 @@ def test_a_setting_that_no_shape_gives_away_fails_the_certificate(models, tmp_pa
 
 
 def test_what_comes_back_otherwise_than_it_went_fails(models, tmp_path, capsys, monkeypatch):
-    put = huggingface.put
+    put = huggingface.foreign.put
 
     def rounding(state, names):
         return {name: tensor.bfloat16().float() for name, tensor in put(state, names).items()}
 
-    monkeypatch.setattr(huggingface, "put", rounding)
+    monkeypatch.setattr(huggingface.foreign, "put", rounding)
     assert main(["convert", str(models / "ours" / "encoder"), str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "is not what comes back: weights ['mask_vector'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -456,7 +456,7 @@ def test_losses_are_fp32_under_bf16_autocast_bit_for_bit():
         return [
             contrastive_logits(**given_),
             contrastive_loss(contrastive_logits(**given_)).loss,
-            feature_penalty(features, 7),
+            feature_penalty(features, [30], [7]),
             q.quantized,
             q.prob_perplexity,
             perplexity(q.code_counts / len(x)),
@@ -538,7 +538,14 @@ def test_minimising_the_diversity_loss_raises_the_perplexity():
 
 def test_feature_penalty_is_the_mean_square_over_all_frames_times_the_targets():
     features = rand(2, 30, 8)
-    assert feature_penalty(features, 7).item() == pytest.approx(7 * features.square().mean().item(), rel=1e-6)
+    assert feature_penalty(features, [30] * 2, [7] * 2).item() == pytest.approx(14 * features.square().mean().item())
+
+
+def test_feature_penalty_of_unequal_utterances_is_the_sum_of_what_each_has_alone():
+    features = rand(1, 70, 8)
+    rows = zip(features.split([50, 20], dim=1), [(50, 7), (20, 3)], strict=True)
+    alone = sum(feature_penalty(row, [n], [count]).item() for row, (n, count) in rows)
+    assert feature_penalty(features, [50, 20], [7, 3]).item() == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("preset", ["base", "paper_base"])

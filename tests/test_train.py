@@ -1,10 +1,13 @@
 import csv
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,14 @@ from conftest import utterances
 import w2v2
 from w2v2 import recipes
 from w2v2.checkpoint.formats import read
+from w2v2.cli.main import main
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.loader import whole_utterances
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.evaluation.evaluate import evaluate
 from w2v2.inference.recognizer import load_recognizer
+from w2v2.model import pretraining
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import Draws, keyed_generator
 from w2v2.model.pretraining import SSLOutput
@@ -330,17 +335,38 @@ def test_lengths_that_do_not_fit_the_audio_are_refused() -> None:
             model.encode(torch.zeros(2, 8000), lengths)
 
 
-def test_without_fine_tuning_decoding_and_text_pretraining_still_runs(corpus: Path, tmp_path: Path) -> None:
+def test_without_decoding_evaluation_inference_and_text_pretraining_still_runs(corpus: Path, tmp_path: Path) -> None:
     package = tmp_path / "src" / "w2v2"
     shutil.copytree(Path(w2v2.__file__).parent, package)
-    for name in ("tasks/finetune.py", "decode.py", "text.py"):
-        (package / name).unlink()
+    for name in ("decoding", "evaluation", "inference", "text"):
+        shutil.rmtree(package / name)
     call = [*["w2v2.cli.main", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"]]
     call += ["--data", str(corpus), "--out", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_files_from_the_command_to_the_loss_are_those_that_are_documented(
+    recipe: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, passed = Path(w2v2.__file__).parent, []
+    compute = pretraining.contrastive_loss
+
+    def traced(*args):
+        frames = traceback.extract_stack()
+        inside = [Path(f.filename).relative_to(package).as_posix() for f in frames if str(package) in f.filename]
+        passed.append([*dict.fromkeys(inside), Path(inspect.getfile(compute)).relative_to(package).as_posix()])
+        return compute(*args)
+
+    monkeypatch.setattr(pretraining, "contrastive_loss", traced)
+    run = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--train.max-steps", "1"]
+    assert main(["pretrain", recipe, *run]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    documented = re.findall(r"^\d\. `(.*)`$", page, flags=re.M)
+    assert passed[0] == documented and len(documented) <= 6
+    assert sum(len((package / file).read_text().splitlines()) for file in documented) <= 1500
 
 
 def test_activations_computed_twice_give_the_same_run(corpus: Path, tmp_path: Path) -> None:
@@ -385,7 +411,7 @@ def test_a_corpus_without_validation_is_refused_in_a_line(corpus: Path, tmp_path
 
 def test_another_run_in_the_folder_is_left_as_it_is(run: Path, corpus: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"is not empty; choose another --out, or go on with --resume"):
+    with pytest.raises(UsageError, match=r"is not empty; choose another `out`, or go on with `resume`"):
         pretrain(nano(seed=1), read_corpus(corpus), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

@@ -20,7 +20,8 @@ from w2v2 import recipes
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
-from w2v2.decoding.decoder import BeamConfig, make_decoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.inference.align import align

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from w2v2.errors import UsageError
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from w2v2.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from w2v2.text.vocabulary import Vocabulary
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,7 @@
 """fairseq's checkpoint of a wav2vec 2.0: its names, its settings in either of their forms, its dictionary.
 
 Facts from fairseq at 3d262bb: ``models/wav2vec/wav2vec2.py``, ``wav2vec2_asr.py``, ``checkpoint_utils.py``,
-``data/dictionary.py``. None of its code is needed to read or write a file. The first four labels of its dictionaries
-are ``<s> <pad> </s> <unk>``, and CTC's blank is the first; here they are called ``<pad> <s> </s> <unk>``, as in the
-Hugging Face versions of the same models, so that the blank bears its usual name there. Ids stay what they are.
+``data/dictionary.py``. None of its code is needed to read or write a file.
 """
 
 from __future__ import annotations
@@ -16,38 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
-from w2v2.checkpoint.foreign import (
-    Fields,
-    Rules,
-    blank_of,
-    contrastive,
-    differing_fields,
-    from_settings,
-    kind_of,
-    misfits,
-    published,
-    put,
-    refuse_other_settings,
-    renamed,
-    setting,
-    take,
-    to_settings,
-)
 from w2v2.checkpoint.pickles import plain, read_pickle
+from w2v2.checkpoint.tokenizer import dictionary_misfits, read_dictionary, write_dictionary
 from w2v2.errors import UsageError
-from w2v2.files import write_text
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from w2v2.text.vocabulary import Vocabulary
 
-MODEL, DICTIONARY = "model.pt", "dict.ltr.txt"
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-"""Our names of the labels that fairseq calls ``<s> <pad> </s> <unk>``."""
-_THEIR_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+MODEL = "model.pt"
 
-_ENCODER: Rules = (
+_ENCODER: foreign.Rules = (
     (r"feature_encoder\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.0."),
     (r"feature_projection\.norm\.", "layer_norm."),
     (r"feature_projection\.linear\.", "post_extract_proj."),
@@ -60,7 +38,7 @@ _ENCODER: Rules = (
     (r"transformer\.(\d+)\.ln_2\.", r"encoder.layers.\1.final_layer_norm."),
     (r"ln_f\.", "encoder.layer_norm."),
 )
-_HEADS: Rules = (
+_HEADS: foreign.Rules = (
     (r"quantizer\.projector\.", "quantizer.weight_proj."),
     (r"quantizer\.codebook$", "quantizer.vars"),
     (r"project_q\.", "project_q."),
@@ -68,7 +46,7 @@ _HEADS: Rules = (
     (r"lm_head\.", "w2v_encoder.proj."),
 )
 _CTC_PREFIX = "w2v_encoder.w2v_model."
-FIELDS: Fields = (
+FIELDS: foreign.Fields = (
     ("n_layer", "encoder_layers", 12),
     ("n_head", "encoder_attention_heads", 12),
     ("n_embd", "encoder_embed_dim", 768),
@@ -92,7 +70,7 @@ FIELDS: Fields = (
     ("logit_temperature", "logit_temp", 0.1),
 )
 """Our field, fairseq's name for the same thing in the same unit, and its default, for files older than the setting."""
-_CTC_FIELDS: Fields = (
+_CTC_FIELDS: foreign.Fields = (
     ("dropout", "dropout", 0.0),
     ("attention_dropout", "attention_dropout", 0.0),
     ("activation_dropout", "activation_dropout", 0.0),
@@ -122,7 +100,7 @@ def fairseq_names(state: Mapping[str, Tensor], config: Wav2Vec2Config, kind: typ
     norm = r"feature_extractor.conv_layers.\1.2." + ("1." if config.conv_norm == "layer" else "")
     encoder = [(r"feature_encoder\.conv_layers\.(\d+)\.1\.", norm), *_ENCODER]
     prefix = _CTC_PREFIX if kind is Wav2Vec2ForCTC else ""
-    return renamed(state, [*((ours, prefix + theirs) for ours, theirs in encoder), *_HEADS])
+    return foreign.renamed(state, [*((ours, prefix + theirs) for ours, theirs in encoder), *_HEADS])
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -145,21 +123,21 @@ def read_fairseq(path: Path) -> Checkpoint:
     tensors = {str(name): tensor for name, tensor in checkpoint["model"].items()}
     if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UsageError(f"{path} must hold tensors by name under 'model' and nothing else")
-    kind = Wav2Vec2ForCTC if any(name.startswith("w2v_encoder.") for name in tensors) else kind_of(tensors)
+    kind = Wav2Vec2ForCTC if any(name.startswith("w2v_encoder.") for name in tensors) else foreign.kind_of(tensors)
     model, task, tuned = _settings(checkpoint, kind, path)
-    refuse_other_settings(model, _ALLOWED, path)
-    refuse_other_settings(tuned, {"blank_weight": (0,)}, path)
+    foreign.refuse_other_settings(model, _ALLOWED, path)
+    foreign.refuse_other_settings(tuned, {"blank_weight": (0,)}, path)
     extra = plain(checkpoint.get("extra_state"))
     config = _model_config(model, task, tuned, extra.get("w2v2") if isinstance(extra, dict) else None, path)
-    labels = _dictionary(checkpoint, path) if kind is Wav2Vec2ForCTC else ()
-    blank = blank_of(config, kind, len(labels))
+    vocabulary = read_dictionary(checkpoint.get("task_state"), path) if kind is Wav2Vec2ForCTC else None
+    blank = foreign.blank_of(config, kind, len(vocabulary.labels) if vocabulary else 0)
     return Checkpoint(
         source=path,
         config=config,
-        state=take(tensors, blank, fairseq_names(blank.state_dict(), config, kind), path),
-        vocabulary=_vocabulary(labels) if labels else None,
-        channel_mask_prob=setting(tuned, "mask_channel_prob", 0.0, path),
-        channel_mask_length=setting(tuned, "mask_channel_length", 10, path),
+        state=foreign.take(tensors, blank, fairseq_names(blank.state_dict(), config, kind), path),
+        vocabulary=vocabulary,
+        channel_mask_prob=foreign.setting(tuned, "mask_channel_prob", 0.0, path),
+        channel_mask_length=foreign.setting(tuned, "mask_channel_length", 10, path),
         notes=[] if kind is not Wav2Vec2 else ["no quantizer in the file: the encoder alone"],
     )
 
@@ -199,22 +177,22 @@ def _parts(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _model_config(
     model: dict[str, Any], task: dict[str, Any], tuned: dict[str, Any], kept: Any, path: Path
 ) -> ContrastiveConfig:
-    ours = from_settings(model, FIELDS, path)
+    ours = foreign.from_settings(model, FIELDS, path)
     if tuned:
-        ours |= from_settings(tuned, _CTC_FIELDS, path)
+        ours |= foreign.from_settings(tuned, _CTC_FIELDS, path)
         ours["mask_prob"] = ours["mask_prob"] if tuned.get("apply_mask") else 0.0
     layers = conv_layers(model.get("conv_feature_layers") or _CONV_LAYERS, path)
     ours |= zip(("conv_channels", "conv_kernel_sizes", "conv_strides"), zip(*layers, strict=True), strict=True)
     temperatures = _temperature(model.get("latent_temp", (2, 0.5, 0.999995)), path)
     ours |= zip(("gumbel_start", "gumbel_end", "gumbel_decay"), temperatures, strict=True)
     # zero or less means the width of the thing before it
-    ours["similarity_dim"] = max(setting(model, "final_dim", 0, path), 0) or ours["n_embd"]
-    latent, groups = max(setting(model, "latent_dim", 0, path), 0) or ours["similarity_dim"], ours["n_groups"]
+    ours["similarity_dim"] = max(foreign.setting(model, "final_dim", 0, path), 0) or ours["n_embd"]
+    latent, groups = max(foreign.setting(model, "latent_dim", 0, path), 0) or ours["similarity_dim"], ours["n_groups"]
     if latent % groups:
         raise UsageError(f"{path}: latent_dim must be a multiple of latent_groups ({groups}), got {latent}")
     ours["codebook_dim"] = latent // groups
-    ours["normalize_audio"] = setting(model | task, "normalize", False, path)
-    return published(ours, layer_norm=model.get("extractor_mode") == "layer_norm", kept=kept, where=path)
+    ours["normalize_audio"] = foreign.setting(model | task, "normalize", False, path)
+    return foreign.published(ours, layer_norm=model.get("extractor_mode") == "layer_norm", kept=kept, where=path)
 
 
 def conv_layers(text: Any, path: Path) -> list[tuple[int, ...]]:
@@ -247,58 +225,18 @@ def _temperature(value: Any, path: Path) -> tuple[float, ...]:
     return start, end, decay
 
 
-def _dictionary(checkpoint: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """Return the labels, the first four by our names."""
-    task = plain(checkpoint.get("task_state"))
-    saved = task.get("target_dictionary") if isinstance(task, dict) else None
-    if isinstance(saved, dict) and isinstance(saved.get("symbols"), list):
-        symbols = [str(symbol) for symbol in saved["symbols"]]
-        if symbols[:4] != _THEIR_SPECIAL:
-            raise UsageError(f"{path}: its dictionary must begin with {' '.join(_THEIR_SPECIAL)}, got {symbols[:4]}")
-        return (*SPECIAL, *symbols[4:])
-    files = sorted(path.parent.glob("dict.*.txt"))
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise UsageError(
-            f"{path} does not hold its dictionary: expected one dict.*.txt beside it, such as {DICTIONARY}, got {names}"
-        )
-    return (*SPECIAL, *_read_dictionary(files[0]))
-
-
-def _read_dictionary(path: Path) -> list[str]:
-    """Return the labels of a file with a label and its count on each line."""
-    symbols = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        symbol, _, count = line.rstrip().rpartition(" ")
-        if not symbol or not count.isdigit():
-            raise UsageError(f"{path} must have a label and a count on each line, got {line!r}")
-        symbols.append(symbol)
-    return symbols
-
-
-def _vocabulary(labels: tuple[str, ...]) -> Vocabulary:
-    return Vocabulary(
-        labels=labels, blank=0, unknown=3, boundary=labels.index("|") if "|" in labels else None, silent=(1, 2)
-    )
-
-
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def fairseq_misfits(checkpoint: Checkpoint) -> list[str]:
     """Return every reason why fairseq cannot have this model; empty: it can."""
     config, vocabulary = checkpoint.config, checkpoint.vocabulary
-    faults = misfits(checkpoint)
+    faults = foreign.misfits(checkpoint)
     if config.conv_channels[-1] == config.n_embd:
         faults.append(f"n_embd {config.n_embd} equal to the conv channels: it makes no feature projection then")
     if checkpoint.kind is Wav2Vec2:
         faults.append("no heads: a pretraining model of fairseq has quantizer and projections")
-    if vocabulary is not None and (vocabulary.blank, vocabulary.unknown, sorted(vocabulary.silent)) != (0, 3, [1, 2]):
-        faults.append(
-            "the vocabulary: its dictionaries begin with the blank, two labels that are never said (<pad> </s>) and "
-            f"the unknown label, got {' '.join(vocabulary.labels[:4])}"
-        )
-    return faults
+    return faults + ([] if vocabulary is None else dictionary_misfits(vocabulary))
 
 
 def write_fairseq(checkpoint: Checkpoint, folder: Path) -> None:
@@ -306,28 +244,27 @@ def write_fairseq(checkpoint: Checkpoint, folder: Path) -> None:
 
     fairseq reads the dictionary from its ``data`` folder: ``load_model_ensemble_and_task([...], {"data": FOLDER})``.
     """
-    config, kind = contrastive(checkpoint), checkpoint.kind
+    config, kind = foreign.contrastive(checkpoint), checkpoint.kind
     settings = _ctc_settings(checkpoint) if kind is Wav2Vec2ForCTC else _pretraining_settings(config)
     again = _model_config(*_settings({"cfg": settings}, kind, folder), None, folder)
     saved = {
         "args": None,
         "cfg": settings,
-        "model": put(checkpoint.state, fairseq_names(checkpoint.state, config, kind)),
+        "model": foreign.put(checkpoint.state, fairseq_names(checkpoint.state, config, kind)),
         "criterion": None,
         "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
         "task_state": {},
-        "extra_state": {"train_iterator": {"epoch": 1}, "w2v2": differing_fields(config, again)},
+        "extra_state": {"train_iterator": {"epoch": 1}, "w2v2": foreign.differing_fields(config, again)},
         "last_optimizer_state": None,
     }
     torch.save(saved, folder / MODEL)
     if checkpoint.vocabulary is not None:
-        lines = [f"{label} 1\n" for label in checkpoint.vocabulary.labels[4:]]
-        write_text(folder / DICTIONARY, "".join(lines))
+        write_dictionary(checkpoint.vocabulary, folder)
 
 
 def _pretraining_settings(config: ContrastiveConfig) -> dict[str, Any]:
     layers = zip(config.conv_channels, config.conv_kernel_sizes, config.conv_strides, strict=True)
-    model = to_settings(config, FIELDS) | {
+    model = foreign.to_settings(config, FIELDS) | {
         "_name": "wav2vec2",
         **{name: values[0] for name, values in _FIXED.items()},
         "extractor_mode": "layer_norm" if config.conv_norm == "layer" else "default",
@@ -342,9 +279,9 @@ def _pretraining_settings(config: ContrastiveConfig) -> dict[str, Any]:
 
 
 def _ctc_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = contrastive(checkpoint)
+    config = foreign.contrastive(checkpoint)
     pretraining = _pretraining_settings(config)
-    model = to_settings(config, _CTC_FIELDS) | {
+    model = foreign.to_settings(config, _CTC_FIELDS) | {
         "_name": "wav2vec_ctc",
         "apply_mask": config.mask_prob > 0,
         "mask_channel_prob": checkpoint.channel_mask_prob,

@@ -14,24 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
-from w2v2.checkpoint.foreign import (
-    Fields,
-    Rules,
-    blank_of,
-    contrastive,
-    differing_fields,
-    from_settings,
-    kind_of,
-    misfits,
-    published,
-    put,
-    refuse_other_settings,
-    renamed,
-    setting,
-    take,
-    to_settings,
-)
 from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_safetensors
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.checkpoint.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
@@ -45,7 +29,7 @@ from w2v2.text.vocabulary import Vocabulary
 
 BINARY, PREPROCESSOR = "pytorch_model.bin", "preprocessor_config.json"
 
-_ENCODER: Rules = (
+_ENCODER: foreign.Rules = (
     (r"feature_encoder\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.conv."),
     (r"feature_encoder\.conv_layers\.(\d+)\.1\.", r"feature_extractor.conv_layers.\1.layer_norm."),
     (r"feature_projection\.norm\.", "feature_projection.layer_norm."),
@@ -59,7 +43,7 @@ _ENCODER: Rules = (
     (r"transformer\.(\d+)\.ln_2\.", r"encoder.layers.\1.final_layer_norm."),
     (r"ln_f\.", "encoder.layer_norm."),
 )
-_HEADS: Rules = (
+_HEADS: foreign.Rules = (
     (r"quantizer\.projector\.", "quantizer.weight_proj."),
     (r"quantizer\.codebook$", "quantizer.codevectors"),
     (r"project_q\.", "project_q."),
@@ -71,7 +55,7 @@ _CLASSES: dict[type[Wav2Vec2], str] = {
     Wav2Vec2ForPretraining: "Wav2Vec2ForPreTraining",
     Wav2Vec2ForCTC: "Wav2Vec2ForCTC",
 }
-FIELDS: Fields = (
+FIELDS: foreign.Fields = (
     ("n_layer", "num_hidden_layers", 12),
     ("n_head", "num_attention_heads", 12),
     ("n_embd", "hidden_size", 768),
@@ -127,7 +111,7 @@ def class_name(kind: type[Wav2Vec2]) -> str:
 def hf_names(names: Iterable[str], kind: type[Wav2Vec2]) -> dict[str, str]:
     """Return transformers' name, with ``weight_g`` and ``weight_v``, of each tensor of a model, by ours."""
     prefix = "" if kind is Wav2Vec2 else "wav2vec2."
-    return renamed(names, [*((ours, prefix + theirs) for ours, theirs in _ENCODER), *_HEADS])
+    return foreign.renamed(names, [*((ours, prefix + theirs) for ours, theirs in _ENCODER), *_HEADS])
 
 
 def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -136,8 +120,8 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
     The mask vector is only there in transformers where something is masked: where nothing is here, ``mask_time_prob``
     says otherwise and ``apply_spec_augment`` is off.
     """
-    config, vocabulary = contrastive(checkpoint), checkpoint.vocabulary
-    values = to_settings(config, FIELDS) | {
+    config, vocabulary = foreign.contrastive(checkpoint), checkpoint.vocabulary
+    values = foreign.to_settings(config, FIELDS) | {
         "model_type": "wav2vec2",
         "architectures": [_CLASSES[checkpoint.kind]],
         "dtype": "float32",
@@ -158,20 +142,20 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
         values |= {"bos_token_id": None, "eos_token_id": None, **silent}
         values |= {"vocab_size": len(vocabulary.labels), "pad_token_id": vocabulary.blank}
     again = _model_config(values, checkpoint.kind, config.normalize_audio, Path(CONFIG))
-    return values | {_KEPT: differing_fields(config, again)}
+    return values | {_KEPT: foreign.differing_fields(config, again)}
 
 
 def hf_misfits(checkpoint: Checkpoint) -> list[str]:
     """Return every reason why transformers cannot have this model; empty: it can."""
     vocabulary = checkpoint.vocabulary
-    return misfits(checkpoint) + ([] if vocabulary is None else tokenizer_misfits(vocabulary))
+    return foreign.misfits(checkpoint) + ([] if vocabulary is None else tokenizer_misfits(vocabulary))
 
 
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the processor's files into a folder."""
     config = checkpoint.config
     write_json(folder / CONFIG, hf_config(checkpoint))
-    tensors = put(checkpoint.state, hf_names(checkpoint.state, checkpoint.kind))
+    tensors = foreign.put(checkpoint.state, hf_names(checkpoint.state, checkpoint.kind))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # transformers lets padding into GroupNorm's statistics, with an attention mask or without
     write_extractor(folder, normalize=config.normalize_audio, attention_mask=config.conv_norm == "layer")
@@ -208,9 +192,9 @@ def read_huggingface(folder: Path) -> Checkpoint:
     values, where = read_json(folder / CONFIG), folder / CONFIG
     if values.get("model_type") != "wav2vec2":
         raise UsageError(f"{where} is of a model of type {values.get('model_type')!r}, expected 'wav2vec2'")
-    refuse_other_settings(values, _ALLOWED, where)
+    foreign.refuse_other_settings(values, _ALLOWED, where)
     tensors, file = _read_tensors(folder)
-    kind = kind_of(tensors)
+    kind = foreign.kind_of(tensors)
     normalize, notes = _normalize_audio(folder, values)
     config = _model_config(values, kind, normalize, where)
     if kind is Wav2Vec2ForPretraining and _KEPT not in values and values.get("mask_time_prob", 0.05) == 0.05:
@@ -224,15 +208,15 @@ def read_huggingface(folder: Path) -> Checkpoint:
         tensors[f"{prefix}masked_spec_embed"] = torch.zeros(config.n_embd)
         config = replace(config, mask_prob=0.0)
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
-    n_labels = setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
-    blank = blank_of(config, kind, n_labels)
+    n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
+    blank = foreign.blank_of(config, kind, n_labels)
     return Checkpoint(
         source=folder,
         config=config,
-        state=take(tensors, blank, hf_names(blank.state_dict(), kind), file),
+        state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
         vocabulary=_read_vocabulary(folder, values, n_labels) if kind is Wav2Vec2ForCTC else None,
-        channel_mask_prob=setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
-        channel_mask_length=setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
+        channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
+        channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
         notes=notes,
     )
 
@@ -250,14 +234,16 @@ def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Voc
 
 
 def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> ContrastiveConfig:
-    ours = from_settings(values, FIELDS, where) | {"normalize_audio": normalize}
-    width, groups = setting(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
+    ours = foreign.from_settings(values, FIELDS, where) | {"normalize_audio": normalize}
+    width, groups = foreign.setting(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
     if width % groups and kind is Wav2Vec2ForPretraining:
         raise UsageError(f"{where}: codevector_dim must be a multiple of num_codevector_groups ({groups}), got {width}")
     ours["codebook_dim"] = width // groups
     if not values.get("apply_spec_augment", OTHERS["apply_spec_augment"]):
         ours["mask_prob"] = 0.0
-    return published(ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where)
+    return foreign.published(
+        ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where
+    )
 
 
 def _normalize_audio(folder: Path, values: dict[str, Any]) -> tuple[bool, list[str]]:
@@ -268,7 +254,7 @@ def _normalize_audio(folder: Path, values: dict[str, Any]) -> tuple[bool, list[s
         rate = extractor.get("sampling_rate", SAMPLE_RATE)
         if rate != SAMPLE_RATE:
             raise UsageError(f"{path} wants audio at {rate} Hz; models here hear {SAMPLE_RATE} Hz")
-        return setting(extractor, "do_normalize", True, path), []
+        return foreign.setting(extractor, "do_normalize", True, path), []
     normalize = values.get("feat_extract_norm") == "layer"
     return normalize, [f"no {PREPROCESSOR}: normalize_audio {normalize}, as fairseq trains encoders of this norm"]
 

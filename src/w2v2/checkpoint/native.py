@@ -18,7 +18,6 @@ from w2v2.errors import UsageError
 from w2v2.files import whole
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.serial import from_dict, read_json, save_config
-from w2v2.text.vocabulary import load_vocabulary
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.json"
 
@@ -36,6 +35,8 @@ def read_native(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(source=folder, config=config, state={})
     n_outputs = next((len(tensor) for name, tensor in tensors.items() if name.startswith("lm_head.")), 0)
     if n_outputs:
+        from w2v2.text.vocabulary import load_vocabulary  # late: pretraining has no labels
+
         checkpoint.vocabulary = load_vocabulary(folder / VOCABULARY)
         n_labels = len(checkpoint.vocabulary.labels)
         if n_labels != n_outputs:

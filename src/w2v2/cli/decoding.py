@@ -29,7 +29,8 @@ def add_decoder_options(sub: argparse.ArgumentParser) -> None:
 
 def decoder_asked_for(args: argparse.Namespace, rest: Sequence[str], vocabulary: Vocabulary, usage: str) -> Any:
     """``decode.make_decoder`` for what the command line says."""
-    from w2v2.decoding.decoder import BeamConfig, make_decoder
+    from w2v2.decoding.config import BeamConfig
+    from w2v2.decoding.decoder import make_decoder
 
     beam = override(BeamConfig(), rest, usage) if rest else None
     hot_words = tuple(args.hot_words or ())
@@ -39,6 +40,6 @@ def decoder_asked_for(args: argparse.Namespace, rest: Sequence[str], vocabulary:
 def show_beam_settings(args: argparse.Namespace, usage: str) -> None:
     """List the settings and end, if ``--beam-settings`` says so."""
     if args.beam_settings:
-        from w2v2.decoding.decoder import BeamConfig
+        from w2v2.decoding.config import BeamConfig
 
         override(BeamConfig(), ["--help"], usage)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from w2v2.data.batch import Batch
     from w2v2.data.config import DataConfig
     from w2v2.data.corpora import Splits
-    from w2v2.decoding.decoder import BeamConfig
+    from w2v2.decoding.config import BeamConfig
     from w2v2.decoding.greedy import Decoder
     from w2v2.inference.recognizer import Recognizer
 

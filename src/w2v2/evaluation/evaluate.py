@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from w2v2.data.batch import Batch
-    from w2v2.decoding.decoder import BeamConfig
+    from w2v2.decoding.config import BeamConfig
     from w2v2.decoding.greedy import Decoder
     from w2v2.evaluation.tuning import EmissionCache, Tuning
     from w2v2.inference.recognizer import Recognizer

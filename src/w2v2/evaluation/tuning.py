@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from w2v2.checkpoint.native import WEIGHTS
-from w2v2.decoding.decoder import BeamConfig
+from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole, write_json

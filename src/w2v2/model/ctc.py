@@ -17,7 +17,8 @@ from w2v2.model.masking import (
     sample_layers,
     utterance_generators,
 )
-from w2v2.model.transformer import touch, unpack
+from w2v2.model.packing import unpack
+from w2v2.model.transformer import touch
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,8 @@ from w2v2.model.masking import (
     slices,
     utterance_generators,
 )
+from w2v2.model.packing import Rows, repeat_rows, unpack
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.transformer import unpack
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
 
 
@@ -130,9 +131,13 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         features = self.feature_encoder(audio, lengths if packed else None)  # (B, T, C), or packed (1, sum of T, C)
         normalised, projected = self.feature_projection(features, packed)  # C, D wide
         x = self.contextualize(
-            self.feature_projection.dropout(projected), packed, covered=draws.covered, keep_layers=draws.keep_layers
+            self.feature_projection.dropout(projected),
+            packed,
+            covered=draws.covered,
+            keep_layers=draws.keep_layers,
+            rows=Rows(draws.masked, draws.counts),
         )
-        context = self.out_linear(x.flatten(0, 1)[draws.masked])  # (B, T, D) -> (M, P)
+        context = self.out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
 
         source = self._to_quantize(normalised, projected)[draws.masked]  # (M, C or D)
         source = F.dropout(source, config.dropout_features, self.training)
@@ -151,22 +156,18 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             if q.prob_perplexity is not None and q.probs_sum is not None
         ]
         figures = {"probs": [q.probs_sum for q in quantized], "codes": [q.code_counts for q in quantized]}
-        # Of each utterance on its own, so that it does not depend on the batch; for crops of one length with equal
-        # numbers of masked frames, as in training, that is the mean over the batch.
-        rows = features.flatten(0, 1).split(frames)
-        penalty = [feature_penalty(row, n) for row, n in zip(rows, draws.counts, strict=True)]
         ones = torch.ones((), device=audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
-                **({"diversity": torch.stack(diversity).sum()} if diversity else {}),
-                "feature_penalty": torch.stack(penalty).sum(),
+                **({"diversity": _total(diversity)} if diversity else {}),
+                "feature_penalty": feature_penalty(features, frames, draws.counts),
             },
             metrics={
                 "contrastive": contrastive.loss.detach().double(),
                 "correct": contrastive.correct.detach(),
                 "identical": contrastive.identical.detach(),
-                **{name: torch.stack(parts).sum(0) for name, parts in figures.items() if parts[0] is not None},
+                **{name: _total(parts) for name, parts in figures.items() if parts[0] is not None},
                 "distinct_codes": _distinct_codes(codes, draws.counts),
                 "utterances": len(frames) * ones,
                 "frames": sum(frames) * ones,
@@ -227,16 +228,17 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         return figures
 
 
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
 def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
-    ids = torch.zeros_like(codes[:, 0])
+    ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
     for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
         ids = ids * 6364136223846793005 + group + 1
-    distinct = torch.zeros((), device=codes.device)
-    for row in ids.split(list(counts)):
-        ordered = row.sort().values
-        distinct += 1 + (ordered[1:] != ordered[:-1]).sum()
-    return distinct
+    ordered = ids.sort().values
+    return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 
 
 @dataclass(kw_only=True)

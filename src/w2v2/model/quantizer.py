@@ -29,7 +29,7 @@ class QuantizerOutput:
 
 def perplexity(probs: Tensor) -> Tensor:
     """Sum over groups of exp(entropy), from (G, V) distributions; fp32."""
-    return torch.exp(-(probs * torch.log(probs + 1e-7)).sum(-1)).sum()
+    return torch.exp((probs * torch.log(probs + 1e-7)).sum(-1).neg()).sum()
 
 
 def gumbel_temperature(step: int, start: float, end: float, decay: float) -> float:
@@ -82,8 +82,8 @@ class GumbelVectorQuantizer(nn.Module):
             probs = logits.softmax(-1)
             best = logits.argmax(-1)
             if self.training:
-                noise = -torch.empty_like(logits).exponential_().log()
-                soft = ((logits + noise) / temperature).softmax(-1)
+                noise = torch.empty_like(logits).exponential_().log()  # minus a Gumbel variable
+                soft = ((logits - noise) / temperature).softmax(-1)
                 codes = soft.argmax(-1)
             else:
                 soft, codes = probs.detach(), best

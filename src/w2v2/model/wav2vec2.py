@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from w2v2.errors import Count, NotNegative, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
 from w2v2.model.masking import sample_span_mask
+from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
 from w2v2.model.quantizer import GumbelVectorQuantizer
-from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, repeat_rows, unpack
+from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
 
 SAMPLE_RATE = 16_000
 
@@ -261,6 +262,7 @@ class Wav2Vec2(nn.Module):
         channels: Tensor | None = None,
         keep_layers: Sequence[bool] | None = None,
         inputs: list[Tensor] | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """Run the context network.
 
@@ -272,13 +274,14 @@ class Wav2Vec2(nn.Module):
             channels: (B, D) bool, True where a channel is set to zero for the whole utterance, after the time mask.
             keep_layers: which blocks run; None for all.
             inputs: gets the input of each block appended, as x is.
+            rows: what frames are wanted, as (1, N, D), when not all are: in training the last block computes no more.
         """
         if covered is not None:
             vector = self.mask_vector.to(x.dtype).expand(len(covered), -1)
             x = x.flatten(0, 1).index_copy(0, covered, vector).view_as(x)
         if channels is not None:
-            rows = channels[:, None] if lengths is None else repeat_rows(channels, lengths)[None]
-            x = x.masked_fill(rows, 0.0)
+            zeroed = channels[:, None] if lengths is None else repeat_rows(channels, lengths)[None]
+            x = x.masked_fill(zeroed, 0.0)
         x = x + self.positional_embedding(x, lengths)
         if not self.config.norm_first:
             x = self.ln_f(x)
@@ -287,7 +290,13 @@ class Wav2Vec2(nn.Module):
             assert isinstance(block, TransformerBlock)
             if inputs is not None:
                 inputs.append(x)
-            x = block(x, lengths) if keep_layers is None or keep_layers[i] else block.skip(x)
+            if keep_layers is not None and not keep_layers[i]:
+                x = block.skip(x)
+            elif rows is None or not self.training or is_plain() or i < len(self.transformer) - 1:
+                x = block(x, lengths)
+            else:
+                x, rows = block(x, lengths, rows), None
+        x = x if rows is None else take(x, rows)
         return self.ln_f(x) if self.config.norm_first else x
 
 

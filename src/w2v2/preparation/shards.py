@@ -122,7 +122,7 @@ def _resampled(cut: MonoCut, tar: AudioTarWriter) -> MonoCut:
     recording = to_shar_placeholder(recording)
     custom = {name: value for name, value in (cut.custom or {}).items() if name != "channel"}  # there is but one now
     peak = float(np.abs(samples).max(initial=0.0))
-    if peak > 1.0:  # integers end there: all of it is made smaller, and the cut says by how much
+    if peak > 1.0:  # integers end there: all of it is made smaller, and larger again when it is loaded
         samples = samples / peak
         custom["gain"] = 1.0 / peak
     tar.write(cut.id, samples[None], SAMPLE_RATE, manifest=recording)

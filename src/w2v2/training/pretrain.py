@@ -11,8 +11,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from w2v2.checkpoint.contents import Checkpoint
-from w2v2.checkpoint.formats import read
-from w2v2.checkpoint.native import CONFIG
+from w2v2.checkpoint.native import CONFIG, read_native
 from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
@@ -53,7 +52,11 @@ def pretrain(
     check_splits(splits, config.train)
     check_folder(out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
-    start = None if init_from is None else read(init_from)
+    start = None
+    if init_from is not None:
+        from w2v2.checkpoint.formats import read  # late: other formats have labels, which pretraining runs without
+
+        start = read(init_from)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
     objective = as_objective(model)
@@ -93,7 +96,7 @@ def as_objective(model: Wav2Vec2) -> SSLModel[Any]:
 
 def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, float]:
     """Losses and figures of a finished pretraining run on a split."""
-    model = read(run).build()
+    model = read_native(run).build()
     config = load_config(run / CONFIG, PretrainConfig)
     task = PretrainTask(as_objective(model), config.optim, config.loss_weights, config.train.seed)
     data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio)

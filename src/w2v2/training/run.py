@@ -27,6 +27,7 @@ from w2v2.data.corpora import Splits, describe
 from w2v2.data.loader import stop_workers
 from w2v2.errors import UsageError
 from w2v2.files import write_json
+from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
 from w2v2.serial import differences, load_config, save_config, to_dict
 from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
@@ -148,6 +149,9 @@ def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     if train.activation_checkpointing:
         for block in transformer_blocks(model, "`train.activation_checkpointing`"):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for module in model.modules():
+            if isinstance(module, FeatureEncoder):
+                module.recompute = True
     if train.compile:
         for block in transformer_blocks(model, "`train.compile`"):
             block.compile(dynamic=True)
