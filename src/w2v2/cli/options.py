@@ -45,7 +45,7 @@ def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_
     if getattr(args, "init_from", None) is not None:
         from w2v2.checkpoint.formats import read
 
-        config.take_shape(read(args.init_from).config)
+        config.adopt_architecture(read(args.init_from).config)
     if args.help:
         args.parser.print_help()
         rest = ["--help"]
