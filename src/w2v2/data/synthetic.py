@@ -2,7 +2,8 @@
 
 `synthesize` writes the layout of LibriSpeech: `OUT/SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UUUU.flac` (16 kHz, mono,
 16 bit) and `SPEAKER-CHAPTER.trans.txt`; beside them the true word times in `SPEAKER-CHAPTER.words.jsonl`, the
-speakers in `OUT/SPEAKERS.TXT` and the configuration in `OUT/synthetic.json`.
+phones as NIST CTM in `SPEAKER-CHAPTER.phones.ctm` (lines of utterance, channel 1, start and duration in seconds,
+espeak-ng's mnemonic), the speakers in `OUT/SPEAKERS.TXT` and the configuration in `OUT/synthetic.json`.
 
 The same seed gives the same bytes (with the same versions of espeak-ng, numpy, soxr and libsndfile), however the
 work is split over processes: every random number is keyed by the seed and the utterance, and every utterance is
@@ -29,14 +30,14 @@ import soxr
 from numpy.typing import NDArray
 
 from w2v2.data import lexicon
-from w2v2.data.espeak import ESPEAK_RATE, Speech, Word, espeak_paths, speak
+from w2v2.data.espeak import ESPEAK_RATE, Phone, Speech, Word, espeak_paths, speak
 from w2v2.errors import UsageError
 
 SAMPLE_RATE = 16_000
 """Rate of the written audio, samples per second."""
 MIN_SECONDS, MAX_SECONDS = 2.0, 16.0
 """Every utterance lasts between these two, in seconds, silence included."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the same configuration no longer gives the same corpus."""
 
 Split = Literal["train", "valid", "test"]
@@ -251,7 +252,7 @@ def _draw_session(rng: np.random.Generator) -> _Session:
 
 def _record(
     speech: Speech, session: _Session, rng: np.random.Generator, lead: float, tail: float
-) -> tuple[NDArray[np.int16], list[Word]]:
+) -> tuple[NDArray[np.int16], list[Word], list[Phone]]:
     """Speech as the session's microphone hears it, with `lead` and `tail` seconds of background around it."""
     clean = soxr.resample(speech.audio.astype(np.float64), ESPEAK_RATE, SAMPLE_RATE)
     before, after = round(lead * SAMPLE_RATE), round(tail * SAMPLE_RATE)
@@ -273,8 +274,11 @@ def _record(
     gain = 10 ** ((session.level_db + rng.uniform(-2, 2)) / 20) / np.sqrt(voice_power)
     audio *= min(gain, 0.95 / np.max(np.abs(audio)))
     shift = before / SAMPLE_RATE + session.delay
-    words = [(word, round(start + shift, 4), round(end + shift, 4)) for word, start, end in speech.words]
-    return np.round(audio * 32767).astype(np.int16), words
+    words, phones = (
+        [(label, round(start + shift, 4), round(end + shift, 4)) for label, start, end in labels]
+        for labels in (speech.words, speech.phones)
+    )
+    return np.round(audio * 32767).astype(np.int16), words, phones
 
 
 def _draw_text(rng: np.random.Generator, letters: float) -> str:
@@ -295,8 +299,8 @@ def _draw_text(rng: np.random.Generator, letters: float) -> str:
 
 def _utterance(
     speaker: Speaker, session: _Session, rng: np.random.Generator, pace: float, target: float
-) -> tuple[str, NDArray[np.int16], list[Word]]:
-    """Transcript, audio and word times of about `target` seconds; `pace` is a first guess, letters per second."""
+) -> tuple[str, NDArray[np.int16], list[Word], list[Phone]]:
+    """Transcript, audio and times of about `target` seconds; `pace` is a first guess, letters per second."""
     best: tuple[float, str, Speech, float, float] | None = None
     attempts, target = 0, min(max(target, MIN_SECONDS + 0.5), MAX_SECONDS - 0.5)
     while best is None or (attempts < 8 and abs(best[0] - target) > 0.3 + 0.03 * target):
@@ -310,8 +314,7 @@ def _utterance(
             best = (seconds, text, speech, lead, tail)
         pace *= math.sqrt(target / seconds)  # half the correction: a text's own pace is chance, too
     _, text, speech, lead, tail = best
-    audio, words = _record(speech, session, rng, lead, tail)
-    return lexicon.transcript(text), audio, words
+    return lexicon.transcript(text), *_record(speech, session, rng, lead, tail)
 
 
 def _speak_as(speaker: Speaker, text: str, seed: int) -> Speech:
@@ -341,16 +344,21 @@ def _write_speaker(root: Path, speaker: Speaker, seed: int) -> float:
         goal = written + (speaker.seconds - written) / (n_chapters - chapter)
         transcripts: list[str] = []
         words_lines: list[str] = []
+        phones_lines: list[str] = []
         while not transcripts or goal - written > MIN_SECONDS:
             utterance_id = f"{name}-{len(transcripts):04d}"
             rng = _rng(seed, "utterance", utterance_id)
-            text, audio, words = _utterance(speaker, session, rng, pace, _next_target(rng, goal - written))
+            text, audio, words, phones = _utterance(speaker, session, rng, pace, _next_target(rng, goal - written))
             soundfile.write(folder / f"{utterance_id}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
             transcripts.append(f"{utterance_id} {text}\n")
             words_lines.append(json.dumps({"id": utterance_id, "words": words}) + "\n")
+            phones_lines += [
+                f"{utterance_id} 1 {start:.4f} {end - start:.4f} {phone}\n" for phone, start, end in phones
+            ]
             written += len(audio) / SAMPLE_RATE
         (folder / f"{name}.trans.txt").write_text("".join(transcripts), encoding="utf-8")
         (folder / f"{name}.words.jsonl").write_text("".join(words_lines), encoding="utf-8")
+        (folder / f"{name}.phones.ctm").write_text("".join(phones_lines), encoding="utf-8")
     return written
 
 
