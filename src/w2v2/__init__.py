@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from w2v2.inference.transcripts import Transcript as Transcript
     from w2v2.model.ctc import Wav2Vec2ForCTC as Wav2Vec2ForCTC
     from w2v2.model.masking import Draws as Draws
+    from w2v2.model.masking import utterance_generators as utterance_generators
     from w2v2.model.pretraining import ContrastiveConfig as ContrastiveConfig
     from w2v2.model.pretraining import SSLOutput as SSLOutput
     from w2v2.model.pretraining import Wav2Vec2ForPretraining as Wav2Vec2ForPretraining
@@ -51,7 +52,7 @@ _HOMES = {
     "inference.transcribe": "transcribe",
     "inference.transcripts": "Transcript",
     "model.ctc": "Wav2Vec2ForCTC",
-    "model.masking": "Draws",
+    "model.masking": "Draws utterance_generators",
     "model.pretraining": "ContrastiveConfig SSLOutput Wav2Vec2ForPretraining",
     "model.quantizer": "QuantizerOutput",
     "model.wav2vec2": "Wav2Vec2 Wav2Vec2Config",

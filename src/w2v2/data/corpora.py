@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import os
-import random
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lhotse import MonoCut
 from lhotse.serialization import deserialize_item
@@ -22,8 +22,6 @@ from w2v2.data.splits import SCHEMA, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.data.utterance import Utterance, location_of, repeated
 from w2v2.errors import JobError, UsageError
-
-_OPEN_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,14 @@ class Piece:
         """Size and time of change, ns, of the audio of cuts in memory. A manifest's hash covers its samples."""
         return [_stamp(location_of(cut)) for cut in self.held]
 
-    def read(self, rng: random.Random | None = None) -> Iterator[MonoCut]:
-        """The cuts, shuffled if there is a generator."""
+    def rows(self, number: int = 0) -> Iterator[Row]:
+        """Its utterances, in order; ``number`` is the first part of their ``place``.
+
+        Raises:
+            JobError: a damaged manifest.
+        """
         if not self.manifest:
-            yield from rng.sample(self.held, len(self.held)) if rng else self.held
+            yield from (Row(cut.duration, cut.id, cut, place=(number, i)) for i, cut in enumerate(self.held))
             return
         try:
             lines = gzip.decompress(read_bytes(self.manifest)).splitlines()
@@ -63,13 +65,55 @@ class Piece:
             raise JobError(
                 f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
             ) from error
-        if rng:
-            rng.shuffle(lines)
-        for line in lines:
-            values = json.loads(line)
-            if self.audio:  # manifests do not say where their tars lie
-                values["recording"]["sources"][0]["source"] = self.audio
-            yield deserialize_item(values)
+        yield from (Row(*_head(line), line, self.audio, (number, i)) for i, line in enumerate(lines))
+
+    def read(self) -> Iterator[MonoCut]:
+        """The cuts, in order."""
+        return (row.cut() for row in self.rows())
+
+
+class Row(NamedTuple):
+    """An utterance as it stands in its piece: planning takes no more, and a cut is made of it where audio is read."""
+
+    seconds: float
+    id: str
+    content: bytes | MonoCut
+    """Line of the manifest, or a cut in memory."""
+    audio: str = ""
+    """As of the piece."""
+    place: tuple[int, int] = (0, 0)
+    """(which of the pieces of a pass, which row of it)."""
+    repeats: int | None = None
+    """How many times it has come before, where that is not the number of passes."""
+
+    def cut(self) -> MonoCut:
+        """The cut that it is."""
+        cut: MonoCut = self.content
+        if isinstance(self.content, bytes):
+            cut = deserialize_item(json.loads(self.content))
+        if self.audio:
+            cut.recording.sources[0].source = self.audio
+        return cut if self.repeats is None else repeated(cut, self.repeats)
+
+    def label(self) -> tuple[str, bool]:
+        """Its transcript, empty if there is none, and whether it was prepared as one that CTC cannot emit."""
+        if isinstance(self.content, MonoCut):
+            text, custom = self.content.supervisions[0].text, self.content.custom
+        else:
+            record = json.loads(self.content)
+            text, custom = record["supervisions"][0].get("text"), record.get("custom")
+        return text or "", bool((custom or {}).get("ctc_infeasible"))
+
+
+_HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [^,]+, "duration": ([^,]+),')
+
+
+def _head(line: bytes) -> tuple[float, str]:
+    """Seconds and id of a manifest's line; all of it is parsed only where it does not begin as they do."""
+    if head := _HEAD.match(line):
+        return float(head[2]), head[1].decode()
+    cut = json.loads(line)
+    return cut["duration"], cut["id"]
 
 
 @dataclass(frozen=True)
@@ -120,28 +164,6 @@ class Split:
         """(id, seconds, transcript, empty if there is none) of the utterances that are long enough."""
         return ((u.id, u.seconds, u.text or "") for u in self.utterances() if u.seconds >= min_seconds)
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[MonoCut]:
-        """One pass: pieces in an order that (seed, epoch) decide, some open at a time, each shuffled in itself.
-
-        A piece of weight w gives each of its utterances w times a pass. For a w that is not whole, utterances take
-        turns, so that after n passes each has come n·w times, rounded up or down. Where w is not 1, each
-        utterance's ``repeats`` counts its own passes.
-        """
-        rng = random.Random(f"{seed}/{epoch}")
-        waiting = [(piece, turn) for piece in self.pieces for turn in range(math.ceil(piece.weight))]
-        rng.shuffle(waiting)
-        reading: list[Iterator[MonoCut]] = []
-        while waiting or reading:
-            while waiting and len(reading) < _OPEN_PIECES:
-                piece, turn = waiting.pop()
-                reading.append(_turn(piece, turn, seed, epoch, random.Random(rng.random())))
-            for cuts in list(reading):
-                cut = next(cuts, None)
-                if cut is None:
-                    reading.remove(cuts)
-                else:
-                    yield cut
-
 
 Splits = dict[str, Split]
 
@@ -152,18 +174,6 @@ def _stamp(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def _turn(piece: Piece, turn: int, seed: int, epoch: int, rng: random.Random) -> Iterator[MonoCut]:
-    """The cuts of a piece that come for the ``turn``-th time in a pass."""
-    if piece.weight == 1.0:
-        yield from piece.read(rng)
-        return
-    for cut in piece.read(rng):
-        phase = random.Random(f"{seed}/{cut.id}").random()
-        before, after = (int(passes * piece.weight + phase) for passes in (epoch, epoch + 1))
-        if before + turn < after:
-            yield repeated(cut, before + turn)
 
 
 def read_corpora(sources: Sequence[str], weights: Sequence[float] = (), *, training: bool = True) -> Splits:

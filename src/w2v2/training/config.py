@@ -90,10 +90,15 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Run."""
 
-    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
-        """Make the model and its objective that of another run; regularisation and temperature stay this recipe's."""
-        kept = {name: getattr(self.model, name) for name in _OF_A_PRETRAINING_RECIPE}
-        self.model = dataclasses.replace(pretrained, **kept)
+    def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
+        """Take a pretrained model's architecture; regularisation and temperature stay this recipe's.
+
+        Where the recipe has a type of model of its own, that stays too, and with it its objective.
+
+        Raises:
+            UsageError: the two types build different encoders.
+        """
+        self.model = _adopted(self.model, pretrained, _OF_A_PRETRAINING_RECIPE)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is written.
@@ -154,10 +159,13 @@ class FinetuneConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Run."""
 
-    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
-        """Make the model that of a pretraining run, but for the regularisation, which stays this recipe's."""
-        kept = {name: getattr(self.model, name) for name in _REGULARISATION}
-        self.model = dataclasses.replace(pretrained, **kept)
+    def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
+        """Take a pretrained model's architecture; masks and regularisation stay this recipe's, and so does its type.
+
+        Raises:
+            UsageError: as for pretraining.
+        """
+        self.model = _adopted(self.model, pretrained, _REGULARISATION)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is written.
@@ -185,6 +193,24 @@ class FinetuneConfig:
             )
         if self.lora_rank > width:
             raise UsageError(f"`lora_rank` must be 0 to {width}, got {self.lora_rank}")
+
+
+def _adopted(model: Wav2Vec2Config, pretrained: Wav2Vec2Config, kept: tuple[str, ...]) -> Wav2Vec2Config:
+    """A recipe's model with the architecture of a pretrained one, and with the recipe's values of the kept fields.
+
+    A pretrained type that is the recipe's, or extends it, has all that the recipe's has, and is taken whole. Of another
+    one the encoder's fields are taken.
+    """
+    if isinstance(pretrained, type(model)):
+        return dataclasses.replace(pretrained, **{name: getattr(model, name) for name in kept if hasattr(model, name)})
+    for name in ("build_conv_norms", "build_positional_embedding"):
+        if getattr(type(model), name) is not getattr(type(pretrained), name):
+            raise UsageError(
+                f"the model of `init_from` is {type(pretrained).__name__}, the recipe's is {type(model).__name__}, and "
+                f"they differ in {name}; make the recipe's `model` a {type(pretrained).__name__}"
+            )
+    encoder = {f.name for f in dataclasses.fields(Wav2Vec2Config)} - {*kept, "mask_prob", "mask_length"}
+    return dataclasses.replace(model, **{name: getattr(pretrained, name) for name in encoder})
 
 
 _OF_A_PRETRAINING_RECIPE = (

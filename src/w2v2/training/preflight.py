@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from w2v2.data.batch import Batch, SpeechDataset
-from w2v2.data.corpora import Split, Splits
+from w2v2.data.corpora import Row, Split, Splits
 from w2v2.data.utterance import Utterance
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import Show, UsageError, quiet
@@ -99,7 +99,7 @@ def short_batch(config: FinetuneConfig, split: Split, start: Start) -> Batch:
     if not cuts:
         raise UsageError(f"none of the first {LOOKED_AT} utterances of train can be learned; check the transcripts")
     dataset = SpeechDataset(normalize=config.model.normalize_audio, encode=start.vocabulary.encode)
-    batch = dataset[0, cuts]
+    batch = dataset[0, [Row(cut.duration, cut.id, cut) for cut in cuts]]
     if batch.bad:
         raise UsageError(f"cannot read {'; '.join(batch.bad.values())}; repair or remove them")
     return batch
