@@ -203,8 +203,10 @@ class PieceVocabulary(Vocabulary):
                 max_sentence_length=1_000_000, num_threads=1, minloglevel=3,
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
-            said = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
-            raise UsageError(f"no {size} pieces can be made of the transcripts: {said}; change --units.size") from error
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
+            raise UsageError(
+                f"no {size} pieces can be made of the transcripts: {reason}; change `units.size`"
+            ) from error
         processor = module.SentencePieceProcessor(model_proto=model.getvalue())
         pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
         return cls(labels=(BLANK, *pieces), model=base64.b64encode(model.getvalue()).decode())
