@@ -170,6 +170,17 @@ def _silence_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def check_run(
+    config: PretrainConfig | FinetuneConfig, splits: Splits, out: Path | None = None, resume: bool = False
+) -> None:
+    """Refuse a run that cannot work, before anything is written; ``out`` None: one that writes nothing."""
+    config.check()
+    check_device(config.train)
+    _check_splits(splits, config.train)
+    if out is not None:
+        _check_folder(out, resume)
+
+
 def check_device(train: TrainConfig) -> None:
     """Refuse a device or precision that is not there."""
     if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -205,7 +216,7 @@ def _precision(train: TrainConfig) -> str:
     return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
 
 
-def check_splits(splits: Splits, train: TrainConfig) -> None:
+def _check_splits(splits: Splits, train: TrainConfig) -> None:
     """Refuse a corpus that lacks what a run needs."""
     processes = train.devices * train.num_nodes
     for name in ("train", "valid"):
@@ -223,7 +234,7 @@ def check_splits(splits: Splits, train: TrainConfig) -> None:
 
 
 @rank_zero_only
-def check_folder(out: Path, resume: bool) -> None:
+def _check_folder(out: Path, resume: bool) -> None:
     """Refuse a run folder that would be overwritten, or has nothing to resume."""
     if resume:
         if not can_resume(out):
@@ -258,17 +269,17 @@ def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: 
         UsageError: naming every difference.
     """
     changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
-    said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
+    faults = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
     data = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
     for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
-        said += [
+        faults += [
             f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
             for key in now
             if now[key] != data.get(name, {}).get(key)
         ]
-    if said:
+    if faults:
         raise UsageError(
-            f"cannot resume {out} as another run: {'; '.join(said)}; undo that, or start one with `init_from`"
+            f"cannot resume {out} as another run: {'; '.join(faults)}; undo that, or start one with `init_from`"
         )
 
 
