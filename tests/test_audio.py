@@ -18,11 +18,13 @@ from conftest import RATE, sound
 from w2v2.data import containers
 from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError, load_audio
 from w2v2.data.corpora import read_corpus
-from w2v2.data.sources import table_rows
+from w2v2.data.tables import table_rows
 from w2v2.errors import UsageError
 from w2v2.inference.recordings import find_sources
-from w2v2.preparation.audit import AuditConfig, Part, audit
-from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.preparation.audit import audit
+from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.findings import Part
+from w2v2.preparation.run import prepare
 
 av = pytest.importorskip("av")
 
@@ -355,7 +357,9 @@ def test_without_pyav_a_container_says_what_it_needs(tmp_path: Path) -> None:
     write(tmp_path / "b.wav", sound(1, 0))
     program = (
         "import sys; sys.modules['av'] = None\n"
-        "from w2v2.preparation.audit import AuditConfig, Part, audit\n"
+        "from w2v2.preparation.audit import audit\n"
+        "from w2v2.preparation.config import AuditConfig\n"
+        "from w2v2.preparation.findings import Part\n"
         "print([audit(path, [Part(1)], AuditConfig())[0].reasons for path in sys.argv[1:]])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.webm"), str(tmp_path / "b.wav")]

@@ -144,14 +144,13 @@ def _hypotheses(models: dict[str, Recognizer], splits: Splits, split: str) -> li
     """Reference and each model's hypothesis for every transcribed utterance of a split."""
     encode = models["finetuned"].vocabulary.encode
     data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=encode, normalize=False)
-    said = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
+    hypotheses = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
     rows = []
-    for cut in splits[split]:
-        text = normalize_text(cut.supervisions[0].text or "")
-        if text and all(cut.id in by_id for by_id in said.values()):
-            who = cut.supervisions[0].speaker or ""
-            heard = {name: by_id[cut.id] for name, by_id in said.items()}
-            rows.append({"id": cut.id, "speaker": who, "reference": text, **heard})
+    for utterance in splits[split].utterances():
+        text, name = normalize_text(utterance.text or ""), utterance.id
+        if text and all(name in by_id for by_id in hypotheses.values()):
+            heard = {model: by_id[name] for model, by_id in hypotheses.items()}
+            rows.append({"id": name, "speaker": utterance.speaker or "", "reference": text, **heard})
     return rows
 
 

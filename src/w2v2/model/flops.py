@@ -15,7 +15,7 @@ def forward_flops(config: ContrastiveConfig, seconds: float) -> dict[str, float]
 
     ``convolutions``, ``linears`` of the blocks, ``attention`` (both products), ``positional``, and ``rest``: the
     feature projection and, for the frames that are masked, quantizer, projections and cosines. Norms and activations
-    are not counted, and every block is, LayerDrop or not.
+    are not counted, and every block is, with all its frames, LayerDrop or not.
     """
     samples = round(seconds * SAMPLE_RATE)
     convolutions, fan_in = 0.0, 1

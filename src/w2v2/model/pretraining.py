@@ -26,7 +26,8 @@ from w2v2.model.masking import (
     slices,
     utterance_generators,
 )
-from w2v2.model.packing import Rows, repeat_rows, unpack
+from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
+from w2v2.model.precision import low_precision
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
 
@@ -137,15 +138,16 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             keep_layers=draws.keep_layers,
             rows=Rows(draws.masked, draws.counts),
         )
-        context = self.out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
+        with low_precision(x, self.out_linear) as (x, out_linear):
+            context = out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
 
         source = self._to_quantize(normalised, projected)[draws.masked]  # (M, C or D)
         source = F.dropout(source, config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
         masked = [sum(draws.counts[part]) for part in draws.parts()]
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
-        codes = torch.cat([q.codes for q in quantized])  # (M, G)
-        targets = torch.cat([q.quantized for q in quantized])
+        codes = _laid([q.codes for q in quantized])  # (M, G)
+        targets = _laid([q.quantized for q in quantized])
         targets = targets if self.project_q is None else self.project_q(targets)  # (M, P)
 
         logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
@@ -156,7 +158,10 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             if q.prob_perplexity is not None and q.probs_sum is not None
         ]
         figures = {"probs": [q.probs_sum for q in quantized], "codes": [q.code_counts for q in quantized]}
-        ones = torch.ones((), device=audio.device)
+        sizes: dict[str, float] = {"utterances": len(frames), "frames": sum(frames), "masked": len(draws.masked)}
+        if self.training:
+            sizes["temperature"] = temperature * len(draws.masked)
+        known = to_device(torch.tensor(list(sizes.values()), dtype=torch.float32), audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
@@ -169,10 +174,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
                 "identical": contrastive.identical.detach(),
                 **{name: _total(parts) for name, parts in figures.items() if parts[0] is not None},
                 "distinct_codes": _distinct_codes(codes, draws.counts),
-                "utterances": len(frames) * ones,
-                "frames": sum(frames) * ones,
-                "masked": len(draws.masked) * ones,
-                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
+                **dict(zip(sizes, known.unbind(), strict=True)),
             },
             num_targets=len(draws.masked),
         )
@@ -228,6 +230,10 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         return figures
 
 
+def _laid(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
 def _total(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
@@ -236,7 +242,7 @@ def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
     ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
     for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
-        ids = ids * 6364136223846793005 + group + 1
+        ids = torch.add(group, ids, alpha=6364136223846793005)
     ordered = ids.sort().values
     return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 

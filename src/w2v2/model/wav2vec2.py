@@ -16,6 +16,7 @@ from w2v2.errors import Count, NotNegative, Share, ShareBelowOne, UsageError, Wh
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
 from w2v2.model.masking import sample_span_mask
 from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
+from w2v2.model.precision import low_precision
 from w2v2.model.quantizer import GumbelVectorQuantizer
 from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
 
@@ -153,7 +154,8 @@ class FeatureProjection(nn.Module):
             rows = features.split(list(lengths), dim=1) if lengths is not None else (features,)
             features = torch.cat([_normalize_over_time(row) for row in rows], dim=1)
         normalised = self.norm(features)
-        return normalised, self.linear(normalised)
+        with low_precision(normalised, self.linear) as (x, linear):
+            return normalised, linear(x)
 
 
 def _normalize_over_time(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from w2v2.inference.recognizer import Recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
-from w2v2.text.check import check_transcripts, missing_labels, transcribed
+from w2v2.text.check import check_transcripts, missing_labels
 from w2v2.text.vocabulary import Vocabulary, frames_needed, load_vocabulary
 from w2v2.training.config import FinetuneConfig
 from w2v2.training.ctc_task import FinetuneTask
@@ -66,7 +66,7 @@ def begin(
     vocabulary, takes_head = _settle_vocabulary(config, splits, pretrained, vocabulary)
     fits = label_fit(config.model, vocabulary)
     for name in ("train", "valid"):
-        texts = transcribed(splits[name], config.data.min_seconds)
+        texts = splits[name].transcripts(config.data.min_seconds)
         for line in check_transcripts(name, texts, vocabulary, fits, len(splits[name]), show):
             rank_zero_only(log.warning)("%s", line)
     torch.manual_seed(step_seed(config.train.seed))
@@ -87,7 +87,7 @@ def _settle_vocabulary(
     """
 
     def texts() -> Iterable[str]:
-        return (text for _, _, text in transcribed(splits["train"], config.data.min_seconds))
+        return (text for _, _, text in splits["train"].transcripts(config.data.min_seconds))
 
     fresh = given or config.units.vocabulary(texts())
     if pretrained is None or pretrained.vocabulary is None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from w2v2.data.batch import Batch, SpeechDataset
-from w2v2.data.corpora import Split, Splits
+from w2v2.data.corpora import Row, Split, Splits
+from w2v2.data.utterance import Utterance
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.evaluation.evaluate import error_rates
@@ -90,14 +91,14 @@ def short_batch(config: FinetuneConfig, split: Split, start: Start) -> Batch:
     """The shortest usable utterances, of a second or more where there are enough, no two with the same transcript."""
     by_text: dict[str, Any] = {}
     for cut in itertools.islice(split, LOOKED_AT):
-        text = cut.supervisions[0].text or ""
+        text = Utterance.of(cut).text or ""
         if text.strip() and cut.duration >= config.data.min_seconds and start.fits(cut.duration, text):
             by_text.setdefault(text, cut)
     cuts = heapq.nsmallest(UTTERANCES, by_text.values(), key=lambda cut: (cut.duration < AT_LEAST, cut.duration))
     if not cuts:
         raise UsageError(f"none of the first {LOOKED_AT} utterances of train can be learned; check the transcripts")
     dataset = SpeechDataset(normalize=config.model.normalize_audio, encode=start.vocabulary.encode)
-    batch = dataset[0, cuts]
+    batch = dataset[0, [Row(cut.duration, cut.id, cut) for cut in cuts]]
     if batch.bad:
         raise UsageError(f"cannot read {'; '.join(batch.bad.values())}; repair or remove them")
     return batch
