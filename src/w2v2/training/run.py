@@ -30,7 +30,7 @@ from w2v2.files import write_json
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
 from w2v2.serial import differences, load_config, save_config, to_dict
-from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
@@ -50,9 +50,7 @@ def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> d
     return task.valid_figures
 
 
-def fit_task(
-    task: NormalizedTask, data: SpeechDataModule, config: PretrainConfig | FinetuneConfig, out: Path, resume: bool
-) -> None:
+def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, out: Path, resume: bool) -> None:
     """Run a task to its last step, with everything a run folder holds; weights are saved at the end.
 
     Raises:
@@ -133,7 +131,7 @@ def can_resume(out: Path) -> bool:
     return bool(checkpoint_files(out))
 
 
-def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
+def _wandb(config: RunConfig, out: Path) -> list[Logger]:
     if not config.train.wandb:
         return []
     try:
@@ -170,9 +168,7 @@ def _silence_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def check_run(
-    config: PretrainConfig | FinetuneConfig, splits: Splits, out: Path | None = None, resume: bool = False
-) -> None:
+def check_run(config: RunConfig, splits: Splits, out: Path | None = None, resume: bool = False) -> None:
     """Refuse a run that cannot work, before anything is written; ``out`` None: one that writes nothing."""
     config.check()
     check_device(config.train)
@@ -244,7 +240,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 @rank_zero_only
-def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
+def start_folder(out: Path, config: RunConfig, splits: Splits, resume: bool) -> None:
     """Make the run folder and write what is run on what."""
     out.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -262,7 +258,7 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
-def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits) -> None:
+def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
     """Another model, schedule, batching or corpus would not continue the run but be another one.
 
     Raises:
