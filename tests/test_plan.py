@@ -24,7 +24,8 @@ from w2v2.errors import UsageError
 from w2v2.model.flops import expected_coverage, forward_flops, peak_flops, training_flops, utilisation
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.training.config import PretrainConfig
-from w2v2.training.plan import Measured, Plan, batch_hours, make_plan, preview_masks, settle, span_lengths
+from w2v2.training.mask_preview import preview_masks, span_lengths
+from w2v2.training.plan import Measured, Plan, batch_hours, make_plan, settle
 
 NANO = [
     "--model.n-layer", "1", "--model.n-embd", "48", "--model.ffn-dim", "48", "--data.batch-seconds", "4",
