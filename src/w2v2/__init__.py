@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from w2v2.training.config import FinetuneConfig as FinetuneConfig
     from w2v2.training.config import PretrainConfig as PretrainConfig
     from w2v2.training.config import TrainConfig as TrainConfig
+    from w2v2.training.ctc_task import FinetuneTask as FinetuneTask
     from w2v2.training.data import SpeechDataModule as SpeechDataModule
-    from w2v2.training.finetune import FinetuneTask as FinetuneTask
     from w2v2.training.finetune import finetune as finetune
     from w2v2.training.optim import OptimConfig as OptimConfig
     from w2v2.training.pretrain import PretrainTask as PretrainTask
@@ -59,7 +59,8 @@ _HOMES = {
     "text.vocabulary": "Vocabulary",
     "training.config": "FinetuneConfig PretrainConfig TrainConfig",
     "training.data": "SpeechDataModule",
-    "training.finetune": "FinetuneTask finetune",
+    "training.ctc_task": "FinetuneTask",
+    "training.finetune": "finetune",
     "training.optim": "OptimConfig",
     "training.pretrain": "PretrainTask pretrain",
 }
