@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
+from w2v2.data.corpora import Row
 from w2v2.data.storage import UnreachableError, read_ranges
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Batch:
 
 
 class SpeechDataset(Dataset[Batch]):
-    """Turns (epoch, cuts), which a sampler chose, into a :class:`Batch`.
+    """Turns (epoch, utterances), which a sampler chose, into a :class:`Batch`.
 
     Args:
         seed: of the crops.
@@ -74,8 +75,9 @@ class SpeechDataset(Dataset[Batch]):
         self.seed, self.max_seconds, self.same_length = seed, max_seconds, same_length
         self.normalize, self.encode = normalize, encode
 
-    def __getitem__(self, item: tuple[int, list[MonoCut]]) -> Batch:
-        epoch, cuts = item
+    def __getitem__(self, item: tuple[int, list[Row]]) -> Batch:
+        epoch, utterances = item
+        cuts = [row.cut() for row in utterances]
         limit = self.max_seconds or float("inf")
         if self.same_length:
             limit = min(limit, min(cut.duration for cut in cuts))
