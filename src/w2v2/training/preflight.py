@@ -19,8 +19,9 @@ from w2v2.evaluation.evaluate import error_rates
 from w2v2.model.losses import ctc_loss
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 from w2v2.training.config import FinetuneConfig
-from w2v2.training.finetune import FinetuneTask, Start, begin, check_start
-from w2v2.training.run import check_device, check_splits
+from w2v2.training.ctc_task import FinetuneTask
+from w2v2.training.finetune import Start, begin, check_start
+from w2v2.training.run import check_run
 
 UTTERANCES, STEPS, WARM_UP, LOOK_EVERY = 8, 400, 20, 10
 
@@ -78,9 +79,7 @@ def preflight(
     Raises:
         UsageError: as ``finetune``; audio that cannot be read.
     """
-    config.check()
-    check_device(config.train)
-    check_splits(splits, config.train)
+    check_run(config, splits)
     check_start(config, init_from)
     start = begin(config, splits, init_from=init_from, show=show)
     batch = short_batch(config, splits["train"], start)
@@ -114,8 +113,8 @@ def overfit(config: FinetuneConfig, start: Start, batch: Batch, device: torch.de
     peak = max(config.optim.schedule(step) for step in range(1, config.optim.schedule.total_steps + 1))
     audio, targets, lengths = batch.audio.to(device), batch.targets.to(device), batch.lengths.tolist()
     decoder = Greedy(vocabulary)
-    said = [row[:n].tolist() for row, n in zip(batch.targets, batch.target_lengths, strict=True)]
-    references = [vocabulary.decode(row) for row in said]
+    label_ids = [row[:n].tolist() for row, n in zip(batch.targets, batch.target_lengths, strict=True)]
+    references = [vocabulary.decode(row) for row in label_ids]
     losses, cers = [], []
     for step in range(STEPS + 1):
         log_probs, frames = model(audio, lengths)
