@@ -419,7 +419,7 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "t.csv").write_text("path,sentence,age\na.wav,HALLO,3\n")
     assert [row.text for row in table_rows(tmp_path / "t.csv")] == [None]
     assert caplog.messages == [
-        f"{tmp_path / 't.csv'}: nobody reads the columns sentence, age; name them with --columns"
+        f"{tmp_path / 't.csv'}: nobody reads the columns sentence, age; name them with `columns`"
     ]
 
 

@@ -580,7 +580,7 @@ def test_a_damaged_member_of_a_shard_is_left_out_and_named_within_max_bad_and_re
         assert names_of(left) == everyone() - Counter(["2-3", "1-1"])
         said = [record.message for record in caplog.records if "left out" in record.message]
         assert len(said) == 2 and all(any(name in line for line in said) for name in ("(2-3)", "(1-1)"))
-        with pytest.raises(JobError, match=r"2 utterances cannot be read, more than --data.max-bad 5% of 20") as caught:
+        with pytest.raises(JobError, match=r"2 utterances cannot be read, more than `data.max_bad` 5% of 20") as caught:
             batches_of(module(root, num_workers=workers, max_bad="5%"))
         assert "(2-3)" in str(caught.value) and "(1-1)" in str(caught.value) and "\n" not in str(caught.value)
 

@@ -28,7 +28,7 @@ from w2v2.inference.recognizer import load_recognizer
 from w2v2.model import pretraining
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import Draws, keyed_generator
-from w2v2.model.pretraining import SSLOutput
+from w2v2.model.objective import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.serial import from_dict, load_config, to_dict
 from w2v2.text.vocabulary import Vocabulary

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from w2v2.model.ctc import Wav2Vec2ForCTC as Wav2Vec2ForCTC
     from w2v2.model.masking import Draws as Draws
     from w2v2.model.masking import utterance_generators as utterance_generators
+    from w2v2.model.objective import SSLOutput as SSLOutput
     from w2v2.model.pretraining import ContrastiveConfig as ContrastiveConfig
-    from w2v2.model.pretraining import SSLOutput as SSLOutput
     from w2v2.model.pretraining import Wav2Vec2ForPretraining as Wav2Vec2ForPretraining
     from w2v2.model.quantizer import QuantizerOutput as QuantizerOutput
     from w2v2.model.wav2vec2 import Wav2Vec2 as Wav2Vec2
@@ -53,7 +53,8 @@ _HOMES = {
     "inference.transcripts": "Transcript",
     "model.ctc": "Wav2Vec2ForCTC",
     "model.masking": "Draws utterance_generators",
-    "model.pretraining": "ContrastiveConfig SSLOutput Wav2Vec2ForPretraining",
+    "model.objective": "SSLOutput",
+    "model.pretraining": "ContrastiveConfig Wav2Vec2ForPretraining",
     "model.quantizer": "QuantizerOutput",
     "model.wav2vec2": "Wav2Vec2 Wav2Vec2Config",
     "text.vocabulary": "Vocabulary",

@@ -28,8 +28,9 @@ from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
-from w2v2.synthetic.corpus import SyntheticConfig, synthesize
-from w2v2.text.vocabulary import normalize_text
+from w2v2.synthetic.corpus import synthesize
+from w2v2.synthetic.speakers import SyntheticConfig
+from w2v2.text.spelling import normalize_text
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import finetune, transcripts

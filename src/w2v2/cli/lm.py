@@ -83,7 +83,7 @@ def _lm(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _normalizer() -> Callable[[str], str]:
-    from w2v2.text.vocabulary import normalize_text
+    from w2v2.text.spelling import normalize_text
 
     return normalize_text
 

@@ -110,9 +110,10 @@ def _download(args: argparse.Namespace) -> Path:
 
 
 def _synthesize(args: argparse.Namespace) -> Path:
-    from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+    from w2v2.synthetic.corpus import synthesize
+    from w2v2.synthetic.speakers import SyntheticConfig
 
     audio: Path = args.out.with_name(args.out.name + "-audio")
     with progress("synthesise") as show:
-        synthesize(audio, SyntheticConfig.sized(args.hours, args.seed), lambda share: show("synthesise", share))
+        synthesize(audio, SyntheticConfig.sized(args.hours, args.seed), show)
     return audio

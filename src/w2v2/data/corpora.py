@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lhotse import MonoCut
-from lhotse.serialization import deserialize_item
 
 from w2v2.data.config import DataConfig
 from w2v2.data.folders import folder_cuts
 from w2v2.data.splits import SCHEMA, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
-from w2v2.data.utterance import Utterance, location_of, repeated
+from w2v2.data.utterance import Utterance, location_of, read_cut, repeated
 from w2v2.errors import JobError, UsageError
 
 
@@ -88,21 +87,14 @@ class Row(NamedTuple):
 
     def cut(self) -> MonoCut:
         """The cut that it is."""
-        cut: MonoCut = self.content
-        if isinstance(self.content, bytes):
-            cut = deserialize_item(json.loads(self.content))
-        if self.audio:
-            cut.recording.sources[0].source = self.audio
+        cut = read_cut(self.content, self.audio) if isinstance(self.content, bytes) else self.content
         return cut if self.repeats is None else repeated(cut, self.repeats)
 
-    def label(self) -> tuple[str, bool]:
-        """Its transcript, empty if there is none, and whether it was prepared as one that CTC cannot emit."""
-        if isinstance(self.content, MonoCut):
-            text, custom = self.content.supervisions[0].text, self.content.custom
-        else:
-            record = json.loads(self.content)
-            text, custom = record["supervisions"][0].get("text"), record.get("custom")
-        return text or "", bool((custom or {}).get("ctc_infeasible"))
+    def utterance(self) -> Utterance:
+        """What is known of it."""
+        if isinstance(self.content, bytes):
+            return Utterance.from_line(self.content, self.audio)
+        return Utterance.of(self.content)
 
 
 _HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [^,]+, "duration": ([^,]+),')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +33,43 @@ class Utterance:
     @classmethod
     def of(cls, cut: MonoCut) -> Utterance:
         """Read a cut of one supervision."""
-        custom, supervision = cut.custom or {}, cut.supervisions[0]
-        in_tar = "shard_offset" in custom
+        supervision = cut.supervisions[0]
+        return cls._read(cut.id, cut.duration, supervision.text, supervision.speaker, cut.custom, location_of(cut))
+
+    @classmethod
+    def from_line(cls, line: bytes, tar: str = "") -> Utterance:
+        """Read a line of a manifest, which takes less than to make a cut of it; ``tar`` as of :func:`read_cut`."""
+        cut = json.loads(line)
+        supervision = cut["supervisions"][0]
+        text, speaker = supervision.get("text"), supervision.get("speaker")
+        return cls._read(cut["id"], cut["duration"], text, speaker, cut.get("custom"), tar)
+
+    @classmethod
+    def _read(
+        cls, name: str, seconds: float, text: str | None, speaker: str | None, custom: Any, location: str
+    ) -> Utterance:
+        custom = custom or {}
         return cls(
-            id=cut.id,
-            seconds=cut.duration,
-            text=supervision.text,
-            speaker=supervision.speaker,
+            id=name,
+            seconds=seconds,
+            text=text,
+            speaker=speaker,
             unreadable=custom.get("unreadable", ""),
             ctc_infeasible=custom.get("ctc_infeasible", False),
             repeats=custom.get("pass"),
-            shard=(location_of(cut), custom["shard_offset"], custom["shard_bytes"]) if in_tar else None,
+            shard=(location, custom["shard_offset"], custom["shard_bytes"]) if "shard_offset" in custom else None,
         )
+
+
+def read_cut(line: bytes, tar: str = "") -> MonoCut:
+    """The cut that a line of a manifest is; ``tar`` is where its audio lies, which manifests do not say."""
+    from lhotse.serialization import deserialize_item
+
+    values = json.loads(line)
+    if tar:
+        values["recording"]["sources"][0]["source"] = tar
+    cut: MonoCut = deserialize_item(values)
+    return cut
 
 
 def location_of(cut: MonoCut) -> str:

@@ -27,8 +27,6 @@ from w2v2.preparation.findings import Finding, Part
 from w2v2.preparation.transcripts import check_transcript
 
 _BLOCK_SECONDS = 60
-
-
 _FLAT = 0.99  # of the peak
 
 
@@ -222,8 +220,6 @@ def _why_undecodable(location: str) -> str:
 
 
 FRAME_SECONDS = 0.02
-
-
 _SMOOTH = 10  # frames: a dip has to last about as long as a pause between words
 
 

@@ -7,7 +7,7 @@ import unicodedata
 from w2v2.data.audio import SAMPLE_RATE
 from w2v2.preparation.config import AuditConfig
 from w2v2.preparation.findings import Finding
-from w2v2.text.vocabulary import frames_needed, normalize_text
+from w2v2.text.spelling import frames_needed, normalize_text
 
 
 def check_transcript(text: str, finding: Finding, config: AuditConfig) -> None:

@@ -22,7 +22,8 @@ from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.lora import add_lora, merge_lora
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.text.check import check_transcripts, missing_labels
-from w2v2.text.vocabulary import Vocabulary, frames_needed, load_vocabulary
+from w2v2.text.spelling import frames_needed
+from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training.config import FinetuneConfig
 from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.data import SpeechDataModule

@@ -160,7 +160,7 @@ def _meet_other_lengths(model: Any, data: DataConfig) -> None:
 def _peak_rss() -> float:
     """GB. Linux counts the parent's into ``ru_maxrss`` of a process that was started by ``vfork``, not into this."""
     if (status := Path("/proc/self/status")).exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 

@@ -16,7 +16,7 @@ from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
 from w2v2.model.masking import Draws
-from w2v2.model.pretraining import SSLModel, SSLOutput
+from w2v2.model.objective import SSLModel, SSLOutput
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
 from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
