@@ -421,7 +421,7 @@ def test_a_transcript_beside_its_audio_is_not_replaced(
         (["--format", "srt"], "--format srt holds one recording, got 2; name a folder with --out"),
         (["--format", "srt", "--timestamps", "char"], "has times of words"),
         (["--format", "ctm", "--timestamps", "none"], "is made of times"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["--window-seconds", "5"], "longer than its two contexts"),
         (["--window-seconds", "inf"], "a window must be a finite number of seconds, got inf"),
         (["--context-seconds", "nan"], "longer than its two contexts"),

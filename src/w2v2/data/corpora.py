@@ -348,6 +348,17 @@ def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:
     by_split["train"] = [cut for cut in cuts if cut.supervisions[0].speaker not in held]
 
 
+def choose_split(splits: Splits, name: str, corpus: str, setting: str = "split") -> Split:
+    """The split that a setting names.
+
+    Raises:
+        UsageError: the corpus has no such split.
+    """
+    if name not in splits:
+        raise UsageError(f"`{setting}` must be one of {', '.join(splits)}, which {corpus} has; got {name!r}")
+    return splits[name]
+
+
 def describe(splits: Splits) -> dict[str, dict[str, float | str]]:
     """Size of each split: hours, utterances, speakers, utterances with a transcript; and a hash of its content."""
     return {

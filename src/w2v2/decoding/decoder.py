@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from w2v2.decoding.greedy import Decoder, Greedy
+from torch import Tensor
+
+from w2v2.decoding.greedy import Decoder, Greedy, Hypothesis
 from w2v2.errors import UsageError
 from w2v2.text.vocabulary import Vocabulary
 
@@ -48,6 +51,19 @@ class BeamConfig:
         for name in ("lm_weight", "word_score", "silence_score", "hot_word_boost"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"`{name}` of a beam search must be a finite number, got {getattr(self, name)}")
+
+
+@runtime_checkable
+class TunableDecoder(Protocol):
+    """A beam search, whose weights can be tuned."""
+
+    config: BeamConfig
+
+    def __call__(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
+
+    def tuned(self, config: BeamConfig) -> TunableDecoder:
+        """The same with other weights."""
 
 
 def make_decoder(

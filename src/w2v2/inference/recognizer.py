@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.native import VOCABULARY, is_foreign, load_model, load_weights, model_config
@@ -123,3 +123,17 @@ def load_recognizer(folder: Path) -> Recognizer:
     vocabulary = load_vocabulary(folder / VOCABULARY)
     model = load_weights(Wav2Vec2ForCTC(config, len(vocabulary.labels)), folder)
     return Recognizer(model.eval(), vocabulary)
+
+
+def place(model: nn.Module, device: str | None) -> None:
+    """Move a model to a device; None: to a GPU if there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"`device` {name} cannot be used: {reason}; expected cpu, or what is there") from None
