@@ -25,7 +25,8 @@ import torch
 from w2v2.decoding.greedy import Greedy
 from w2v2.inference.align import align
 from w2v2.inference.recognizer import load_recognizer
-from w2v2.inference.transcribe import source_of, transcribe
+from w2v2.inference.recordings import source_of
+from w2v2.inference.transcribe import transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.inference.words import Word
 

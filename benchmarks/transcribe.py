@@ -32,10 +32,12 @@ import torch
 
 from w2v2 import recipes
 from w2v2.checkpoint.native import save_weights
-from w2v2.decoding.decoder import BeamConfig, make_decoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Decoder, Greedy
 from w2v2.inference.recognizer import Recognizer, load_recognizer
-from w2v2.inference.transcribe import Layout, source_of, transcribe
+from w2v2.inference.recordings import source_of
+from w2v2.inference.transcribe import Layout, transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.serial import save_config

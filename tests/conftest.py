@@ -1,11 +1,14 @@
 """A small corpus of our own making: syllable-like bursts of coloured noise and tones, no speech needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 RATE = 16_000
 WORDS = ("SUN", "MOON", "STAR", "SKY", "RAIN", "WIND")
@@ -27,6 +30,13 @@ def sound(seconds: float, seed: int, rate: int = RATE) -> np.ndarray:
         start += length
     audio += 0.01 * rng.standard_normal(len(t))
     return (0.3 * audio / np.abs(audio).max()).astype(np.float32)
+
+
+def utterances(samples: Sequence[int], ids: Sequence[str] | None = None, epoch: int = 0) -> SimpleNamespace:
+    """What a model draws by: a batch without its audio."""
+    names = [f"utt-{i}" for i in range(len(samples))] if ids is None else list(ids)
+    zeros = torch.zeros(len(names), dtype=torch.long)
+    return SimpleNamespace(lengths=torch.tensor(samples), offsets=zeros, ids=names, epochs=[epoch] * len(names))
 
 
 def write_corpus(root: Path, subsets: dict[str, int], utterances: int = 4, suffix: str = "flac") -> Path:

@@ -1,6 +1,7 @@
 """Files whose headers say less than the truth, or nothing, or more; formats that cannot seek; containers; damage."""
 
 import io
+import json
 import os
 import struct
 import subprocess
@@ -15,9 +16,15 @@ import soundfile
 from conftest import RATE, sound
 
 from w2v2.data import containers
-from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError
-from w2v2.inference.transcribe import find_sources
-from w2v2.preparation.audit import AuditConfig, Part, audit
+from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError, load_audio
+from w2v2.data.corpora import read_corpus
+from w2v2.data.tables import table_rows
+from w2v2.errors import UsageError
+from w2v2.inference.recordings import find_sources
+from w2v2.preparation.audit import audit
+from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.findings import Part
+from w2v2.preparation.run import prepare
 
 av = pytest.importorskip("av")
 
@@ -50,6 +57,7 @@ def by_ffmpeg(path: Path) -> int:
 
 def write(path: Path, samples: np.ndarray, **options: Any) -> bytes:
     """A file by libsndfile; returns its bytes."""
+    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".opus":
         options = {"format": "OGG", "subtype": "OPUS"}
     soundfile.write(path, samples, options.pop("rate", RATE), **options)
@@ -349,12 +357,120 @@ def test_without_pyav_a_container_says_what_it_needs(tmp_path: Path) -> None:
     write(tmp_path / "b.wav", sound(1, 0))
     program = (
         "import sys; sys.modules['av'] = None\n"
-        "from w2v2.preparation.audit import AuditConfig, Part, audit\n"
+        "from w2v2.preparation.audit import audit\n"
+        "from w2v2.preparation.config import AuditConfig\n"
+        "from w2v2.preparation.findings import Part\n"
         "print([audit(path, [Part(1)], AuditConfig())[0].reasons for path in sys.argv[1:]])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.webm"), str(tmp_path / "b.wav")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[('unreadable', \"Matroska needs PyAV: pip install 'w2v2[m4a]'\")], []]"
+
+
+# --- Channels and levels ----------------------------------------------------------------------------------------------
+
+
+def prepared(source: Path, out: Path, **options: Any) -> dict[str, list[Any]]:
+    """The cuts of each split of a corpus."""
+    prepare(source, out, PrepareConfig(**options))
+    return {name: list(cuts) for name, cuts in read_corpus(out).items()}
+
+
+def test_a_speaker_on_each_channel_is_chosen_by_the_table(tmp_path: Path) -> None:
+    speakers = np.stack([sound(4, 0), sound(4, 1)], 1)
+    write(tmp_path / "call.wav", speakers)
+    (tmp_path / "t.csv").write_text(
+        "path,start,end,channel,speaker,note\ncall.wav,,,1,A,x\ncall.wav,,,2,B,x\ncall.wav,1,2,2,B,x\n"
+        "call.wav,1,2,,C,x\ncall.wav,,,3,C,x\n"
+    )
+    for encoding in ("", "flac"):
+        out = tmp_path / f"out{encoding}"
+        splits = prepared(tmp_path / "t.csv", out, shards=encoding, valid_share=0.0)
+        cuts = {(cut.supervisions[0].speaker, cut.duration): cut for cut in splits["train"]}
+        assert set(cuts) == {("A", 4.0), ("B", 4.0), ("B", 1.0), ("C", 1.0)}
+        if not encoding:
+            assert {cut.id for cut in cuts.values()} == {
+                "call-ch1",
+                "call-ch2",
+                "call-1.000-2.000-ch2",
+                "call-1.000-2.000",
+            }
+        for key, expected in (
+            (("A", 4.0), speakers[:, 0]),
+            (("B", 4.0), speakers[:, 1]),
+            (("B", 1.0), speakers[RATE : 2 * RATE, 1]),
+            (("C", 1.0), speakers[RATE : 2 * RATE].mean(1)),
+        ):
+            cut = cuts[key]
+            data = None
+            if encoding:
+                with (out / "train/recording.000000.tar").open("rb") as file:
+                    file.seek(cut.custom["shard_offset"])
+                    data = file.read(cut.custom["shard_bytes"])
+            np.testing.assert_allclose(load_audio(cut, data=data), expected, atol=1e-4)
+        audit_lines = [json.loads(line) for line in (out / "audit.jsonl").read_text().splitlines()]
+        assert audit_lines[-1]["reasons"] == ["unreadable"] and "no channel 3, only 2" in audit_lines[-1]["detail"]
+    (tmp_path / "t.csv").write_text("path,channel\ncall.wav,0\n")
+    with pytest.raises(UsageError, match="row 1: expected a channel from 1 in 'channel', got '0'"):
+        prepared(tmp_path / "t.csv", tmp_path / "bad")
+
+
+def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.csv").write_text("path,sentence,age\na.wav,HALLO,3\n")
+    assert [row.text for row in table_rows(tmp_path / "t.csv")] == [None]
+    assert caplog.messages == [
+        f"{tmp_path / 't.csv'}: nobody reads the columns sentence, age; name them with `columns`"
+    ]
+
+
+def test_the_rows_of_a_recording_are_never_in_two_splits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = ["path,start,end,speaker"]
+    for number in range(8):
+        write(tmp_path / f"{number}.wav", sound(4, number))
+        for start in range(4):  # speakers of neighbouring recordings, so that some recordings hang together
+            speaker = number // 2 if number < 6 else rng.integers(10, 14)
+            rows.append(f"{number}.wav,{start},{start + 1},{'' if start == 3 and number > 5 else speaker}")
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    for seed in range(5):
+        splits = prepared(tmp_path / "t.csv", tmp_path / f"out{seed}", valid_share=0.3, test_share=0.2, seed=seed)
+        assert set(splits) == {"train", "valid", "test"}
+        for key in (lambda cut: cut.recording.sources[0].source, lambda cut: cut.supervisions[0].speaker or cut.id):
+            groups = [{key(cut) for cut in cuts} for cuts in splits.values()]
+            assert sum(map(len, groups)) == len(set.union(*groups))
+    (tmp_path / "one.csv").write_text("\n".join(row for row in rows if not row.startswith(tuple("1234567"))))
+    assert set(prepared(tmp_path / "one.csv", tmp_path / "one")) == {"train"}
+
+
+def test_channels_that_cancel_each_other_out_are_told_of_and_the_first_is_heard(tmp_path: Path) -> None:
+    samples = sound(4, 0)
+    write(tmp_path / "in" / "a.flac", np.stack([samples, -samples], 1))
+    write(tmp_path / "in" / "b.flac", np.stack([samples, np.roll(samples, 5000)], 1))
+    (cut,) = (
+        cut
+        for cut in prepared(tmp_path / "in", tmp_path / "out", valid_share=0.0)["train"]
+        if "a.flac" in str(cut.recording)
+    )
+    np.testing.assert_allclose(load_audio(cut), samples, atol=1e-4)
+    assert reasons(tmp_path / "in" / "a.flac", Part(1), Part(2, channel=2)) == [["out_of_phase"], []]
+    assert reasons(tmp_path / "in" / "b.flac") == [[]]
+
+
+def test_samples_beyond_full_scale_keep_their_shape_in_shards(tmp_path: Path) -> None:
+    samples = sound(4, 0)
+    write(tmp_path / "in" / "a.wav", samples * 32_767, subtype="FLOAT")
+    write(tmp_path / "in" / "b.wav", sound(4, 1))
+    assert reasons(tmp_path / "in" / "a.wav") == [["out_of_range"]]
+    for encoding in ("flac", "wav", "opus"):
+        splits = prepared(tmp_path / "in", tmp_path / encoding, shards=encoding, valid_share=0.0)
+        (cut,) = (cut for cut in splits["train"] if cut.id == "a")
+        with (tmp_path / encoding / "train/recording.000000.tar").open("rb") as file:
+            file.seek(cut.custom["shard_offset"])
+            loaded = load_audio(cut, data=file.read(cut.custom["shard_bytes"]))
+        expected = samples * 32_767
+        assert np.corrcoef(loaded[: len(expected)], expected)[0, 1] > 0.99 and np.abs(loaded).max() > 5_000
+        if encoding != "opus":
+            np.testing.assert_allclose(loaded, expected, atol=1.0)
 
 
 # --- Damage -----------------------------------------------------------------------------------------------------------

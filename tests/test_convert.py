@@ -16,13 +16,13 @@ import torch
 from conftest import RATE
 
 from w2v2 import recipes
-from w2v2.checkpoint.formats import read, read_ours, write_ours
+from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.huggingface import FIELDS, OTHERS, read_huggingface, write_huggingface
-from w2v2.checkpoint.native import load_encoder, load_pretrained, save_weights
+from w2v2.checkpoint.native import save_weights, write_native
 from w2v2.cli.main import main
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.masking import draw, keyed_generator
+from w2v2.model.masking import draw_targets, keyed_generator
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import load_config, save_config
@@ -133,7 +133,7 @@ def both_losses(model, hf, blank=0):
         t = model.config.frames([audio.shape[1]])[0]
         rngs = [keyed_generator(b) for b in range(2)]
         masks = [model.config.sample_mask(t, rng) for rng in rngs]
-        draws = draw(masks, rngs, model.config.num_distractors)
+        draws = draw_targets(masks, rngs, model.config.num_distractors)
         negatives = torch.zeros(2, t, model.config.num_distractors, dtype=torch.long)
         parts = zip(masks, draws.distractors.split(draws.counts), strict=True)
         for b, (mask, places) in enumerate(parts):
@@ -329,8 +329,8 @@ def test_there_and_back_is_bitwise_the_same_with_a_certificate_each_way(tmp_path
     assert main(["convert", str(source), str(tmp_path / "there"), "--to", to]) == 0
     assert main(["convert", str(tmp_path / "there"), str(tmp_path / "back"), "--to", "ours"]) == 0
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    assert read_ours(tmp_path / "back").config == read_ours(source).config
-    assert read_ours(tmp_path / "back").vocabulary == (vocabulary if kind == "Wav2Vec2ForCTC" else None)
+    assert read(tmp_path / "back").config == read(source).config
+    assert read(tmp_path / "back").vocabulary == (vocabulary if kind == "Wav2Vec2ForCTC" else None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ours", "there"]
     assert sum("compared with transformers" in record.getMessage() for record in caplog.records) == 2
     found = json.loads((tmp_path / "back" / "certificate.json").read_text())
@@ -613,7 +613,7 @@ def test_pretraining_starts_from_a_model_of_theirs_all_of_it(tmp_path, corpus):
     out = tmp_path / "run"
     call = ["pretrain", "adapt", "--init-from", str(source), "--data", str(corpus), "--out", str(out)]
     assert main([*call, *FEW, "--train.accelerator", "cpu"]) == 0
-    trained, expected = load_pretrained(out).state_dict(), read(source).state
+    trained, expected = read(out).state, read(source).state
     assert trained.keys() == expected.keys()
     assert all(torch.equal(trained[name], expected[name]) for name in trained)  # at rate 0
     assert load_config(out / "config.json", PretrainConfig).model.mask_prob == 0.65
@@ -625,7 +625,7 @@ def test_finetuning_takes_the_encoder_of_a_fairseq_file(tmp_path, monkeypatch):
     contents = read(tmp_path / "vox.pt")
     model = Wav2Vec2ForCTC(contents.config, 7)
     head = model.lm_head.weight.clone()
-    load_encoder(model, tmp_path / "vox.pt")
+    contents.fill_encoder(model)
     state = model.state_dict()
     assert all(torch.equal(state[name], contents.state[name]) for name in Wav2Vec2(contents.config).state_dict())
     assert torch.equal(state["lm_head.weight"], head)
@@ -640,7 +640,7 @@ def test_finetuning_goes_on_with_the_output_layer_of_a_ctc_model_of_theirs(tmp_p
     out = tmp_path / "run"
     call = ["finetune", "tiny_ctc", "--init-from", str(tmp_path / "theirs"), "--data", str(corpus), "--out", str(out)]
     assert main([*call, *FEW[:8], *FEW[14:]]) == 0
-    trained, expected = read_ours(out), read_ours(source)
+    trained, expected = read(out), read(source)
     assert trained.vocabulary == vocabulary
     assert all(torch.equal(trained.state[name], tensor) for name, tensor in expected.state.items())  # at rate 0
 
@@ -660,6 +660,6 @@ def test_reading_what_was_written_by_hand_uses_both_readers(tmp_path):
     """The readers on their own, without the command around them."""
     contents = read_huggingface(save_theirs(theirs("Wav2Vec2Model", SHAPES[3]), tmp_path / "hf"))
     (tmp_path / "ours").mkdir()
-    write_ours(contents, tmp_path / "ours")
-    assert read_ours(tmp_path / "ours").config == contents.config
+    write_native(contents, tmp_path / "ours")
+    assert read(tmp_path / "ours").config == contents.config
     assert isinstance(contents.config, ContrastiveConfig)

@@ -16,8 +16,8 @@ from test_convert import KINDS, LETTERS, OUR_LETTERS, SHAPES, ours, save_fairseq
 
 from w2v2.checkpoint import certificate, fairseq, huggingface
 from w2v2.checkpoint import formats as conversion
-from w2v2.checkpoint.contents import renamed
 from w2v2.checkpoint.fairseq import conv_layers
+from w2v2.checkpoint.foreign import renamed
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.cli.main import main
 from w2v2.errors import UsageError
@@ -454,12 +454,12 @@ def test_a_setting_that_no_shape_gives_away_fails_the_certificate(models, tmp_pa
 
 
 def test_what_comes_back_otherwise_than_it_went_fails(models, tmp_path, capsys, monkeypatch):
-    put = huggingface.put
+    put = huggingface.foreign.put
 
     def rounding(state, names):
         return {name: tensor.bfloat16().float() for name, tensor in put(state, names).items()}
 
-    monkeypatch.setattr(huggingface, "put", rounding)
+    monkeypatch.setattr(huggingface.foreign, "put", rounding)
     assert main(["convert", str(models / "ours" / "encoder"), str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "is not what comes back: weights ['mask_vector'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,10 @@ from conftest import RATE, sound, write_corpus
 from w2v2.data.audio import AudioError, load_audio
 from w2v2.data.batch import Batch, SpeechDataset
 from w2v2.data.config import DataConfig
-from w2v2.data.corpora import labelled_subset, read_corpus
+from w2v2.data.corpora import Row, labelled_subset, read_corpus
 from w2v2.data.loader import whole_utterances
-from w2v2.data.sampler import CropConstraint, EpochSampler, Passes
+from w2v2.data.passes import Passes
+from w2v2.data.sampler import EpochSampler
 from w2v2.errors import JobError, UsageError
 from w2v2.preparation.run import prepare
 from w2v2.training.data import SpeechDataModule
@@ -82,7 +83,7 @@ def test_without_training_an_unreadable_header_is_a_recording_that_cannot_be_rea
         assert {name for batch in read for name in batch.bad} == bad
         for batch in read:
             assert all(name in why and "\n" not in why for name, why in batch.bad.items())
-    with pytest.raises(JobError, match="3 utterances cannot be read, more than --max-bad 50% of 5 allows"):
+    with pytest.raises(JobError, match=r"3 utterances cannot be read, more than `data.max_bad` 50% of 5 allows"):
         list(whole_utterances("test", splits["test"], DataConfig(num_workers=0, max_bad="50%")))
 
 
@@ -196,7 +197,7 @@ def test_order_and_crops_depend_on_seed_and_epoch_alone(corpus: Path) -> None:
     assert all(torch.equal(a.audio, b.audio) for a, b in zip(first, again, strict=True))
     later = batches(module(corpus), epoch=1)
     assert [batch.ids for batch in first] != [batch.ids for batch in later]
-    assert {number for batch in later for number in batch.passes} == {1}
+    assert {number for batch in later for number in batch.epochs} == {1}
 
 
 def test_a_resumed_pass_continues_with_the_next_batch(corpus: Path) -> None:
@@ -213,10 +214,9 @@ def test_ranks_share_a_pass_without_overlap_and_take_as_many_batches(corpus: Pat
     cuts = read_corpus(corpus)["train"]
 
     def part(rank: int) -> list[list[str]]:
-        constraint = CropConstraint(max_duration=6.0, max_seconds=2.5)
-        passes = Passes("train", cuts, DataConfig(), labelled=False, shuffle=True)
-        sampler = EpochSampler(passes, constraint, num_buckets=2, shuffle=True, rank=rank, world_size=2)
-        return [[cut.id for cut in chosen] for _, chosen in sampler]
+        passes = Passes("train", cuts, DataConfig(), shuffle=True)
+        sampler = EpochSampler(passes, batch_seconds=6.0, max_seconds=2.5, num_buckets=2, rank=rank, world_size=2)
+        return [[row.id for row in rows] for _, rows in sampler]
 
     one, two = part(0), part(1)
     assert len(one) == len(two)
@@ -259,8 +259,9 @@ def test_fine_tuning_batches_hold_whole_utterances_with_their_labels(corpus: Pat
 
 def test_normalising_uses_the_whole_utterance_and_comes_before_the_crop(corpus: Path) -> None:
     cuts = list(read_corpus(corpus)["train"])[:1]
-    plain = SpeechDataset(max_seconds=1.0)[(0, cuts)].audio[0]
-    normal = SpeechDataset(max_seconds=1.0, normalize=True)[(0, cuts)].audio[0]
+    rows = [Row(cut.duration, cut.id, cut) for cut in cuts]
+    plain = SpeechDataset(max_seconds=1.0)[0, rows].audio[0]
+    normal = SpeechDataset(max_seconds=1.0, normalize=True)[0, rows].audio[0]
     whole = load_audio(cuts[0])
     expected = (plain - whole.mean()) / np.sqrt(whole.var() + 1e-5)
     torch.testing.assert_close(normal, expected, atol=1e-5, rtol=1e-5)

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.decoding.decoder import BeamConfig, make_decoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy, Hypothesis
 from w2v2.decoding.kneser_ney import estimate
 from w2v2.decoding.ngram import NGram

@@ -447,6 +447,7 @@ def test_options_of_recognisers_are_refused_for_a_pretraining_run_and_missing_ru
     run = tmp_path / "run"
     run.mkdir()
     save_config(recipes.tiny(), run / CONFIG)
+    save_weights(recipes.tiny().model.build(), run)
     argv = ["--data", str(corpus), "--split", "test"]
     assert main(["evaluate", str(run), *argv, "--lm", "x", "--against", "y", "--beam-size", "3"]) == 2
     assert "has no CTC head, so --lm, --against, --beam-size cannot be used" in capsys.readouterr().err

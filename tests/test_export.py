@@ -27,7 +27,7 @@ from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.errors import JobError
 from w2v2.export import compare
-from w2v2.files import new_folder
+from w2v2.files import whole_folder
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.serial import load_config, save_config
@@ -265,7 +265,7 @@ def test_a_wrong_folder_or_option_is_one_line_and_leaves_nothing(
 def test_a_full_folder_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("all of it")
-    with pytest.raises(ValueError, match="is not an empty folder"), new_folder(tmp_path / "out"):
+    with pytest.raises(ValueError, match="is not an empty folder"), whole_folder(tmp_path / "out"):
         pass
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import sound
+from conftest import sound, utterances
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_parity_hf import PRESETS, audio_of, copied
 
 from w2v2 import recipes
-from w2v2.checkpoint.native import CONFIG, load_model, save_weights
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import CONFIG, save_weights
 from w2v2.cli.main import main
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import read_corpus
@@ -26,6 +27,7 @@ from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -88,7 +90,7 @@ def test_codes_are_the_targets_that_training_has_at_masked_frames(target_feature
     torch.manual_seed(0)
     model = small(target_features=target_features, similarity_dim=24).build().eval()
     audio, lengths = audio_of(3, 16_000), [16_000, 9_000, 12_345]
-    draws = model.draw(lengths, [("a",), ("b",), ("c",)])
+    draws = model.draw(utterances(lengths))
     seen = []
     model.quantizer.register_forward_hook(lambda _, args, out: seen.append(out.codes))
     with torch.no_grad():
@@ -145,10 +147,19 @@ def test_what_cannot_be_extracted_is_refused():
 def test_the_model_of_any_folder_is_what_its_weights_are(tmp_path):
     config = small()
     torch.manual_seed(0)
-    made = {"pretraining": config.build(), "ctc": Wav2Vec2ForCTC(config, 7), "encoder": Wav2Vec2(config)}
+    made = {
+        "pretraining": config.build(),
+        "ctc": Wav2Vec2ForCTC(config, len(Vocabulary.from_texts(["SUN"]).labels)),
+        "encoder": Wav2Vec2(config),
+    }
     kinds = {"pretraining": Wav2Vec2ForPretraining, "ctc": Wav2Vec2ForCTC, "encoder": Wav2Vec2}
     for name, model in made.items():
-        loaded = load_model(folder_of(tmp_path / name, model, config))
+        folder = folder_of(tmp_path / name, model, config)
+        if name == "ctc":
+            with pytest.raises(UsageError, match=r"no .*vocab\.json: expected the labels"):
+                read(folder)
+            Vocabulary.from_texts(["SUN"]).save(folder / "vocab.json")
+        loaded = read(folder).build()
         assert type(loaded) is kinds[name] and not loaded.training
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
@@ -157,10 +168,9 @@ PYTHON = """
 import sys
 for name in ("pytorch_lightning", "lightning", "lhotse"):
     sys.modules[name] = None
-from pathlib import Path
-from w2v2.checkpoint.native import load_model
+import w2v2
 from w2v2.inference.extract import extract, read_audio
-[found] = extract(load_model(Path(sys.argv[1])), [read_audio(sys.argv[2])], layers=(0, -1))
+[found] = extract(w2v2.load(sys.argv[1]), [read_audio(sys.argv[2])], layers=(0, -1))
 print({name: tuple(value.shape) for name, value in found.items()})
 """
 
@@ -189,7 +199,7 @@ def test_a_corpus_is_extracted_once_each_and_holds_what_python_gives(pretrained,
     rows = index_of(out)
     assert sorted(row["id"] for row in rows) == sorted(cuts)
     assert {path.name for path in out.iterdir()} == {"index.jsonl", *(row["file"] for row in rows)}
-    model = load_model(pretrained)
+    model = read(pretrained).build()
     for row in rows[::5]:
         found = load_file(out / row["file"])
         [expected] = extract(model, [torch.from_numpy(load_audio(cuts[row["id"]]))], layers=(0, -1), codes=True)
@@ -230,7 +240,7 @@ def test_one_bad_file_stops_no_other_and_the_exit_code_says_so(pretrained, tmp_p
     assert any("long.wav: longer than 3 s" in record.getMessage() for record in caplog.records)
     found = np.load(out / "silence.npz")
     assert found.files == ["layer_1"] and found["layer_1"].shape == (48,) and np.isfinite(found["layer_1"]).all()
-    [expected] = extract(load_model(pretrained), [read_audio(audio / "a" / "one.wav")], layers=(1,), pool=True)
+    [expected] = extract(read(pretrained).build(), [read_audio(audio / "a" / "one.wav")], layers=(1,), pool=True)
     np.testing.assert_allclose(np.load(out / "one.npz")["layer_1"], expected["layer_1"], atol=1e-5)
 
 

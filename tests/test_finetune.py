@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2v2 import recipes
-from w2v2.checkpoint.native import load_encoder, load_weights, save_weights
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.data.corpora import Split, Splits, read_corpus
 from w2v2.data.loader import whole_utterances
@@ -31,9 +32,9 @@ from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training import preflight as preflights
 from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.ctc_task import FinetuneTask, Plateau, emission_counts, rate_share
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.finetune import FinetuneTask, emission_counts, finetune, label_fit, rate_share
-from w2v2.training.plateau import Plateau
+from w2v2.training.finetune import finetune, label_fit
 from w2v2.training.preflight import preflight
 from w2v2.training.run import validate_task
 from w2v2.training.units import Phonemes, SentencePieces
@@ -206,7 +207,7 @@ def test_layer_decay_reaches_the_optimiser(splits: Splits, pretrained: Path, tmp
     config.layer_decay = 1e-6
     moved = finetune(config, splits, tmp_path / "run", init_from=pretrained).model
     start = Wav2Vec2ForCTC(config.model, len(load_vocabulary(tmp_path / "run" / "vocab.json").labels))
-    load_encoder(start, pretrained)
+    read(pretrained).fill_encoder(start)
     before, after = dict(start.named_parameters()), dict(moved.named_parameters())
     change = {
         name: (after[name] - before[name]).abs().max().item()
@@ -271,7 +272,7 @@ def test_a_run_with_low_rank_updates_changes_them_alone_resumes_exactly_and_leav
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(torch.equal(states[0][name], tensor) for name, tensor in recognizer.model.state_dict().items())
     start = Wav2Vec2ForCTC(lora().model, len(recognizer.vocabulary.labels))
-    load_encoder(start, pretrained)
+    read(pretrained).fill_encoder(start)
     changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, states[0][name])}
     updated = {f"transformer.{i}.attn.{part}.weight" for i in range(2) for part in ("q_proj", "v_proj")}
     assert changed == updated | {"lm_head.weight", "lm_head.bias"}
@@ -287,7 +288,7 @@ def test_a_frozen_encoder_is_left_to_itself_even_by_weight_decay_and_learns_afte
         config.freeze_encoder_steps, config.optim.weight_decay, config.optim.schedule.peak = 2, 0.5, 0.1
         recognizer = finetune(config, splits, tmp_path / str(steps), init_from=pretrained)
         start = Wav2Vec2ForCTC(config.model, len(recognizer.vocabulary.labels))
-        load_encoder(start, pretrained)
+        read(pretrained).fill_encoder(start)
         after = recognizer.model.state_dict()
         return {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, after[name])}
 
@@ -584,4 +585,4 @@ def test_preflight_on_the_command_line_fails_with_exit_code_1(
 
 def test_the_weights_of_a_run_load_as_those_of_its_model(tuned: Path) -> None:
     recognizer = load_recognizer(tuned)
-    load_weights(Wav2Vec2ForCTC(thin().model, len(recognizer.vocabulary.labels)), tuned)
+    read(tuned).fill(Wav2Vec2ForCTC(thin().model, len(recognizer.vocabulary.labels)))

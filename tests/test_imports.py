@@ -136,13 +136,15 @@ BLOCKED = """
 import sys
 for name in ("pytorch_lightning", "lightning", "lhotse", "transformers", "soundfile", "soxr", "numpy.never"):
     sys.modules[name] = None  # importing it raises ImportError
+from types import SimpleNamespace
 import torch
 import w2v2
 from w2v2 import ContrastiveConfig
 model = ContrastiveConfig(
     n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(32,) * 7, n_entries=8, codebook_dim=4
 ).build()
-draws = model.draw([16_000] * 2, [("a",), ("b",)], step_key=(0, 0))
+batch = SimpleNamespace(lengths=torch.tensor([16_000] * 2), offsets=torch.zeros(2), ids=["a", "b"], epochs=[0, 0])
+draws = model.draw(batch, (0, 0))
 out = model(torch.randn(2, 16_000), draws)
 out.losses["contrastive"].backward()
 assert out.num_targets > 0 and out.losses["contrastive"].isfinite()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import utterances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -165,7 +166,7 @@ def captured(module, inputs=True):
 
 
 def draws_of(model, samples, *, step_key=(0, 0)):
-    return model.draw(samples, [(0, 0, f"utt-{i}") for i in range(len(samples))], step_key=step_key)
+    return model.draw(utterances(samples), step_key)
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -904,17 +905,17 @@ def test_every_parameter_has_a_gradient_whichever_layers_run():
 
 def test_layers_to_drop_depend_on_the_step_alone():
     model = fresh(shrunk("paper_base", n_layer=12, layer_drop=0.5))
-    a = model.draw([16_000, 9_000], [("a",), ("b",)], step_key=(7, 3)).keep_layers
-    b = model.draw([32_000], [(1, 2, "another")], step_key=(7, 3)).keep_layers
+    a = draws_of(model, [16_000, 9_000], step_key=(7, 3)).keep_layers
+    b = model.draw(utterances([32_000], ["another"], epoch=2), (7, 3)).keep_layers
     assert a == b
     assert len(a) == 12
-    patterns = {model.draw([16_000], [("a",)], step_key=(7, step)).keep_layers for step in range(30)}
+    patterns = {draws_of(model, [16_000], step_key=(7, step)).keep_layers for step in range(30)}
     assert len(patterns) > 25
 
 
 def test_layers_are_dropped_as_often_as_configured():
     model = fresh(shrunk("paper_base", n_layer=12, layer_drop=0.2))
-    kept = [model.draw([1_300], [("a",)], step_key=(0, step)).keep_layers for step in range(600)]
+    kept = [draws_of(model, [1_300], step_key=(0, step)).keep_layers for step in range(600)]
     share = torch.tensor(kept, dtype=torch.float).mean(0)
     assert share.mean().item() == pytest.approx(0.8, abs=0.015)
     assert share.min() > 0.74  # every one of them
@@ -923,8 +924,8 @@ def test_layers_are_dropped_as_often_as_configured():
 
 def test_no_layer_is_dropped_in_validation_or_when_off():
     on, off = fresh(shrunk("paper_base", layer_drop=0.9)), fresh(shrunk("paper_base", layer_drop=0.0))
-    assert on.draw([16_000], [("valid", "a")]).keep_layers is None
-    assert off.draw([16_000], [("a",)], step_key=(0, 0)).keep_layers is None
+    assert draws_of(on, [16_000], step_key=None).keep_layers is None
+    assert draws_of(off, [16_000]).keep_layers is None
     model = randomize(on).eval()
     runs = [captured(block_) for block_ in model.transformer]
     Wav2Vec2.forward(model, rand(1, 16_000))
@@ -976,10 +977,12 @@ def test_padding_after_every_utterance_of_a_batch_does_not_matter(preset):
 def test_validation_losses_of_a_padded_batch_are_the_sums_over_its_utterances(preset):
     model = randomize(fresh(shrunk(preset))).eval()
     rows = [rand(n, seed=n) for n in SAMPLES]
-    keys = [("valid", f"utt-{n}") for n in SAMPLES]
+    ids = [f"utt-{n}" for n in SAMPLES]
     with torch.no_grad():
-        whole = model(garbage_padded(rows, seed=1), model.draw(SAMPLES, keys), SAMPLES)
-        parts = [model(row[None], model.draw([n], [key])) for row, n, key in zip(rows, SAMPLES, keys, strict=True)]
+        whole = model(garbage_padded(rows, seed=1), model.draw(utterances(SAMPLES, ids)), SAMPLES)
+        parts = [
+            model(row[None], model.draw(utterances([n], [i]))) for row, n, i in zip(rows, SAMPLES, ids, strict=True)
+        ]
     assert whole.num_targets == sum(part.num_targets for part in parts)
     total = sum(part.losses["contrastive"] for part in parts)
     torch.testing.assert_close(whole.losses["contrastive"], total, atol=1e-3, rtol=1e-5)
@@ -1003,14 +1006,16 @@ def test_gradients_of_a_padded_batch_are_the_sums_over_its_utterances():
     model = randomize(fresh(shrunk("base"))).eval()
     samples = [9_000, 5_000]
     rows = [rand(n, seed=n) for n in samples]
-    keys = [("valid", f"utt-{n}") for n in samples]
+    ids = [f"utt-{n}" for n in samples]
 
     def gradients(audio, draws, lengths=None):
         loss = model(audio, draws, lengths).losses["contrastive"]
         return torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
 
-    whole = gradients(garbage_padded(rows, seed=1), model.draw(samples, keys), samples)
-    parts = [gradients(row[None], model.draw([n], [key])) for row, n, key in zip(rows, samples, keys, strict=True)]
+    whole = gradients(garbage_padded(rows, seed=1), model.draw(utterances(samples, ids)), samples)
+    parts = [
+        gradients(row[None], model.draw(utterances([n], [i]))) for row, n, i in zip(rows, samples, ids, strict=True)
+    ]
     used = 0
     for got, *expected in zip(whole, *parts, strict=True):
         if got is not None:
@@ -1050,7 +1055,7 @@ def test_draws_can_be_moved_and_covered_whole():
     model = fresh(shrunk("base"))
     draws = draws_of(model, [16_000, 16_000])
     assert isinstance(draws, Draws)
-    blind = draws.to("cpu").all_masked(100)
+    blind = model.baseline(draws.to("cpu"))
     assert torch.equal(blind.covered, torch.arange(100))
     assert torch.equal(blind.masked, draws.masked)
     assert torch.equal(blind.distractors, draws.distractors)

@@ -8,6 +8,7 @@ from itertools import groupby
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import utterances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,9 +16,9 @@ from torch import nn
 from w2v2 import recipes
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
-    Draws,
+    ContrastiveDraws,
     cut_batch,
-    draw,
+    draw_targets,
     equalize_masks,
     keyed_generator,
     sample_distractors,
@@ -63,10 +64,6 @@ def captured(module):
     seen = []
     module.register_forward_pre_hook(lambda _, args: seen.append(args))
     return seen
-
-
-def keys(n, prefix="utt"):
-    return [(0, 0, f"{prefix}-{i}") for i in range(n)]
 
 
 def chi_square(counts, expected):
@@ -208,13 +205,13 @@ def test_keyed_draws_are_the_same_in_every_process():
 
 
 def training_draws(model, samples, names):
-    return model.draw(samples, [(0, 0, name) for name in names], step_key=(0, 0))
+    return model.draw(utterances(samples, names), (0, 0))
 
 
 def test_draws_of_an_utterance_do_not_depend_on_its_batch():
     model = build(narrow())
-    alone = model.draw([16_000], [("valid", "b")])
-    batch = model.draw([20_000, 16_000, 9_000], [("valid", "a"), ("valid", "b"), ("valid", "c")])
+    alone = model.draw(utterances([16_000], "b"))
+    batch = model.draw(utterances([20_000, 16_000, 9_000], "abc"))
     start, n = batch.counts[0], batch.counts[1]
     offset = model.config.frames([20_000])[0]
     assert alone.counts == (n,)
@@ -231,12 +228,12 @@ def test_training_masks_are_equalised_and_validation_masks_are_not():
     model = build(narrow())
     samples = [16_000, 32_000]
     assert len(set(training_draws(model, samples, "ab").counts)) == 1
-    assert len(set(model.draw(samples, [("valid", "a"), ("valid", "b")]).counts)) == 2
+    assert len(set(model.draw(utterances(samples, "ab")).counts)) == 2
 
 
 def test_another_epoch_another_mask():
     model = build(narrow())
-    a, b = (model.draw([32_000], [(0, epoch, "a")], step_key=(0, 0)) for epoch in (0, 1))
+    a, b = (model.draw(utterances([32_000], epoch=epoch), (0, 0)) for epoch in (0, 1))
     assert not torch.equal(a.masked, b.masked)
 
 
@@ -266,7 +263,7 @@ def test_distractors_are_uniform_over_the_others_and_drawn_with_replacement():
 
 def test_draw_lays_the_frames_of_all_utterances_end_to_end():
     rows = [torch.tensor([1, 0, 1, 1, 0], dtype=torch.bool), torch.tensor([0, 1, 1, 0], dtype=torch.bool)]
-    drawn = draw(rows, [generator(0), generator(1)], 50)
+    drawn = draw_targets(rows, [generator(0), generator(1)], 50)
     assert drawn.masked.tolist() == [0, 2, 3, 6, 7]
     assert torch.equal(drawn.masked, drawn.covered)
     assert drawn.counts == (3, 2)
@@ -298,7 +295,9 @@ def test_audio_that_only_masked_frames_hear_changes_targets_but_nothing_the_cont
     span = torch.arange(int(heard[0]), int(heard[-1]) + 1)
     masked = torch.cat([torch.arange(20, 30), span, torch.arange(150, 160)])
     distractors = sample_distractors(len(masked), 20, generator())
-    drawn = Draws(masked=masked, counts=(len(masked),), distractors=distractors, covered=masked)
+    drawn = ContrastiveDraws(
+        masked=masked, counts=(len(masked),), distractors=distractors, covered=masked, n_frames=len(features[0])
+    )
     blocks, targets, contexts = captured(model.transformer[0]), captured(model.quantizer), captured(model.out_linear)
     with torch.no_grad():
         for x in (audio, louder):
@@ -457,10 +456,10 @@ def test_losses_are_fp32_under_bf16_autocast_bit_for_bit():
         return [
             contrastive_logits(**given_),
             contrastive_loss(contrastive_logits(**given_)).loss,
-            feature_penalty(features, 7),
+            feature_penalty(features, [30], [7]),
             q.quantized,
             q.prob_perplexity,
-            q.code_perplexity,
+            perplexity(q.code_counts / len(x)),
             diversity_loss(q.prob_perplexity, 80, 7),
         ]
 
@@ -483,7 +482,7 @@ def test_bf16_contexts_are_compared_in_fp32():
 def test_model_losses_are_fp32_under_bf16_autocast():
     model = build(narrow()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = model(rand(1, 16_000), model.draw([16_000], keys(1), step_key=(0, 0))).losses
+        losses = model(rand(1, 16_000), model.draw(utterances([16_000]), (0, 0))).losses
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert all(loss.isfinite() for loss in losses.values())
 
@@ -491,7 +490,7 @@ def test_model_losses_are_fp32_under_bf16_autocast():
 def test_an_untrained_model_is_at_chance():
     """ln 101 = 4.615 nats for each frame while codes are diverse."""
     model = build(narrow("paper_base", n_entries=320, n_embd=96, codebook_dim=64, similarity_dim=128)).train()
-    out = model(rand(2, 64_000), model.draw([64_000] * 2, keys(2), step_key=(0, 0)))
+    out = model(rand(2, 64_000), model.draw(utterances([64_000] * 2), (0, 0)))
     summary = model.summarize(out.metrics)
     assert summary["identical_distractors"] < 0.05
     assert out.losses["contrastive"].item() / out.num_targets == pytest.approx(math.log(101), abs=0.15)
@@ -539,14 +538,21 @@ def test_minimising_the_diversity_loss_raises_the_perplexity():
 
 def test_feature_penalty_is_the_mean_square_over_all_frames_times_the_targets():
     features = rand(2, 30, 8)
-    assert feature_penalty(features, 7).item() == pytest.approx(7 * features.square().mean().item(), rel=1e-6)
+    assert feature_penalty(features, [30] * 2, [7] * 2).item() == pytest.approx(14 * features.square().mean().item())
+
+
+def test_feature_penalty_of_unequal_utterances_is_the_sum_of_what_each_has_alone():
+    features = rand(1, 70, 8)
+    rows = zip(features.split([50, 20], dim=1), [(50, 7), (20, 3)], strict=True)
+    alone = sum(feature_penalty(row, [n], [count]).item() for row, (n, count) in rows)
+    assert feature_penalty(features, [50, 20], [7, 3]).item() == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("preset", ["base", "paper_base"])
 def test_model_losses_are_the_sums_that_the_definitions_give(preset):
     model = build(narrow(preset)).eval()
     audio = rand(2, 16_000)
-    drawn = model.draw([16_000] * 2, keys(2), step_key=(0, 0))
+    drawn = model.draw(utterances([16_000] * 2), (0, 0))
     seen = []
     model.quantizer.register_forward_hook(lambda _, args, out: seen.append(out))
     out = model(audio, drawn)
@@ -671,8 +677,8 @@ def test_code_perplexity_is_of_the_noise_free_choices_without_gradient():
     counts = torch.stack([torch.bincount(best[:, g], minlength=10) for g in range(2)])
     assert torch.equal(out.code_counts.long(), counts)
     expected = sum(math.exp(-sum(n / 50 * math.log(n / 50) for n in row if n)) for row in counts.tolist())
-    assert out.code_perplexity.item() == pytest.approx(expected, rel=1e-5)
-    assert not out.code_perplexity.requires_grad
+    assert perplexity(out.code_counts / len(x)).item() == pytest.approx(expected, rel=1e-5)
+    assert not out.code_counts.requires_grad
 
 
 def test_equal_logits_have_the_full_perplexity_and_one_code_has_2():
@@ -684,7 +690,7 @@ def test_equal_logits_have_the_full_perplexity_and_one_code_has_2():
         quantizer.projector.bias[[0, 320]] = 100.0
     out = quantizer(rand(9, 4), 1.0)
     assert out.prob_perplexity.item() == pytest.approx(2, abs=1e-4)
-    assert out.code_perplexity.item() == pytest.approx(2, abs=1e-4)
+    assert perplexity(out.code_counts / 9).item() == pytest.approx(2, abs=1e-4)
 
 
 def test_temperature_follows_the_published_curve_of_optimiser_steps():
@@ -702,7 +708,7 @@ def test_temperature_follows_the_published_curve_of_optimiser_steps():
 def test_the_model_hands_the_temperature_of_its_step_to_the_quantizer():
     model = build(narrow(gumbel_start=2.0, gumbel_end=0.5, gumbel_decay=0.9)).train()
     seen = captured(model.quantizer)
-    drawn = model.draw([16_000], keys(1), step_key=(0, 0))
+    drawn = model.draw(utterances([16_000]), (0, 0))
     for step in (0, 1, 3, 100):
         model(rand(1, 16_000), drawn, step=step)
     assert [args[1] for args in seen] == pytest.approx([2.0, 1.8, 2 * 0.9**3, 0.5])
@@ -720,11 +726,11 @@ def add(*metrics):
 def test_figures_of_summed_batches_are_those_of_their_union():
     model = build(narrow("base")).eval()
     audio = torch.cat([rand(2, 16_000, seed=1), rand(3, 16_000, seed=2, scale=0.1)])
-    names = [("valid", str(i)) for i in range(5)]
+    names = [str(i) for i in range(5)]
     with torch.no_grad():
-        whole = model(audio, model.draw([16_000] * 5, names))
+        whole = model(audio, model.draw(utterances([16_000] * 5, names)))
         parts = [
-            model(audio[part], model.draw([16_000] * len(names[part]), names[part]))
+            model(audio[part], model.draw(utterances([16_000] * len(names[part]), names[part])))
             for part in (slice(0, 2), slice(2, 5))
         ]
     union = model.summarize(whole.metrics)
@@ -744,7 +750,7 @@ def test_figures_are_what_their_names_say():
     outputs = []
     model.quantizer.register_forward_hook(lambda _, args, out: outputs.append(out))
     audio = rand(2, 16_000)
-    drawn = model.draw([16_000, 12_000], [("valid", "a"), ("valid", "b")])
+    drawn = model.draw(utterances([16_000, 12_000], "ab"))
     out = model(audio, drawn, [16_000, 12_000])
     figures = model.summarize(out.metrics)
     codes = outputs[0].codes
@@ -752,7 +758,9 @@ def test_figures_are_what_their_names_say():
     frames = sum(model.config.frames([16_000, 12_000]))
     assert figures["masked_fraction"] == pytest.approx(len(drawn.masked) / frames)
     assert figures["prob_perplexity"] == pytest.approx(outputs[0].prob_perplexity.item(), rel=1e-4)
-    assert figures["code_perplexity"] == pytest.approx(outputs[0].code_perplexity.item(), rel=1e-4)
+    assert figures["code_perplexity"] == pytest.approx(
+        perplexity(outputs[0].code_counts / len(outputs[0].codes)).item(), rel=1e-4
+    )
     rows = codes.split(list(drawn.counts))
     same = [
         (row[distractors] == row[:, None]).all(-1).float().mean(-1)
@@ -778,28 +786,28 @@ class FixedCodes(nn.Module):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**32), st.integers(1, 3))
-def test_distinct_codes_are_counted_within_each_utterance(groups, entries, seed, utterances):
+def test_distinct_codes_are_counted_within_each_utterance(groups, entries, seed, count):
     model = build(narrow("base", n_layer=0, n_groups=3, codebook_dim=2, num_distractors=3)).eval()
     model.quantizer = FixedCodes(model.quantizer)
     model.out_linear = nn.Linear(64, 6)
-    samples = [4_000 + 900 * i for i in range(utterances)]
-    drawn = model.draw(samples, [("valid", str(i)) for i in range(utterances)])
+    samples = [4_000 + 900 * i for i in range(count)]
+    drawn = model.draw(utterances(samples))
     codes = torch.randint(entries, (len(drawn.masked), groups), generator=generator(seed))
     model.quantizer.codes = codes
-    out = model(rand(utterances, max(samples)), drawn, samples)
+    out = model(rand(count, max(samples)), drawn, samples)
     sets = [{tuple(code) for code in row.tolist()} for row in codes.split(list(drawn.counts))]
     assert out.metrics["distinct_codes"].item() == sum(map(len, sets))
-    assert out.metrics["utterances"].item() == utterances
+    assert out.metrics["utterances"].item() == count
 
 
 def test_a_baseline_with_everything_masked_asks_for_the_same_targets():
     model = build(narrow("base")).eval()
     blocks, targets = captured(model.positional_embedding), captured(model.quantizer)
-    drawn = model.draw([16_000] * 2, [("valid", "a"), ("valid", "b")])
+    drawn = model.draw(utterances([16_000] * 2, "ab"))
     with torch.no_grad():
         model(rand(2, 16_000), drawn)
-        blind = model(rand(2, 16_000), drawn.all_masked(100))
-        other = model(rand(2, 16_000, seed=5), drawn.all_masked(100))
+        blind = model(rand(2, 16_000), model.baseline(drawn))
+        other = model(rand(2, 16_000, seed=5), model.baseline(drawn))
     assert torch.equal(blocks[1][0], model.mask_vector.detach().expand(2, 50, 64))
     assert torch.equal(targets[0][0], targets[1][0])
     assert blind.num_targets == len(drawn.masked)
@@ -818,13 +826,13 @@ def test_a_large_batch_has_the_objective_of_the_small_ones_it_is_made_of():
     )  # fmt: skip
     torch.manual_seed(0)
     model = config.build().eval()  # without Gumbel noise, whose order would differ
-    audio, keys = torch.randn(6, 16_000), [("utterance", i) for i in range(6)]
+    audio, keys = torch.randn(6, 16_000), [f"utterance-{i}" for i in range(6)]
 
     def gradient(parts: list[slice]) -> tuple[dict[str, float], list[torch.Tensor]]:
         model.zero_grad()
         sums: dict[str, float] = {}
         for part in parts:
-            draws = model.draw([16_000] * len(keys[part]), keys[part], step_key=(0, 0))
+            draws = model.draw(utterances([16_000] * len(keys[part]), keys[part]), (0, 0))
             out = model(audio[part], draws)
             weighted = out.losses["contrastive"] + 0.1 * out.losses["diversity"] + 10 * out.losses["feature_penalty"]
             weighted.backward()

@@ -27,8 +27,10 @@ from w2v2.cli import main as cli
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, read_corpus
 from w2v2.errors import JobError
-from w2v2.preparation.audit import REASONS, AuditConfig, Part, audit, quiet_points
-from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.preparation.audit import audit, quiet_points
+from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.findings import REASONS, Part
+from w2v2.preparation.run import prepare
 
 av = pytest.importorskip("av")
 
@@ -121,6 +123,8 @@ def write_faults(root: Path) -> dict[str, list[str]]:
     write("wav", "empty", change=lambda samples: samples[:0])
     write("flac", "silent", change=lambda samples: 1e-3 * samples)
     write("flac", "clipped", change=lambda samples: np.clip(4 * samples, -0.9, 0.9))
+    write("wav", "out_of_range", change=lambda samples: 4 * samples, subtype="FLOAT")
+    write("flac", "out_of_phase", change=lambda samples: np.stack([samples, -samples], 1))
     write("flac", "dc_offset", change=lambda samples: samples + 0.1)
     write("wav", "non_finite", change=lambda samples: np.where(np.arange(len(samples)) == 999, np.nan, samples),
           subtype="FLOAT")  # fmt: skip
@@ -163,7 +167,7 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path: Path, workers: 
         reason: counts[reason] for reason in REASONS
     }
     assert set(counts) == set(REASONS)
-    assert summary["audit"] | {"reasons": None} == {"ok": 3, "warned": 10, "rejected": 15, "reasons": None}
+    assert summary["audit"] | {"reasons": None} == {"ok": 3, "warned": 12, "rejected": 15, "reasons": None}
     kept = {Path(path).stem for path, why in expected.items() if not set(why) & REJECTED}
     assert set.union(*ids(read_corpus(tmp_path / "out")).values()) == kept
 
@@ -785,8 +789,8 @@ def no_list(root: Path) -> list[str]:
         (nothing, "no folder or table"),
         (no_audio, "no audio in"),
         (no_list, "--labelled NAME=FILE"),
-        (no_hop, "--hop must be 1 sample or more"),
-        (not_a_length, "--max-seconds must be at least 1"),
+        (no_hop, "--hop must be 1 or more"),
+        (not_a_length, "--max-seconds must be 1 or more"),
     ],
 )
 def test_bad_sources_are_refused_in_one_line(

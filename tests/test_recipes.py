@@ -12,7 +12,8 @@ import torch
 from conftest import override
 
 from w2v2 import recipes
-from w2v2.checkpoint.native import load_pretrained, save_weights
+from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.model.quantizer import gumbel_temperature
 from w2v2.recipes import recipe_names
@@ -147,7 +148,7 @@ def test_adapt_takes_model_and_objective_from_the_run_and_keeps_its_own_regulari
     assert (now.model.n_layer, now.model.n_entries, now.model.conv_channels) == (1, 24, before.conv_channels)
     assert (now.model.mask_length, now.model.utterance_norm) == (7, True)
     assert (now.model.dropout, now.model.layer_drop) == (0.1, 0.2)
-    old, new = load_pretrained(run).state_dict(), load_pretrained(out).state_dict()
+    old, new = read(run).state, read(out).state
     assert all(torch.equal(old[name], new[name]) for name in old)  # at rate 0: the weights, quantizer too, were loaded
     with (out / "metrics.csv").open() as file:
         assert {float(row["train/temperature"]) for row in csv.DictReader(file)} == {0.5}

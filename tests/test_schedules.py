@@ -202,7 +202,8 @@ def batch_of(lengths, first=0):
     for i, n in enumerate(lengths):
         audio[i, :n] = torch.randn(n, generator=torch.Generator().manual_seed(first + i))
     ids = [f"utt-{first + i}" for i in range(len(lengths))]
-    return Batch(audio=audio, lengths=torch.tensor(lengths), ids=ids, passes=[0] * len(ids))
+    zeros = [0] * len(ids)
+    return Batch(audio, torch.tensor(lengths), torch.tensor(zeros), ids, zeros)
 
 
 def assert_same_gradients(got, expected, rel=1e-4):
@@ -277,10 +278,9 @@ def test_a_step_divides_the_sum_of_all_losses_by_all_its_masked_frames(accumulat
     model.train()
     targets = []
     for i, batch in enumerate(batches):
-        samples = batch.lengths.tolist()
-        draws = model.draw(samples, [(SEED, 0, name) for name in batch.ids], step_key=(SEED, 0))
+        draws = model.draw(batch, (SEED, 0))
         torch.manual_seed(step_seed(SEED, 0, 0, i))
-        out = model(batch.audio, draws, samples, step=0)
+        out = model(batch.audio, draws, batch.lengths.tolist(), step=0)
         (out.losses["contrastive"] + 0.1 * out.losses["diversity"] + 10 * out.losses["feature_penalty"]).backward()
         targets.append(out.num_targets)
     assert accumulate == 1 or len(set(targets)) == 3

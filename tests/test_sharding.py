@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from conftest import utterances
 from pytorch_lightning.strategies import ModelParallelStrategy
 from test_schedules import CONTRASTIVE, ROWS, assert_same_gradients, batch_of, fit, quiet_model
 from test_train import nano
@@ -32,7 +33,7 @@ def run_rank(rank, port, folder):
     model = task.model
     parts = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
     found = {"gradients": {name: whole(gradient) for name, gradient in task.gradients[0].items()}}
-    found |= {"parts": parts, "kept": model.draw([6_000], [("a",)], step_key=(11, 0)).keep_layers}
+    found |= {"parts": parts, "kept": model.draw(utterances([6_000]), (11, 0)).keep_layers}
     found["weights"] = whole_weights(model)
     if rank == 0:
         with torch.no_grad():

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import utterances
 
 import w2v2
 from w2v2 import recipes
-from w2v2.checkpoint.native import load_pretrained
+from w2v2.checkpoint.formats import read
 from w2v2.cli.main import main
 from w2v2.data.corpora import Split, read_corpus
 from w2v2.data.loader import whole_utterances
@@ -26,14 +27,15 @@ from w2v2.evaluation.evaluate import evaluate
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.model import pretraining
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.masking import keyed_generator
-from w2v2.model.pretraining import SSLOutput
+from w2v2.model.masking import Draws, keyed_generator
+from w2v2.model.objective import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.serial import from_dict, load_config, to_dict
 from w2v2.text.vocabulary import Vocabulary
 from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.finetune import FinetuneTask, finetune
+from w2v2.training.finetune import finetune
 from w2v2.training.optim import OptimConfig, WarmupLinear
 from w2v2.training.pretrain import PretrainTask, evaluate_pretrained, pretrain, weighted_sum
 from w2v2.training.run import check_precision, tune
@@ -102,7 +104,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(run: Path, corp
     pretrain(nano(max_steps=5), read_corpus(corpus), out)
     pretrain(nano(max_steps=10), read_corpus(corpus), out, resume=True)
     same_numbers(run, out)
-    first, second = load_pretrained(run).state_dict(), load_pretrained(out).state_dict()
+    first, second = read(run).state, read(out).state
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -115,7 +117,7 @@ def test_the_weights_of_a_run_start_another(run: Path, corpus: Path, tmp_path: P
     config.optim.schedule.peak = 0.0
     config.optim.weight_decay = 0.0
     started = pretrain(config, read_corpus(corpus), tmp_path / "b", init_from=run).state_dict()
-    assert all(torch.equal(started[name], tensor) for name, tensor in load_pretrained(run).state_dict().items())
+    assert all(torch.equal(started[name], tensor) for name, tensor in read(run).state.items())
 
 
 def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> None:
@@ -128,7 +130,7 @@ def test_evaluating_a_run_gives_its_last_validation(run: Path, corpus: Path) -> 
 def test_validation_does_not_depend_on_the_batch(run: Path, corpus: Path, tmp_path: Path, batch_seconds: float) -> None:
     config = load_config(run / "config.json", PretrainConfig)
     splits = read_corpus(corpus)
-    model = load_pretrained(run)
+    model = read(run).build()
     task = PretrainTask(model, config.optim, config.loss_weights, 0)
     config.data.batch_seconds = batch_seconds
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
@@ -144,8 +146,11 @@ class Quadratic(torch.nn.Module):
         super().__init__()
         self.w = torch.nn.Parameter(torch.zeros(()))
 
-    def draw(self, samples, keys, *, step_key=None):
-        return Nothing()
+    def draw(self, batch, step_key):
+        return Draws()
+
+    def baseline(self, draws):
+        return None
 
     def forward(self, audio, draws, lengths=None, *, step=0) -> SSLOutput:
         n = audio.numel() // 100
@@ -153,11 +158,6 @@ class Quadratic(torch.nn.Module):
 
     def summarize(self, sums):
         return {"n": sums["n"].item()}
-
-
-class Nothing:
-    def to(self, device):
-        return self
 
 
 def first_gradient(corpus: Path, batch_seconds: float, accumulate: int) -> tuple[float, float]:
@@ -205,8 +205,7 @@ def test_one_batch_can_be_overfitted_while_the_codebook_stays_in_use(corpus: Pat
     model = config.model.build()
     data = SpeechDataModule(read_corpus(corpus), config.data, seed=0)
     batch = next(iter(data.train_dataloader()))
-    samples = batch.lengths.tolist()
-    draws = model.draw(samples, [(0, name) for name in batch.ids], step_key=(0, 0))
+    draws = model.draw(batch, (0, 0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for step in range(150):
@@ -228,7 +227,7 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     few = Split.of(list(splits["train"])[:2])
     splits = {"train": few, "valid": few, "test": few}
     config = recipes.tiny_ctc()
-    config.take_shape(load_config(run / "config.json", PretrainConfig).model)
+    config.adopt_architecture(load_config(run / "config.json", PretrainConfig).model)
     config.optim.schedule.peak, config.optim.schedule.total_steps = 1e-2, 200
     config.train.val_every = config.train.log_every = config.train.checkpoint_every = 100
     finetune(config, splits, tmp_path / "ctc", init_from=run)
@@ -262,13 +261,13 @@ def test_a_damaged_or_foreign_weights_file_is_refused_with_all_its_faults(run: P
     (broken / "config.json").write_text((run / "config.json").read_text())
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UsageError, match="is damaged"):
-        load_pretrained(broken)
+        read(broken)
     config = json.loads((run / "config.json").read_text())
     config["model"]["n_layer"], config["model"]["n_entries"] = 3, 16
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"missing transformer\.2.*quantizer\.codebook has"):
-        load_pretrained(broken)
+        read(broken)
 
 
 @pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
@@ -303,25 +302,6 @@ def test_every_pretraining_recipe_trains_two_steps_when_shrunk(name: str, corpus
     config.data, config.train = small.data, small.train
     pretrain(config, read_corpus(corpus), tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(column(tmp_path / "run", "train/loss"))))
-
-
-def test_a_quantizer_and_a_mask_of_ones_own_live_in_ones_recipe_file(corpus: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
-    (tmp_path / "mine.py").write_text(page.split("```python\n# mine.py\n")[1].split("```")[0])
-    config = load_recipe(f"{tmp_path / 'mine.py'}:experiment", PretrainConfig)
-    config.data.num_workers = 0
-    config.train.max_steps, config.train.log_every = 2, 1
-    config.model.my_entries = 32
-    model = pretrain(config, read_corpus(corpus), tmp_path / "run")
-    assert model.quantizer.codebook.shape == (32, 16)
-    assert load_pretrained(tmp_path / "run").config.my_entries == 32
-    # A fresh process does not import a file that a configuration merely names.
-    code = (
-        "from w2v2.checkpoint.native import load_pretrained; from pathlib import Path; "
-        f"load_pretrained(Path({str(tmp_path / 'run')!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert "needs the type 'mine:MyModel', which is not known here" in done.stderr
 
 
 def test_keyed_generators_differ_by_key() -> None:
@@ -415,7 +395,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(corpus: Path)
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        draws = model.draw([32_000] * 2, [("a",), ("b",)], step_key=(0, 0))
+        draws = model.draw(utterances([32_000] * 2), (0, 0))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(torch.randn(2, 32_000), draws)
         kept.append(sum(held.values()))

@@ -20,12 +20,14 @@ from w2v2 import recipes
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_audio
-from w2v2.decoding.decoder import BeamConfig, make_decoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.inference.align import align
 from w2v2.inference.recognizer import Recognizer, load_recognizer
-from w2v2.inference.transcribe import Failure, Layout, cut_windows, find_pause, find_sources, source_of, transcribe
+from w2v2.inference.recordings import Failure, find_sources, source_of
+from w2v2.inference.transcribe import Layout, cut_windows, find_pause, transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
@@ -526,3 +528,55 @@ def test_a_recording_too_long_to_align_is_refused_by_its_header(tmp_path: Path) 
 def test_windows_too_short_for_their_context_are_refused() -> None:
     with pytest.raises(UsageError, match="got 6 s with 3 s"):
         Layout(6.0, 3.0)
+
+
+# --- Channels ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_channel_that_is_asked_for_is_heard(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = sound(3.0, 1), sound(3.0, 2)
+    alone = {}
+    for name, samples in (("1", one), ("2", two), ("mix", (one + two) / 2)):
+        soundfile.write(tmp_path / "alone.wav", samples, RATE, subtype="FLOAT")
+        alone[name] = call(capsys, "transcribe", run, tmp_path / "alone.wav")[1].strip()
+    assert len(set(alone.values())) == 3
+    path = tmp_path / "call.wav"
+    soundfile.write(path, np.stack([one, two], 1), RATE, subtype="FLOAT")
+    for name, text in alone.items():
+        assert call(capsys, "transcribe", run, path, "--channel", name)[1].strip() == text
+    code, out, _ = call(capsys, "transcribe", run, path, "--channel", "each")
+    assert (code, out) == (0, f"{path}:1\t{alone['1']}\n{path}:2\t{alone['2']}\n")
+
+    for name, channels in (("2", {"2"}), ("mix", {"1"}), ("each", {"1", "2"})):
+        code, out, _ = call(capsys, "transcribe", run, path, "--channel", name, "--format", "ctm")
+        assert {tuple(line.split()[:2]) for line in out.splitlines()} == {("call", channel) for channel in channels}
+    code, out, _ = call(capsys, "transcribe", run, path, "--channel", "each", "--format", "json")
+    assert [(row["path"], row["channel"]) for row in map(json.loads, out.splitlines())] == [
+        (str(path), 1),
+        (str(path), 2),
+    ]
+    call(capsys, "transcribe", run, path, "--channel", "each", "--format", "srt", "--out", tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["call.1.srt", "call.2.srt"]
+    code, out, _ = call(capsys, "align", run, path, alone["2"], "--channel", "2", "--format", "ctm")
+    assert code == 0 and {line.split()[1] for line in out.splitlines()} == {"2"}
+
+    caplog.clear()
+    code, _, _ = call(capsys, "transcribe", run, path, "--channel", "3")
+    assert code == 1 and f"{path}: it has no channel 3, only 2" in caplog.messages
+    code, _, err = call(capsys, "transcribe", run, "-", "--channel", "each")
+    assert code == 2 and "standard input" in err
+    code, _, err = call(capsys, "transcribe", run, path, "--channel", "left")
+    assert code == 2 and "--channel must be 1, 2, ..., each, or mix, got 'left'" in err
+
+
+def test_channels_that_cancel_each_other_out_are_warned_of(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.stack([sound(3.0, 1), -sound(3.0, 1)], 1), RATE)
+    assert call(capsys, "transcribe", run, path)[0] == 0
+    assert f"{path}: its channels cancel each other out; choose one of them" in caplog.messages
+    caplog.clear()
+    assert call(capsys, "transcribe", run, path, "--channel", "2")[0] == 0 and not caplog.messages

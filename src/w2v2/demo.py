@@ -6,7 +6,6 @@ Audio, manifest, pretraining, fine-tuning beside the same without pretraining, e
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import resource
 import shutil
@@ -23,13 +22,15 @@ from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
 from w2v2.errors import UsageError
 from w2v2.evaluation.scoring import Tally
+from w2v2.files import write_json
 from w2v2.inference.recognizer import Recognizer
 from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
-from w2v2.synthetic.corpus import SyntheticConfig, synthesize
-from w2v2.text.vocabulary import normalize_text
+from w2v2.synthetic.corpus import synthesize
+from w2v2.synthetic.speakers import SyntheticConfig
+from w2v2.text.spelling import normalize_text
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import finetune, transcripts
@@ -72,6 +73,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     with _stage("pretrain", seconds):
         config = _scaled(recipes.tiny(), seed, shrink)
         pretrained = pretrain(config, splits, out / "pretrain")
+        assert isinstance(pretrained, Wav2Vec2ForPretraining)
         figures = evaluate_pretrained(out / "pretrain", splits, "valid")
     labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
     with _stage("finetune", seconds):
@@ -83,7 +85,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     with _stage("evaluate", seconds):
         split = "test" if "test" in splits else "valid"
         rows = _hypotheses({"finetuned": tuned, "scratch": scratch}, labelled, split)
-        _write(out / "hypotheses.json", _spread(rows, 10))
+        write_json(out / "hypotheses.json", _spread(rows, 10))
         _write_codebook(out, pretrained, splits, config)
         _write_example(out, splits, config)
     rates = {arm: _rates(rows, arm) for arm in ("finetuned", "scratch")}
@@ -99,7 +101,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         "labelled_minutes": sum(cut.duration for cut in labelled["train"]) / 60,
         "data": describe(splits),
     }
-    _write(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     log.info(
         "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% from scratch",
         100 * rates["finetuned"]["cer"], 100 * rates["scratch"]["cer"],
@@ -112,7 +114,7 @@ def _claim(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
         raise UsageError(f"{out} is not empty and not of an earlier demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / _MARK).write_text("{}\n")
+    write_json(out / _MARK, {})
     for name in _OWN:
         shutil.rmtree(out / name, ignore_errors=True)
 
@@ -143,14 +145,13 @@ def _hypotheses(models: dict[str, Recognizer], splits: Splits, split: str) -> li
     """Reference and each model's hypothesis for every transcribed utterance of a split."""
     encode = models["finetuned"].vocabulary.encode
     data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=encode, normalize=False)
-    said = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
+    hypotheses = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
     rows = []
-    for cut in splits[split]:
-        text = normalize_text(cut.supervisions[0].text or "")
-        if text and all(cut.id in by_id for by_id in said.values()):
-            who = cut.supervisions[0].speaker or ""
-            heard = {name: by_id[cut.id] for name, by_id in said.items()}
-            rows.append({"id": cut.id, "speaker": who, "reference": text, **heard})
+    for utterance in splits[split].utterances():
+        text, name = normalize_text(utterance.text or ""), utterance.id
+        if text and all(name in by_id for by_id in hypotheses.values()):
+            heard = {model: by_id[name] for model, by_id in hypotheses.items()}
+            rows.append({"id": name, "speaker": utterance.speaker or "", "reference": text, **heard})
     return rows
 
 
@@ -175,10 +176,8 @@ def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, co
     model.eval()
     with torch.no_grad():
         for batch in data.val_dataloader():
-            samples = batch.lengths.tolist()
-            draws = model.draw(samples, [("valid", name) for name in batch.ids])
-            counts += model(batch.audio, draws, samples).metrics["codes"]
-    _write(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
+            counts += model(batch.audio, model.draw(batch), batch.lengths.tolist()).metrics["codes"]
+    write_json(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
 
 
 def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:
@@ -195,7 +194,3 @@ def _peak_memory_gib() -> float:
     """Largest resident set of this process or of a helper process, GiB."""
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return max(usage) / 2**20
-
-
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from w2v2.errors import UsageError
+from w2v2.files import write_json
 
 T = TypeVar("T")
 
@@ -108,17 +109,30 @@ def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, 
 
 def save_config(config: Any, path: Path) -> None:
     """Write a configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_json(path, to_dict(config))
 
 
 def load_config(path: Path, kinds: type[T] | tuple[type[T], ...]) -> T:
     """Read a configuration written by ``save_config``.
 
     Raises:
-        UsageError: not one of these kinds, or not JSON.
+        UsageError: no such file, not JSON, or not one of these kinds.
+    """
+    return from_dict(read_json(path), kinds)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        UsageError: no such file, or something else in it.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); expected what 'w2v2' wrote") from error
-    return from_dict(values, kinds)
+        raise UsageError(f"{path} is not JSON ({error}); get it again, or check the path") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a JSON object, got a {type(values).__name__}")
+    return values

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from w2v2.checkpoint.contents import Contents
+from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.huggingface import class_name
-from w2v2.errors import JobError, UsageError
+from w2v2.errors import JobError, Show, UsageError, quiet
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.losses import ctc_loss
-from w2v2.model.masking import Draws, keyed_generator
+from w2v2.model.masking import ContrastiveDraws, keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 
@@ -41,17 +41,13 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-Show = Callable[[str, float], None]
-"""Takes a stage and the share of it done, as ``progress`` gives one."""
-
-
-def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, share: None) -> dict[str, Any]:
+def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> dict[str, Any]:
     """Compare a model with transformers'.
 
     Args:
-        contents: ours.
+        checkpoint: ours.
         theirs: folder for transformers to load; None: it is not installed, and nothing is compared.
-        show: called with the progress.
+        show: told how far it is.
 
     Returns:
         The part of the certificate that says what was compared and what came out; docs/convert.md has its keys.
@@ -63,8 +59,8 @@ def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, 
     packages = ["w2v2", "torch", *(["transformers"] if has_transformers() else [])]
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
-        "model": class_name(contents.kind),
-        "parameters": sum(tensor.numel() for tensor in contents.state.values()),
+        "model": class_name(checkpoint.kind),
+        "parameters": sum(tensor.numel() for tensor in checkpoint.state.values()),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "dtype": "float32",
         "device": "cpu",
@@ -72,18 +68,18 @@ def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, 
     if theirs is None:
         return certificate | {"compared_with": None, "why_not": "transformers is not installed: pip install 'w2v2[hf]'"}
     # GroupNorm's statistics are over padding too in transformers: an utterance's numbers depend on its batch.
-    invariant = contents.config.conv_norm == "layer"
-    model, other = contents.build(), _load(theirs, class_name(contents.kind))
+    invariant = checkpoint.config.conv_norm == "layer"
+    model, other = checkpoint.build(), _load(theirs, class_name(checkpoint.kind))
     with torch.no_grad():
-        utterances = _utterances(model, contents)
+        utterances = _utterances(model, checkpoint)
         singles, together = [[row] for row in utterances], [utterances]
         rows = {}
         for part, ours, their in (
             ("alone", singles, singles),
             ("padded", together, together if invariant else singles),
         ):
-            results = [_ours(model, batch, contents) for batch in ours]
-            rows[part] = _rows(results, [_theirs(other, batch, contents, attend=invariant) for batch in their])
+            results = [_ours(model, batch, checkpoint) for batch in ours]
+            rows[part] = _rows(results, [_theirs(other, batch, checkpoint, attend=invariant) for batch in their])
             show("compare", len(rows) / 2)
     faults = [f"{row['what']} {row['relative']:.2g} ({part})" for part in rows for row in rows[part] if not row["same"]]
     if faults:
@@ -91,7 +87,7 @@ def certify(contents: Contents, theirs: Path | None, show: Show = lambda stage, 
             f"the two models differ by more than {TOLERANCE:g}: {', '.join(faults)}; nothing is left of the conversion"
         )
     return certificate | {
-        "compared_with": f"transformers {class_name(contents.kind)}, loaded by transformers, eager attention",
+        "compared_with": f"transformers {class_name(checkpoint.kind)}, loaded by transformers, eager attention",
         "audio": {"seed": SEED, "sample_rate": 16_000, "samples": [len(u.audio) for u in utterances], "kind": "noise"},
         "measure": "largest absolute difference, divided by transformers' largest absolute value, or by 1",
         "tolerance": TOLERANCE,
@@ -161,9 +157,9 @@ class _Utterance:
     """(N, K) places of distractors among the masked frames."""
 
 
-def _utterances(model: Any, contents: Contents) -> list[_Utterance]:
+def _utterances(model: Any, checkpoint: Checkpoint) -> list[_Utterance]:
     """Noise of unit variance for each length; not all lengths fill their last frame's hop."""
-    config, vocabulary = contents.config, contents.vocabulary
+    config, vocabulary = checkpoint.config, checkpoint.vocabulary
     field, hop = receptive_field(config.conv_kernel_sizes, config.conv_strides), 1
     for stride in config.conv_strides:
         hop *= stride
@@ -201,30 +197,33 @@ def _pad(batch: Sequence[_Utterance]) -> tuple[Tensor, list[int]]:
     return pad_sequence([row.audio for row in batch], batch_first=True), [len(row.audio) for row in batch]
 
 
-def _ours(model: Any, batch: Sequence[_Utterance], contents: Contents) -> dict[str, Tensor]:
+def _ours(model: Any, batch: Sequence[_Utterance], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Outputs, (T of all utterances, ...), and summed losses, (), by name."""
     audio, lengths = _pad(batch)
     states, frames = model.encode(audio, lengths)
     results = {"last_hidden_state": _join(states, frames)}
     if isinstance(model, Wav2Vec2ForCTC):
-        assert contents.vocabulary is not None
+        assert checkpoint.vocabulary is not None
         log_probs, _ = model(audio, lengths)
         targets, sizes = [row.targets for row in batch], torch.tensor([len(row.targets) for row in batch])
         padded = pad_sequence(targets, batch_first=True)
-        loss = ctc_loss(log_probs, frames, padded, sizes, blank=contents.vocabulary.blank)
+        loss = ctc_loss(log_probs, frames, padded, sizes, blank=checkpoint.vocabulary.blank)
         results |= {"log_probs": _join(log_probs, frames), "ctc": loss}
     if isinstance(model, Wav2Vec2ForPretraining):
         masked = torch.cat([row.mask for row in batch]).nonzero().flatten()
         counts = tuple(int(row.mask.sum()) for row in batch)
-        draws = Draws(masked, counts, torch.cat([row.distractors for row in batch]), covered=masked)
+        distractors = torch.cat([row.distractors for row in batch])
+        draws = ContrastiveDraws(
+            masked=masked, covered=masked, counts=counts, distractors=distractors, n_frames=sum(frames)
+        )
         results["contrastive"] = model(audio, draws, lengths).losses["contrastive"]
     return results
 
 
-def _theirs(model: Any, batch: Sequence[_Utterance], contents: Contents, *, attend: bool) -> dict[str, Tensor]:
+def _theirs(model: Any, batch: Sequence[_Utterance], checkpoint: Checkpoint, *, attend: bool) -> dict[str, Tensor]:
     """The same of transformers' model; ``attend``: with an attention mask."""
     audio, lengths = _pad(batch)
-    frames = contents.config.frames(lengths)
+    frames = checkpoint.config.frames(lengths)
     mask = torch.stack([torch.arange(audio.shape[1]) < n for n in lengths]).long() if attend else None
     states = getattr(model, "wav2vec2", model)(audio, attention_mask=mask).last_hidden_state
     if states.shape[1] != max(frames):
@@ -233,13 +232,13 @@ def _theirs(model: Any, batch: Sequence[_Utterance], contents: Contents, *, atte
             "nothing is left of the conversion"
         )
     results = {"last_hidden_state": _join(states, frames)}
-    if contents.kind is Wav2Vec2ForCTC:
+    if checkpoint.kind is Wav2Vec2ForCTC:
         targets = pad_sequence([row.targets for row in batch], batch_first=True, padding_value=-100)
         out = model(audio, attention_mask=mask, labels=targets)
         results |= {"log_probs": _join(out.logits.log_softmax(-1), frames), "ctc": out.loss}
-    if contents.kind is Wav2Vec2ForPretraining:
+    if checkpoint.kind is Wav2Vec2ForPretraining:
         masks = pad_sequence([row.mask for row in batch], batch_first=True)  # (B, T)
-        negatives = torch.zeros(*masks.shape, contents.contrastive.num_distractors, dtype=torch.long)
+        negatives = torch.zeros(*masks.shape, batch[0].distractors.shape[1], dtype=torch.long)
         for b, row in enumerate(batch):
             negatives[b, masks[b]] = row.mask.nonzero().flatten()[row.distractors] + b * max(frames)
         out = model(audio, attention_mask=mask, mask_time_indices=masks, sampled_negative_indices=negatives)

@@ -5,44 +5,31 @@ Reading and writing need no transformers; what is written is compared with it by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from w2v2.checkpoint.contents import (
-    Contents,
-    Rules,
-    checked,
-    differing_fields,
-    empty_model,
-    kind_of,
-    misfits,
-    put,
-    read_json,
-    renamed,
-    restored,
-    take,
-)
-from w2v2.checkpoint.native import CONFIG, WEIGHTS
+from w2v2.checkpoint import foreign
+from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_safetensors
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.checkpoint.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
 from w2v2.errors import UsageError
+from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
+from w2v2.serial import read_json
 from w2v2.text.vocabulary import Vocabulary
 
 BINARY, PREPROCESSOR = "pytorch_model.bin", "preprocessor_config.json"
 
-
-_ENCODER: Rules = (
+_ENCODER: foreign.Rules = (
     (r"feature_encoder\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.conv."),
     (r"feature_encoder\.conv_layers\.(\d+)\.1\.", r"feature_extractor.conv_layers.\1.layer_norm."),
     (r"feature_projection\.norm\.", "feature_projection.layer_norm."),
@@ -56,25 +43,19 @@ _ENCODER: Rules = (
     (r"transformer\.(\d+)\.ln_2\.", r"encoder.layers.\1.final_layer_norm."),
     (r"ln_f\.", "encoder.layer_norm."),
 )
-
-
-_HEADS: Rules = (
+_HEADS: foreign.Rules = (
     (r"quantizer\.projector\.", "quantizer.weight_proj."),
     (r"quantizer\.codebook$", "quantizer.codevectors"),
     (r"project_q\.", "project_q."),
     (r"out_linear\.", "project_hid."),
     (r"lm_head\.", "lm_head."),
 )
-
-
 _CLASSES: dict[type[Wav2Vec2], str] = {
     Wav2Vec2: "Wav2Vec2Model",
     Wav2Vec2ForPretraining: "Wav2Vec2ForPreTraining",
     Wav2Vec2ForCTC: "Wav2Vec2ForCTC",
 }
-
-
-FIELDS: tuple[tuple[str, str, Any], ...] = (
+FIELDS: foreign.Fields = (
     ("n_layer", "num_hidden_layers", 12),
     ("n_head", "num_attention_heads", 12),
     ("n_embd", "hidden_size", 768),
@@ -101,8 +82,6 @@ FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("logit_temperature", "contrastive_logits_temperature", 0.1),
 )
 """Our field, transformers' name for the same thing in the same unit, and its default, for files that leave it out."""
-
-
 OTHERS: dict[str, Any] = {
     "feat_extract_norm": "group",
     "codevector_dim": 256,
@@ -118,122 +97,132 @@ OTHERS: dict[str, Any] = {
     "adapter_attn_dim": None,
 }
 """Fields with no single counterpart, and their defaults."""
-
-
 _FIXED = ("hidden_act", "feat_extract_activation", "layer_norm_eps", "add_adapter", "adapter_attn_dim")
-
-
+_ALLOWED = {name: (OTHERS[name],) for name in _FIXED} | {"feat_extract_norm": ("group", "layer")}
 _KEPT = "w2v2"
 """Key of their configuration for the fields that it has no place for."""
 
 
 def class_name(kind: type[Wav2Vec2]) -> str:
-    """Name of transformers' class of a model."""
+    """Return the name of transformers' class of a model."""
     return _CLASSES[kind]
 
 
 def hf_names(names: Iterable[str], kind: type[Wav2Vec2]) -> dict[str, str]:
-    """Ours of each tensor of a model, and transformers' (with ``weight_g`` and ``weight_v``)."""
+    """Return transformers' name, with ``weight_g`` and ``weight_v``, of each tensor of a model, by ours."""
     prefix = "" if kind is Wav2Vec2 else "wav2vec2."
-    return renamed(names, [*((ours, prefix + theirs) for ours, theirs in _ENCODER), *_HEADS])
+    return foreign.renamed(names, [*((ours, prefix + theirs) for ours, theirs in _ENCODER), *_HEADS])
 
 
-def hf_config(contents: Contents) -> dict[str, Any]:
-    """The values of ``config.json`` for a model that fits.
+def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the values of ``config.json`` for a model that fits.
 
     The mask vector is only there in transformers where something is masked: where nothing is here, ``mask_time_prob``
     says otherwise and ``apply_spec_augment`` is off.
     """
-    config = contents.contrastive
-    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS}
-    values |= {
+    config, vocabulary = foreign.contrastive(checkpoint), checkpoint.vocabulary
+    values = foreign.to_settings(config, FIELDS) | {
         "model_type": "wav2vec2",
-        "architectures": [_CLASSES[contents.kind]],
+        "architectures": [_CLASSES[checkpoint.kind]],
         "dtype": "float32",
         "feat_extract_norm": "layer" if config.conv_norm == "layer" else "group",
         "codevector_dim": config.n_groups * config.codebook_dim,
         "proj_codevector_dim": config.similarity_dim or config.n_groups * config.codebook_dim,
-        "apply_spec_augment": config.mask_prob > 0 or contents.channel_mask_prob > 0,
+        "apply_spec_augment": config.mask_prob > 0 or checkpoint.channel_mask_prob > 0,
         "mask_time_prob": config.mask_prob or 0.05,
-        "mask_feature_prob": contents.channel_mask_prob,
-        "mask_feature_length": contents.channel_mask_length,
+        "mask_feature_prob": checkpoint.channel_mask_prob,
+        "mask_feature_length": checkpoint.channel_mask_length,
         "final_dropout": 0.0,
         "ctc_loss_reduction": "sum",
         "ctc_zero_infinity": True,
         **{name: OTHERS[name] for name in _FIXED},
     }
-    if contents.vocabulary is not None:
-        silent = dict(zip(("bos_token_id", "eos_token_id"), contents.vocabulary.silent, strict=False))
+    if vocabulary is not None:
+        silent = dict(zip(("bos_token_id", "eos_token_id"), vocabulary.silent, strict=False))
         values |= {"bos_token_id": None, "eos_token_id": None, **silent}
-        values |= {"vocab_size": len(contents.vocabulary.labels), "pad_token_id": contents.vocabulary.blank}
-    again = _model_config(values, contents.kind, config.normalize_audio, Path(CONFIG))
-    return values | {_KEPT: differing_fields(config, again)}
+        values |= {"vocab_size": len(vocabulary.labels), "pad_token_id": vocabulary.blank}
+    again = _model_config(values, checkpoint.kind, config.normalize_audio, Path(CONFIG))
+    return values | {_KEPT: foreign.differing_fields(config, again)}
 
 
-def hf_misfits(contents: Contents) -> list[str]:
-    """Why transformers cannot have this model; empty: it can."""
-    return misfits(contents) + ([] if contents.vocabulary is None else tokenizer_misfits(contents.vocabulary))
+def hf_misfits(checkpoint: Checkpoint) -> list[str]:
+    """Return every reason why transformers cannot have this model; empty: it can."""
+    vocabulary = checkpoint.vocabulary
+    return foreign.misfits(checkpoint) + ([] if vocabulary is None else tokenizer_misfits(vocabulary))
 
 
-def write_huggingface(contents: Contents, folder: Path) -> None:
+def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and the processor's files into a folder."""
-    (folder / CONFIG).write_text(json.dumps(hf_config(contents), indent=2) + "\n")
-    tensors = put(contents.state, hf_names(contents.state, contents.kind))
+    config = checkpoint.config
+    write_json(folder / CONFIG, hf_config(checkpoint))
+    tensors = foreign.put(checkpoint.state, hf_names(checkpoint.state, checkpoint.kind))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    extractor = {
+    # transformers lets padding into GroupNorm's statistics, with an attention mask or without
+    write_extractor(folder, normalize=config.normalize_audio, attention_mask=config.conv_norm == "layer")
+    if checkpoint.vocabulary is not None:
+        write_tokenizer(checkpoint.vocabulary, folder)
+
+
+def write_extractor(folder: Path, *, normalize: bool, attention_mask: bool) -> None:
+    """Write ``preprocessor_config.json``, of transformers' feature extractor.
+
+    Args:
+        folder: exists.
+        normalize: whether it gives each recording zero mean and unit variance.
+        attention_mask: whether it tells the model what is padding.
+    """
+    settings = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,
         "sampling_rate": SAMPLE_RATE,
         "padding_side": "right",
         "padding_value": 0.0,
-        "do_normalize": contents.contrastive.normalize_audio,
-        # transformers lets padding into GroupNorm's statistics, with an attention mask or without
-        "return_attention_mask": contents.contrastive.conv_norm == "layer",
+        "do_normalize": normalize,
+        "return_attention_mask": attention_mask,
     }
-    (folder / PREPROCESSOR).write_text(json.dumps(extractor, indent=2) + "\n")
-    if contents.vocabulary is not None:
-        write_tokenizer(contents.vocabulary, folder)
+    write_json(folder / PREPROCESSOR, settings)
 
 
-def read_huggingface(folder: Path) -> Contents:
-    """A folder of transformers' ``save_pretrained``, or one of the Hub's.
+def read_huggingface(folder: Path) -> Checkpoint:
+    """Read a folder of transformers' ``save_pretrained``, or one of the Hub's.
 
     Raises:
         UsageError: another model than wav2vec 2.0, settings that we do not have, weights that do not fit.
     """
-    values = read_json(folder / CONFIG)
-    _refuse_what_is_not_ours(values, folder / CONFIG)
-    found, where = _read_tensors(folder)
-    kind = kind_of(found)
+    values, where = read_json(folder / CONFIG), folder / CONFIG
+    if values.get("model_type") != "wav2vec2":
+        raise UsageError(f"{where} is of a model of type {values.get('model_type')!r}, expected 'wav2vec2'")
+    foreign.refuse_other_settings(values, _ALLOWED, where)
+    tensors, file = _read_tensors(folder)
+    kind = foreign.kind_of(tensors)
     normalize, notes = _normalize_audio(folder, values)
-    config = _model_config(values, kind, normalize, folder / CONFIG)
+    config = _model_config(values, kind, normalize, where)
     if kind is Wav2Vec2ForPretraining and _KEPT not in values and values.get("mask_time_prob", 0.05) == 0.05:
         # The default, of SpecAugment in fine-tuning; in pretraining transformers is given its masks from outside.
         config = replace(config, mask_prob=ContrastiveConfig.mask_prob)
         notes.append(f"mask_time_prob 0.05 is transformers' default, not of pretraining: {config.mask_prob} here")
     prefix = "" if kind is Wav2Vec2 else "wav2vec2."
     if not prefix:  # some encoders keep the names that they had inside a model with a head
-        found = {name.removeprefix("wav2vec2."): tensor for name, tensor in found.items()}
-    if kind is not Wav2Vec2ForPretraining and f"{prefix}masked_spec_embed" not in found:
-        found[f"{prefix}masked_spec_embed"] = torch.zeros(config.n_embd)
+        tensors = {name.removeprefix("wav2vec2."): tensor for name, tensor in tensors.items()}
+    if kind is not Wav2Vec2ForPretraining and f"{prefix}masked_spec_embed" not in tensors:
+        tensors[f"{prefix}masked_spec_embed"] = torch.zeros(config.n_embd)
         config = replace(config, mask_prob=0.0)
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
-    n_labels = _value(values, "vocab_size", OTHERS["vocab_size"], folder / CONFIG) if kind is Wav2Vec2ForCTC else 0
-    model = empty_model(config, kind, n_labels)
-    state = take(found, model, hf_names(model.state_dict(), kind), where)
-    vocabulary = read_vocabulary(folder, values, n_labels) if kind is Wav2Vec2ForCTC else None
-    return Contents(
+    n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
+    blank = foreign.blank_of(config, kind, n_labels)
+    return Checkpoint(
+        source=folder,
         config=config,
-        state=state,
-        vocabulary=vocabulary,
-        channel_mask_prob=_value(values, "mask_feature_prob", OTHERS["mask_feature_prob"], folder / CONFIG),
-        channel_mask_length=_value(values, "mask_feature_length", OTHERS["mask_feature_length"], folder / CONFIG),
+        state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
+        vocabulary=_read_vocabulary(folder, values, n_labels) if kind is Wav2Vec2ForCTC else None,
+        channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
+        channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
         notes=notes,
     )
 
 
-def read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Vocabulary:
-    """The tokenizer's vocabulary, if its blank is the one that ``config.json`` trains with."""
+def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Vocabulary:
+    """Return the tokenizer's vocabulary, if its blank is the one that ``config.json`` trains with."""
     vocabulary = read_tokenizer(folder, n_labels)
     blank = values.get("pad_token_id", OTHERS["pad_token_id"])
     if blank != vocabulary.blank:
@@ -244,52 +233,28 @@ def read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Voca
     return vocabulary
 
 
-def _refuse_what_is_not_ours(values: dict[str, Any], where: Path) -> None:
-    if values.get("model_type") != "wav2vec2":
-        raise UsageError(f"{where} is of a model of type {values.get('model_type')!r}, expected 'wav2vec2'")
-    faults = [
-        f"{name} {values[name]!r} (expected {OTHERS[name]!r})"
-        for name in _FIXED
-        if values.get(name, OTHERS[name]) != OTHERS[name]
-    ]
-    if values.get("feat_extract_norm", "group") not in ("group", "layer"):
-        faults.append(f"feat_extract_norm {values['feat_extract_norm']!r} (expected 'group' or 'layer')")
-    if faults:
-        raise UsageError(f"{where} describes a model that is not to be had here: {', '.join(faults)}")
-
-
 def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> ContrastiveConfig:
-    ours = {name: _value(values, theirs, default, where) for name, theirs, default in FIELDS}
-    dim, groups = _value(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
-    if dim % groups and kind is Wav2Vec2ForPretraining:
-        raise UsageError(f"{where}: codevector_dim must be a multiple of num_codevector_groups ({groups}), got {dim}")
-    layer_norm = values.get("feat_extract_norm", OTHERS["feat_extract_norm"]) == "layer"
+    ours = foreign.from_settings(values, FIELDS, where) | {"normalize_audio": normalize}
+    width, groups = foreign.setting(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
+    if width % groups and kind is Wav2Vec2ForPretraining:
+        raise UsageError(f"{where}: codevector_dim must be a multiple of num_codevector_groups ({groups}), got {width}")
+    ours["codebook_dim"] = width // groups
     if not values.get("apply_spec_augment", OTHERS["apply_spec_augment"]):
         ours["mask_prob"] = 0.0
-    config = ContrastiveConfig(
-        **ours,
-        conv_paddings=(0,) * len(ours["conv_channels"]),
-        conv_norm="layer" if layer_norm else f"group:{ours['conv_channels'][0]}",
-        normalize_audio=normalize,
-        target_features="encoder",
-        codebook_dim=dim // groups,
+    return foreign.published(
+        ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where
     )
-    return restored(config, values[_KEPT], where) if _KEPT in values else config
-
-
-def _value(values: dict[str, Any], name: str, default: Any, where: Path) -> Any:
-    return checked(values.get(name, default), default, name, where)
 
 
 def _normalize_audio(folder: Path, values: dict[str, Any]) -> tuple[bool, list[str]]:
-    """What the extractor's file says; without one, what fairseq trains the two kinds of encoder with."""
+    """Return what the extractor's file says; without one, what fairseq trains the two kinds of encoder with."""
     if (folder / PREPROCESSOR).is_file():
         path = folder / PREPROCESSOR
         extractor = read_json(path)
         rate = extractor.get("sampling_rate", SAMPLE_RATE)
         if rate != SAMPLE_RATE:
             raise UsageError(f"{path} wants audio at {rate} Hz; models here hear {SAMPLE_RATE} Hz")
-        return _value(extractor, "do_normalize", True, path), []
+        return foreign.setting(extractor, "do_normalize", True, path), []
     normalize = values.get("feat_extract_norm") == "layer"
     return normalize, [f"no {PREPROCESSOR}: normalize_audio {normalize}, as fairseq trains encoders of this norm"]
 
@@ -309,26 +274,23 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
         raise UsageError(f"{index} must have a weight_map from tensors to files")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for part in sorted(set(places.values())):
         if Path(part).name != part or not (index.parent / part).is_file():
             raise UsageError(f"no {part} in {index.parent}, where {index.name} has tensors; get all parts")
-        tensors = _read_shard(index.parent / part)
+        shard = _read_shard(index.parent / part)
         wanted = {name for name, place in places.items() if place == part}
-        if wanted != tensors.keys():
-            missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        if wanted != shard.keys():
+            missing, unexpected = sorted(wanted - shard.keys()), sorted(shard.keys() - wanted)
             raise UsageError(f"{index.parent / part} is not what {index.name} says: {missing=}, {unexpected=}")
-        found |= tensors
-    return found
+        tensors |= shard
+    return tensors
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path} is damaged: {error}; get it again") from error
-    found = read_pickle(path)
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        return read_safetensors(path)
+    tensors = read_pickle(path)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UsageError(f"{path} must hold tensors by name and nothing else")
-    return dict(found)
+    return dict(tensors)

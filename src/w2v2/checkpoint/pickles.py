@@ -20,8 +20,6 @@ import torch
 from w2v2.errors import UsageError
 
 _INERT = ("argparse", "enum", "fairseq", "numpy", "omegaconf", "pathlib", "typing")
-
-
 _TENSORS = re.compile(
     r"torch\.(_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|\w*Storage|storage\.\w+Storage|nn\.parameter\.Parameter"
     r"|Size|device|Tensor|serialization\._get_layout|u?int\d+|bfloat16|float\w+|double|half|long|bool)"
@@ -29,12 +27,8 @@ _TENSORS = re.compile(
     r"|(builtins|__builtin__)\.(set|bytearray|complex|bool|bytes|dict|float|int|list|object|str|tuple)"
 )
 """What tensors and containers are made of; ``torch.load`` has the last word on it."""
-
-
 _PLAIN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")
 """As values: omegaconf keeps the types of its keys and elements."""
-
-
 _LEGACY_PICKLES = 5
 """Before torch 1.6 a file was so many pickles, and then the storages: magic, version, system, object, storage keys."""
 
@@ -45,15 +39,29 @@ class Inert:
     state: Any
 
     def __new__(cls, *args: Any) -> Inert:  # noqa: D102
-        made = super().__new__(cls)
-        made.state = args
-        return made
+        instance = super().__new__(cls)
+        instance.state = args
+        return instance
 
     def __init__(self, *args: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+def plain(value: Any) -> Any:
+    """Return dictionaries, lists and numbers of what was read: of namespaces, omegaconf's containers, enumerations."""
+    if isinstance(value, Inert):
+        state = value.state
+        if isinstance(state, dict):
+            return plain(next((state[name] for name in ("_content", "_val") if name in state), state))
+        return plain(state[0]) if isinstance(state, tuple) and len(state) == 1 else None
+    if isinstance(value, dict):
+        return {str(key): plain(inside) for key, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inside) for inside in value]
+    return value
 
 
 def _plain_dict(*args: Any) -> dict[Any, Any]:
@@ -92,11 +100,11 @@ def read_pickle(path: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """What torch found, without its advice on how to let it through."""
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     for start in ("Unsupported global: ", "Trying to load unsupported ", "Unsupported operand", "Can only "):
-        if start in said:
-            return said[said.index(start) :].split(" by default.")[0].split(" whose module")[0]
-    return said[:200]
+        if start in message:
+            return message[message.index(start) :].split(" by default.")[0].split(" whose module")[0]
+    return message[:200]
 
 
 def _zipped_names(path: Path) -> Iterator[str]:

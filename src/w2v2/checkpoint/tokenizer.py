@@ -1,7 +1,11 @@
-"""The files of transformers' ``Wav2Vec2CTCTokenizer``, and a vocabulary.
+"""The labels of other formats: transformers' ``Wav2Vec2CTCTokenizer``, and fairseq's dictionaries.
 
-Its ``pad_token`` is the blank of CTC. It spells like :class:`Vocabulary` but for two things: it puts no boundary after
-the last word, and it takes text as it comes, without ``Vocabulary.normalize``.
+The tokenizer's ``pad_token`` is the blank of CTC. It spells like :class:`Vocabulary` but for two things: it puts no
+boundary after the last word, and it takes text as it comes, without ``Vocabulary.normalize``.
+
+The first four labels of fairseq's dictionaries are ``<s> <pad> </s> <unk>``, and CTC's blank is the first; here they
+are called ``<pad> <s> </s> <unk>``, as in the Hugging Face versions of the same models, so that the blank bears its
+usual name there. Ids stay what they are.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from w2v2.checkpoint.contents import read_json
+from w2v2.checkpoint.pickles import plain
 from w2v2.errors import UsageError
+from w2v2.files import write_text
+from w2v2.serial import read_json
 from w2v2.text.vocabulary import Vocabulary
 
 TOKENS, SETTINGS, SPECIAL, ADDED = (
@@ -20,15 +26,15 @@ TOKENS, SETTINGS, SPECIAL, ADDED = (
 
 
 def tokenizer_misfits(vocabulary: Vocabulary) -> list[str]:
-    """Why the tokenizer cannot have a vocabulary; empty: it can."""
-    found = []
+    """Return every reason why the tokenizer cannot have a vocabulary; empty: it can."""
+    faults = []
     if vocabulary.boundary is None:
-        found.append("a vocabulary without a word boundary: their tokenizer puts one for every space")
+        faults.append("a vocabulary without a word boundary: their tokenizer puts one for every space")
     if len(set(vocabulary.labels)) < len(vocabulary.labels):
-        found.append("a vocabulary with a label twice: their vocab.json has one id for each")
+        faults.append("a vocabulary with a label twice: their vocab.json has one id for each")
     if len(vocabulary.silent) > 2:
-        found.append(f"{len(vocabulary.silent)} silent labels: their tokenizer has two, bos_token and eos_token")
-    return found
+        faults.append(f"{len(vocabulary.silent)} silent labels: their tokenizer has two, bos_token and eos_token")
+    return faults
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
@@ -56,11 +62,11 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
-    """The vocabulary of a folder's tokenizer.
+    """Return the vocabulary of a folder's tokenizer.
 
     Args:
         n_labels: outputs of the model; each must have its label.
@@ -121,3 +127,59 @@ def _labels(path: Path, settings: dict[str, Any], added: dict[str, Any], n_label
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+# --- fairseq's dictionaries -------------------------------------------------------------------------------------------
+
+DICTIONARY = "dict.ltr.txt"
+_SPECIAL, _THEIR_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>"), ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def dictionary_misfits(vocabulary: Vocabulary) -> list[str]:
+    """Return why a dictionary cannot have a vocabulary; empty: it can."""
+    if (vocabulary.blank, vocabulary.unknown, sorted(vocabulary.silent)) == (0, 3, [1, 2]):
+        return []
+    return [
+        "the vocabulary: its dictionaries begin with the blank, two labels that are never said (<pad> </s>) and "
+        f"the unknown label, got {' '.join(vocabulary.labels[:4])}"
+    ]
+
+
+def write_dictionary(vocabulary: Vocabulary, folder: Path) -> None:
+    """Write ``dict.ltr.txt``."""
+    write_text(folder / DICTIONARY, "".join(f"{label} 1\n" for label in vocabulary.labels[4:]))
+
+
+def read_dictionary(task_state: Any, path: Path) -> Vocabulary:
+    """Return the vocabulary of a checkpoint, from its task's state or from a ``dict.*.txt`` beside its file.
+
+    Raises:
+        UsageError: neither is there, or it is not a dictionary.
+    """
+    task = plain(task_state)
+    saved = task.get("target_dictionary") if isinstance(task, dict) else None
+    if isinstance(saved, dict) and isinstance(saved.get("symbols"), list):
+        symbols = tuple(str(symbol) for symbol in saved["symbols"])
+        if symbols[:4] != _THEIR_SPECIAL:
+            raise UsageError(f"{path}: its dictionary must begin with {' '.join(_THEIR_SPECIAL)}, got {symbols[:4]}")
+        symbols = symbols[4:]
+    else:
+        files = sorted(path.parent.glob("dict.*.txt"))
+        if len(files) != 1:
+            raise UsageError(
+                f"{path} does not hold its dictionary: expected one dict.*.txt beside it, such as {DICTIONARY}, "
+                f"got {', '.join(file.name for file in files) or 'none'}"
+            )
+        symbols = _read_symbols(files[0])
+    labels = (*_SPECIAL, *symbols)
+    boundary = labels.index("|") if "|" in labels else None
+    return Vocabulary(labels=labels, blank=0, unknown=3, boundary=boundary, silent=(1, 2))
+
+
+def _read_symbols(path: Path) -> tuple[str, ...]:
+    """Return the labels of a file with a label and its count on each line."""
+    rows = [line.rstrip().rpartition(" ") for line in path.read_text(encoding="utf-8").splitlines()]
+    for symbol, space, count in rows:
+        if not symbol or not count.isdigit():
+            raise UsageError(f"{path} must have a label and a count on each line, got {symbol + space + count!r}")
+    return tuple(symbol for symbol, _, _ in rows)

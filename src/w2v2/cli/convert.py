@@ -69,7 +69,7 @@ class Export:
         """Export, with a model card where that can be written."""
         from w2v2.checkpoint.card import write_card
         from w2v2.checkpoint.hub import expect_hub, push
-        from w2v2.files import new_folder
+        from w2v2.files import whole_folder
 
         if self.to != "onnx" and (self.int8 or self.data):
             raise UsageError(f"`int8` and `data` are for `to` onnx, got `to` {self.to}")
@@ -78,7 +78,7 @@ class Export:
             raise UsageError("`license` and `push_to_hub` need huggingface_hub: pip install 'w2v2[hf]'")
         if self.push_to_hub:
             expect_hub(self.push_to_hub)
-        with new_folder(self.out) as folder:
+        with whole_folder(self.out) as folder:
             self._write(folder)
             if has_hub:
                 write_card(self.model, folder, name=self.out.name, license_id=self.license)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from w2v2.cli.options import File, Settings, default
-from w2v2.decoding.decoder import BeamConfig
+from w2v2.decoding.config import BeamConfig
 
 
 @dataclass(kw_only=True)

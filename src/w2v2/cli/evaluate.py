@@ -76,19 +76,18 @@ class Evaluate(Decoding):
 
     def run(self, named: Collection[str]) -> None:
         """Evaluate, and print a table or JSON."""
-        from w2v2.checkpoint.native import CONFIG, VOCABULARY, expect_file
         from w2v2.data.corpora import choose_split, read_corpus
+        from w2v2.inference.recognizer import Recognizer, load
         from w2v2.training.pretrain import evaluate_pretrained
 
         splits = read_corpus(self.data, training=False)
         choose_split(splits, self.split, self.data)
-        if (self.model / VOCABULARY).exists():
+        if isinstance(load(self.model), Recognizer):
             if self.tune is None and "trials" in named:
                 raise UsageError("`trials` is of `tune` SPLIT; name a split to tune on")
             self._warn(one_split=len(splits) == 1)
             self._recognizer(splits, named)
             return
-        expect_file(self.model, CONFIG)
         needless = [f"`{name}`" for name in named if name not in ("data", "split", "json")]
         if needless:
             raise UsageError(
@@ -119,10 +118,10 @@ class Evaluate(Decoding):
         sys.stdout.write("\n".join(lines) + "\n")
 
     def _warn(self, *, one_split: bool) -> None:
-        from w2v2.checkpoint.native import is_foreign
+        from w2v2.checkpoint.formats import OURS, recognize
         from w2v2.training.config import FinetuneConfig, run_config
 
-        trained = None if is_foreign(self.model) else run_config(self.model)
+        trained = run_config(self.model) if recognize(self.model)[0] is OURS else None
         if one_split and isinstance(trained, FinetuneConfig) and self.data in trained.data.sources:
             log.warning(
                 "%s is one split here, and what the model was trained on: for a score of unseen speakers, hold some "

@@ -51,7 +51,7 @@ class Extract:
 
     def run(self, named: Collection[str]) -> None:
         """Write the files, and say of which recordings there are none."""
-        from w2v2.checkpoint.native import load_model
+        from w2v2.checkpoint.formats import read
         from w2v2.inference.extract import (
             INDEX,
             Wanted,
@@ -68,7 +68,7 @@ class Extract:
         check_ranges(self)
         layers = self.layers or (() if self.codes else (-1,))
         wanted = Wanted(layers=layers, codes=self.codes, pool=self.pool is not None, format=self.format)
-        model = load_model(self.model)
+        model = read(self.model).build()
         check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
         place(model, self.device)
         if self.data:

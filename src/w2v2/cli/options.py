@@ -87,7 +87,6 @@ def _one_line(box: str) -> str:
 
 def parse_run(kind: Any, argv: Sequence[str], prog: str, description: str) -> Any:
     """The same of a verb with a recipe, whose settings are the defaults, in the shape of a model to start from."""
-    from w2v2.checkpoint.native import model_config
     from w2v2.recipes import load_recipe, recipe_names
 
     config_kind = kind.__dataclass_fields__["config"].default_factory
@@ -102,7 +101,9 @@ def parse_run(kind: Any, argv: Sequence[str], prog: str, description: str) -> An
     config = load_recipe(first.recipe, config_kind)
     init_from = getattr(first, "init_from", None)
     if init_from is not None:
-        config.take_shape(model_config(init_from))
+        from w2v2.checkpoint.formats import read
+
+        config.adopt_architecture(read(init_from).config)
     return parse(kind, argv, f"{prog} {first.recipe}", description=description, default=kind(config=config))
 
 

@@ -15,8 +15,7 @@ from tyro.conf import Positional, arg
 from w2v2.cli.options import File, Settings, default, optional_value
 from w2v2.cli.progress import progress
 from w2v2.errors import Count, check_ranges
-from w2v2.preparation.audit import AuditConfig
-from w2v2.preparation.run import PrepareConfig
+from w2v2.preparation.config import AuditConfig, PrepareConfig
 
 log = logging.getLogger("w2v2")
 
@@ -92,7 +91,7 @@ class Prepare:
                 jobs=self.jobs or len(os.sched_getaffinity(0)),
                 strict=self.strict,
                 executor=executor,
-                progress=show,
+                show=show,
             )
         for line in summary_table(summary):
             log.info("%s", line)
@@ -106,13 +105,14 @@ class Prepare:
                 Path(self.source),
                 base_url=self.base_url or OFFICIAL,
                 checksums=self.checksums,
-                progress=lambda share: show("download", share),
+                show=show,
             )
 
     def _synthesize(self) -> Path:
-        from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+        from w2v2.synthetic.corpus import synthesize
+        from w2v2.synthetic.speakers import SyntheticConfig
 
         audio = self.out.with_name(self.out.name + "-audio")
         with progress("synthesise") as show:
-            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), lambda share: show("synthesise", share))
+            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), show)
         return audio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,8 @@ from w2v2.decoding.decoder import make_decoder
 from w2v2.errors import Count, JobError, UsageError, check_ranges
 from w2v2.inference.align import align, find_texts
 from w2v2.inference.recognizer import Recognizer, load_recognizer, place
-from w2v2.inference.transcribe import Failure, Layout, find_sources, transcribe
+from w2v2.inference.recordings import Failure, Source, choose_channel, find_sources
+from w2v2.inference.transcribe import Layout, transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.inference.writer import TranscriptWriter, check_format
 
@@ -42,6 +43,17 @@ class _Windows:
     """Heard at each side of a window and thrown away."""
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
+
+    channel: Annotated[str, arg(metavar="1|2|...|each|mix")] = "mix"
+    """The one to hear, each of them on its own, or the mix of all."""
+
+    def heard(self, sources: Sequence[Source]) -> list[Source]:
+        """The recordings, or the channels of them that are to be heard."""
+        if self.channel == "mix":
+            return list(sources)
+        if self.channel != "each" and not (self.channel.isdecimal() and int(self.channel) > 0):
+            raise UsageError(f"`channel` must be 1, 2, ..., each, or mix, got {self.channel!r}")
+        return choose_channel(sources, None if self.channel == "each" else int(self.channel))
 
     def ready(self) -> tuple[Recognizer, Layout]:
         """The model, and how to cut."""
@@ -74,6 +86,7 @@ class Transcribe(Decoding, _Windows):
         recognizer, layout = self.ready()
         decoder = make_decoder(recognizer.vocabulary, **self.decoder(named))
         sources, failures = find_sources(self.audio)
+        sources = self.heard(sources)
         writer = TranscriptWriter(sources, self.format, timestamps, self.out)
         failed = sum(not _take(writer, failure) for failure in failures)
         with progress("transcribe") as show:
@@ -107,7 +120,8 @@ class Align(_Windows):
     def run(self, named: Collection[str]) -> None:
         """Write the times of each recording's words, and say which could not be aligned."""
         check_format(self.format, self.timestamps)
-        pairs = find_texts(self.audio, self.text)
+        known_texts = find_texts(self.audio, self.text)
+        pairs = [(heard, text) for source, text in known_texts for heard in self.heard([source])]
         recognizer, layout = self.ready()
         known = [source for source, text in pairs if isinstance(text, str)]
         failed, writer = 0, TranscriptWriter(known, self.format, self.timestamps, self.out)

@@ -93,6 +93,8 @@ class AudioFile:
         self.format: str = self.file.format
         self.step: float = _STEPS.get(self.file.subtype, 2**-15)
         """Distance between two neighbouring values near full scale; 16 bits also where it is less."""
+        self.floats = self.file.subtype in ("FLOAT", "DOUBLE", "pcm_f32le", "pcm_f64le")
+        """Whether it holds floating-point numbers, which may be beyond full scale."""
         self.slack: int = self.file.slack
         """So many samples fewer than announced are no loss."""
 
@@ -163,9 +165,41 @@ class AudioFile:
             raise TruncatedError(f"it breaks off: {self.missing}")
 
 
-def mix_down(samples: FloatArray) -> FloatArray:
-    """(samples, channels) to (samples,): the mean over channels."""
+def mix_down(samples: FloatArray, channel: int | None = None) -> FloatArray:
+    """(samples, channels) to (samples,): one channel, counted from 1, or the mean over all.
+
+    Raises:
+        AudioError: there is no such channel.
+    """
+    if channel is not None:
+        if channel > samples.shape[1]:
+            raise AudioError(f"it has no channel {channel}, only {samples.shape[1]}")
+        return samples[:, channel - 1]
     return samples[:, 0] if samples.shape[1] == 1 else samples.mean(1)
+
+
+class Mixer:
+    """``mix_down`` of block after block, which finds out whether the channels cancel each other out."""
+
+    def __init__(self, channel: int | None = None) -> None:
+        self.channel = channel
+        self.mixed = self.apart = 0.0  # energy of the mean, and the mean of the channels' energies
+        self.channels = 1
+
+    def __call__(self, samples: FloatArray) -> FloatArray:
+        """(samples, channels) to (samples,); errors as for ``mix_down``."""
+        mono = mix_down(samples, self.channel)
+        if self.channel is None and samples.shape[1] > 1:
+            self.channels = samples.shape[1]
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.mixed += float(np.dot(mono, mono))
+                self.apart += float(np.einsum("sc,sc->", samples, samples)) / self.channels
+        return mono
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the mean has less than a tenth of the energy that it has of unrelated channels."""
+        return self.channels > 1 and self.mixed * self.channels < 0.1 * self.apart
 
 
 def resample(samples: FloatArray, rate: int) -> FloatArray:
@@ -173,21 +207,22 @@ def resample(samples: FloatArray, rate: int) -> FloatArray:
     return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
 
 
-def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]:
+def stream_audio(file: AudioFile, seconds: float = 10.0, mix: Mixer | None = None) -> Iterator[FloatArray]:
     """The rest of a file in blocks of (samples,), mono, at 16 kHz; laid end to end they are what ``resample`` gives.
 
     Args:
         file: read from its current position on.
         seconds: of a block; what is in memory at a time.
+        mix: takes it down to one channel; None: the mean over all.
 
     Raises:
-        AudioError: it cannot be decoded, lacks its end, or holds samples that are not finite.
+        AudioError: it cannot be decoded, has no such channel, lacks its end, or holds samples that are not finite.
     """
     stream = soxr.ResampleStream(file.rate, SAMPLE_RATE, 1) if file.rate != SAMPLE_RATE else None
     count = max(1, round(seconds * file.rate))
-    ended = False
+    mix, ended = mix or Mixer(), False
     while not ended:
-        samples = mix_down(file.read(count))
+        samples = mix(file.read(count))
         ended = len(samples) < count
         if not np.isfinite(samples).all():
             raise AudioError(f"samples that are not finite within {seconds:g} s before {file.position / file.rate:g} s")
@@ -199,10 +234,13 @@ def stream_audio(file: AudioFile, seconds: float = 10.0) -> Iterator[FloatArray]
 def load_audio(
     cut: MonoCut, offset: float = 0.0, duration: float | None = None, data: bytes | None = None
 ) -> FloatArray:
-    """Decode part of a cut: channels averaged, 16 kHz, float32. Only that part is decoded where the format can seek.
+    """Decode part of a cut: its channel, or the mean over all, 16 kHz, float32.
+
+    Only that part is decoded where the format can seek.
 
     Args:
-        cut: of one recording in one file.
+        cut: of one recording in one file. Of its custom fields, ``channel`` is the one that is heard, from 1, and
+            ``gain`` what its samples were multiplied by to fit into the integers of a shard.
         offset: seconds after the cut's start.
         duration: seconds; None: to the cut's end.
         data: the encoded file, where it has been read already, as of a shard.
@@ -220,7 +258,7 @@ def load_audio(
             if file.rate != rate:
                 raise AudioError(f"it has {file.rate} Hz, the manifest says {rate}")
             file.seek(start)
-            samples = file.read(count)
+            samples = mix_down(file.read(count), (cut.custom or {}).get("channel"))
     except UnreachableError:
         raise
     except (AudioError, OSError) as error:
@@ -228,4 +266,4 @@ def load_audio(
     # Decoders' versions differ in how they count the last samples of compressed formats; a rounding is no loss.
     if len(samples) < count - max(1, rate // 1000):
         raise AudioError(f"{path} ({cut.id}): it ends early, {len(samples)} samples of {count} from {start}")
-    return resample(mix_down(samples), rate)
+    return resample(samples, rate) / np.float32((cut.custom or {}).get("gain", 1.0))

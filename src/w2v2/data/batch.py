@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
+from w2v2.data.corpora import Row
 from w2v2.data.storage import UnreachableError, read_ranges
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,11 @@ class Batch:
     """(B, S) float32 at 16 kHz, padded with zeros."""
     lengths: Tensor
     """(B,) int64 samples; stays on the host."""
+    offsets: Tensor
+    """(B,) int64 samples at 16 kHz between the start of each utterance and that of its crop; stays on the host."""
     ids: list[str]
     """Utterance ids."""
-    passes: list[int]
+    epochs: list[int]
     """How many times each utterance has come before: what crops and masks are drawn by."""
     targets: Tensor | None = None
     """(B, U) int64 labels, padded with zeros."""
@@ -50,7 +53,7 @@ class Batch:
 
 
 class SpeechDataset(Dataset[Batch]):
-    """Turns (epoch, cuts), which a sampler chose, into a :class:`Batch`.
+    """Turns (epoch, utterances), which a sampler chose, into a :class:`Batch`.
 
     Args:
         seed: of the crops.
@@ -72,13 +75,15 @@ class SpeechDataset(Dataset[Batch]):
         self.seed, self.max_seconds, self.same_length = seed, max_seconds, same_length
         self.normalize, self.encode = normalize, encode
 
-    def __getitem__(self, item: tuple[int, list[MonoCut]]) -> Batch:
-        epoch, cuts = item
+    def __getitem__(self, item: tuple[int, list[Row]]) -> Batch:
+        epoch, utterances = item
+        cuts = [row.cut() for row in utterances]
         limit = self.max_seconds or float("inf")
         if self.same_length:
             limit = min(limit, min(cut.duration for cut in cuts))
-        passes = [(cut.custom or {}).get("pass", epoch) for cut in cuts]
+        epochs = [(cut.custom or {}).get("pass", epoch) for cut in cuts]
         rows: list[FloatArray] = []
+        offsets: list[int] = []
         good: list[int] = []
         bad = {}
         encoded = _shard_bytes(cuts)
@@ -87,7 +92,9 @@ class SpeechDataset(Dataset[Batch]):
                 data = encoded.get(i)
                 if isinstance(data, OSError):
                     raise AudioError(f"{cut.recording.sources[0].source} ({cut.id}): {data}")
-                rows.append(self._load(cut, passes[i], limit, data))
+                offset, row = self._load(cut, epochs[i], limit, data)
+                rows.append(row)
+                offsets.append(round(offset * SAMPLE_RATE))
                 good.append(i)
             except AudioError as error:
                 bad[cut.id] = str(error)
@@ -102,8 +109,9 @@ class SpeechDataset(Dataset[Batch]):
         batch = Batch(
             audio=audio,
             lengths=lengths,
+            offsets=torch.tensor(offsets, dtype=torch.long),
             ids=[cuts[i].id for i in good],
-            passes=[passes[i] for i in good],
+            epochs=[epochs[i] for i in good],
             texts=[supervision.text for supervision in said],
             speakers=[supervision.speaker for supervision in said],
             bad=bad,
@@ -114,20 +122,21 @@ class SpeechDataset(Dataset[Batch]):
             batch.target_lengths = torch.tensor([len(row) for row in labels], dtype=torch.long)
         return batch
 
-    def _load(self, cut: MonoCut, number: int, limit: float, data: bytes | None) -> FloatArray:
+    def _load(self, cut: MonoCut, epoch: int, limit: float, data: bytes | None) -> tuple[float, FloatArray]:
+        """Seconds from the cut's start to the crop's, and the crop."""
         if fault := unreadable_reason(cut):
             raise AudioError(fault)
         duration = min(cut.duration, limit)
-        # Same-length batches are for training, so crops move with the pass; elsewhere they depend on the id alone.
-        key = f"{self.seed}/{number}/{cut.id}" if self.same_length else cut.id
+        # Same-length batches are for training, so crops move with the epoch; elsewhere they depend on the id alone.
+        key = f"{self.seed}/{epoch}/{cut.id}" if self.same_length else cut.id
         offset = random.Random(key).uniform(0, cut.duration - duration)
         if not self.normalize:
-            return load_audio(cut, offset, duration, data)
+            return offset, load_audio(cut, offset, duration, data)
         samples = load_audio(cut, data=data)
         samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-5)
         start = round(offset * SAMPLE_RATE)
         part: FloatArray = samples[start : start + round(duration * SAMPLE_RATE)]
-        return part
+        return offset, part
 
 
 def unreadable_reason(cut: MonoCut) -> str:

@@ -14,23 +14,33 @@ _TAIL = 1 << 17  # bytes that hold the last frame of a FLAC stream
 # --- FLAC (RFC 9639) --------------------------------------------------------------------------------------------------
 
 
-def flac_layout(file: BinaryIO, start: int, size: int) -> Layout:
-    """Each stream of a file, with the number of samples that its last frame tells; ``start`` is where the first is."""
-    starts, at = [start], start + 4
-    while (at := find(file, b"fLaC", at, size)) < size:
+def flac_layout(file: BinaryIO, start: int, size: int, *, thrifty: bool = False) -> Layout:
+    """Each stream of a file, with the number of samples that its last frame tells; ``start`` is where the first is.
+
+    Args:
+        thrifty: look no further if the file ends as its first header says.
+    """
+    announced = _announced(read_at(file, start, 26))
+    if thrifty and announced and _last_sample(file, start, size, announced) == announced:
+        return Layout()
+    starts, at = [start], start
+    while (at := find(file, b"fLaC", at + 4, size)) < size:
         if read_at(file, at + 4, 4) in (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22"):
             starts.append(at)
-        at += 4
     spans, same = [], len(starts) == 1
     for at, end in zip(starts, [*starts[1:], size], strict=True):
         head = bytearray(read_at(file, at, 26))
-        announced = int.from_bytes(head[21:26], "big") & 0xF_FFFF_FFFF
+        announced = _announced(head)
         total = _last_sample(file, at, end, announced)
         if total > announced and len(head) == 26:
             head[21:26] = (int.from_bytes(head[21:26], "big") >> 36 << 36 | total).to_bytes(5, "big")
             same = False
         spans.append(Span(bytes(head), at + len(head), end))
     return Layout(() if same else tuple(spans))
+
+
+def _announced(head: bytes | bytearray) -> int:
+    return int.from_bytes(head[21:26], "big") & 0xF_FFFF_FFFF
 
 
 def _last_sample(file: BinaryIO, start: int, end: int, announced: int) -> int:

@@ -27,7 +27,9 @@ def examine(file: BinaryIO, location: str | None = None) -> Layout:
 
     Args:
         file: read and moved in.
-        location: path or URL, whose layout is remembered until the file's size or time changes.
+        location: path or URL, whose layout is remembered until the file's size or time changes. Of a remote file that
+            is joined of equal parts, and whose ends fit each other, the first part is taken for the whole: no more than
+            the ends of FLAC and Ogg are fetched.
     """
     size = file.seek(0, os.SEEK_END)
     if location is None:
@@ -37,19 +39,19 @@ def examine(file: BinaryIO, location: str | None = None) -> Layout:
     if key not in _layouts:
         while len(_layouts) >= _REMEMBERED:
             _layouts.pop(next(iter(_layouts)), None)
-        _layouts[key] = _examine(file, size)
+        _layouts[key] = _examine(file, size, thrifty=is_remote(location))
     return _layouts[key]
 
 
-def _examine(file: BinaryIO, size: int) -> Layout:
+def _examine(file: BinaryIO, size: int, *, thrifty: bool = False) -> Layout:
     head = read_at(file, 0, 12)
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         return _wav(file, size)
     if head[:4] == b"OggS":
-        return _ogg(file, size)
+        return Layout() if thrifty and _one_stream(file, size) else _ogg(file, size)
     tag = id3_end(file, 0)
     if read_at(file, tag, 4) == b"fLaC":
-        return flac_layout(file, tag, size)
+        return flac_layout(file, tag, size, thrifty=thrifty)
     if mp3_frame(read_at(file, tag, 4)) is not None:
         return mp3_layout(file, tag, size)
     return Layout()
@@ -155,6 +157,16 @@ def _ogg(file: BinaryIO, size: int) -> Layout:
         return Layout(missing=missing)
     ends = [start for start, _, _ in links[1:]] + [size]
     return Layout(tuple(_link(file, link[0], link[1], link[2], end) for link, end in zip(links, ends, strict=True)))
+
+
+def _one_stream(file: BinaryIO, size: int) -> bool:
+    """Whether the last page of an Ogg ends, with the file, the stream that the first page begins."""
+    tail = read_at(file, max(0, size - 65_307), 65_307)  # the largest page
+    at = tail.rfind(b"OggS")
+    page = tail[at:] if at >= 0 else b""
+    if len(page) < 27 or not page[5] & 4 or page[14:18] != read_at(file, 14, 4):
+        return False
+    return len(page) == 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def _link(file: BinaryIO, start: int, last: int, flags: int, end: int) -> Span:

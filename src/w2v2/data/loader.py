@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 from w2v2.data.batch import Batch, SpeechDataset
 from w2v2.data.config import DataConfig, bad_share
 from w2v2.data.corpora import Split
-from w2v2.data.sampler import CropConstraint, EpochSampler, Every, Passes
+from w2v2.data.passes import Passes
+from w2v2.data.sampler import EpochSampler, Position
 from w2v2.errors import JobError
 
 log = logging.getLogger(__name__)
@@ -96,36 +98,35 @@ def whole_utterances(name: str, split: Split, config: DataConfig) -> SpeechLoade
     Nothing is left out for its length or its transcript, nothing cropped or normalised, and there are no targets. Only
     recordings that cannot be read are missing, named in ``bad``, as far as ``max_bad`` allows.
     """
-    return make_loader(SpeechDataset(), Every(name, split), config, None, option="--max-bad")
+    passes = Passes(name, split, replace(config, min_seconds=0.0))
+    return make_loader(SpeechDataset(), passes, config, None)
 
 
 def make_loader(
     dataset: SpeechDataset,
-    cuts: Passes | Every,
+    passes: Passes,
     config: DataConfig,
     max_seconds: float | None,
     *,
-    shuffle: bool = False,
-    seed: int = 0,
     skip: int = 0,
+    start: Position | None = None,
     epoch: int = 0,
-    option: str = "--data.max-bad",
 ) -> SpeechLoader:
-    """Loader of a rank's batches of some cuts; ``option`` is what the user knows ``max_bad`` by."""
+    """Loader of a rank's batches of some utterances."""
     rank, world_size = _ranks()
     sampler = EpochSampler(
-        cuts,
-        CropConstraint(max_duration=config.batch_seconds, max_seconds=max_seconds, same_length=dataset.same_length),
+        passes,
+        batch_seconds=config.batch_seconds,
+        max_seconds=max_seconds,
         num_buckets=config.num_buckets,
         buffer=config.shuffle_buffer,
-        shuffle=shuffle,
-        seed=seed,
         rank=rank,
         world_size=world_size,
         skip=skip,
+        start=start,
     )
     sampler.set_epoch(epoch)
-    count = len(cuts.split)
+    count = len(passes.split)
     return SpeechLoader(
         dataset,
         sampler=sampler,
@@ -133,7 +134,7 @@ def make_loader(
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         allowed=int(bad_share(config.max_bad) * count),
-        said=f"more than {option} {config.max_bad} of {count} allows",
+        said=f"more than `data.max_bad` {config.max_bad} of {count} allows",
     )
 
 

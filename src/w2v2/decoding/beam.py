@@ -25,7 +25,7 @@ from flashlight.lib.text.decoder.kenlm import KenLM
 from flashlight.lib.text.dictionary import Dictionary
 from torch import Tensor
 
-from w2v2.decoding.decoder import BeamConfig
+from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.decoding.hot_words import HotLabels, HotWords
 from w2v2.decoding.lexicon import Entry, as_lm_writes, read_lexicon, single_words, spell, spelling_of

@@ -26,7 +26,7 @@ from w2v2.decoding.ngram import (
     open_text,
 )
 from w2v2.errors import UsageError
-from w2v2.text.vocabulary import normalize_text
+from w2v2.text.spelling import normalize_text
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def read_sentences(
         splits = read_corpus(corpus, training=False)
         name = split or (next(iter(splits)) if len(splits) == 1 else "train")
         cuts = choose_split(splits, name, corpus)
-        yield from filter(None, (words(cut.supervisions[0].text or "") for cut in cuts))
+        yield from filter(None, (words(u.text or "") for u in cuts.utterances()))
 
 
 @dataclass

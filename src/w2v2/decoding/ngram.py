@@ -12,7 +12,6 @@ import gzip
 import io
 import itertools
 import math
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w2v2.errors import UsageError
+from w2v2.files import whole
 
 UNKNOWN, START, END = SPECIAL = ("<unk>", "<s>", "</s>")
 NO_PROBABILITY = -99.0
@@ -128,13 +128,8 @@ class NGram:
 
     def save(self, path: Path) -> None:
         """Write as ARPA, gzipped where the name ends in .gz; whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial{path.suffix}")
-        try:
-            with _open(partial, "wt") as file:
-                self._write(file)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole(path) as partial, _open(partial, "wt") as file:
+            self._write(file)
 
     def _write(self, file: TextIO) -> None:
         file.write(f"{_BEGIN}\n" + "".join(f"ngram {n}={len(keys)}\n" for n, keys in enumerate(self.keys, 1)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +20,14 @@ import jiwer
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split, Splits, choose_split
 from w2v2.data.loader import whole_utterances
-from w2v2.decoding.decoder import BeamConfig, TunableDecoder, make_decoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import TunableDecoder, make_decoder
 from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
 from w2v2.evaluation.tuning import tune_on
+from w2v2.files import whole, write_text
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 
@@ -176,8 +177,8 @@ def evaluate_model(
 
 
 def _refuse_scored(name: str | None, tuned_on: Split, scored: Split) -> None:
-    ids = {cut.id for cut in scored}
-    shared = sum(cut.id in ids for cut in tuned_on)
+    ids = {u.id for u in scored.utterances()}
+    shared = sum(u.id in ids for u in tuned_on.utterances())
     if shared:
         raise UsageError(
             f"`tune` {name} is what is scored, {shared} utterances of it; tune on others than those of `split`"
@@ -214,8 +215,7 @@ def run_evaluation(
         UsageError: as ``evaluate``; as ``paired_test``, once the results are written, ``against`` null.
     """
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / (HYPOTHESES + ".partial")
-    try:
+    with whole(out / HYPOTHESES) as partial:
         with partial.open("w", encoding="utf-8") as file:
             tally = evaluate(recognizer, decoder, batches, file)
         tested, fault = None, None
@@ -223,11 +223,8 @@ def run_evaluation(
             tested = None if against is None else paired_test(partial, against)
         except UsageError as error:
             fault = error
-        os.replace(partial, out / HYPOTHESES)
-    finally:
-        partial.unlink(missing_ok=True)
     found = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
-    (out / EVALUATION).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(out / EVALUATION, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if fault is not None:
         raise UsageError(f"{fault}; the results without the test are in {out}") from fault
     return found

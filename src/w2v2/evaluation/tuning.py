@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from w2v2.checkpoint.native import WEIGHTS, expect_file
+from w2v2.checkpoint.native import WEIGHTS
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split
 from w2v2.data.loader import whole_utterances
-from w2v2.decoding.decoder import BeamConfig, TunableDecoder
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import TunableDecoder
 from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, quiet
+from w2v2.files import whole, write_json
 from w2v2.inference.recognizer import Recognizer
 
 LM_WEIGHTS, WORD_SCORES = (0.0, 5.0), (-5.0, 5.0)
@@ -154,8 +155,8 @@ def tune_on(
     """
     key = weights_key(folder)
     cache = EmissionCache(folder / "emissions" / f"{split.audio}-{key[:16]}", key)
-    texts = {cut.id: cut.supervisions[0].text for cut in split}
-    references = {name: recognizer.vocabulary.normalize(text) for name, text in texts.items() if text is not None}
+    spoken = ((u.id, u.text) for u in split.utterances())
+    references = {name: recognizer.vocabulary.normalize(text) for name, text in spoken if text is not None}
     lacking = {name for name in references if name not in cache}
 
     def missing() -> Iterator[tuple[str, Tensor]]:
@@ -194,11 +195,11 @@ class EmissionCache:
         if not about.exists() and folder.exists() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty and no cache of log-probabilities; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if about.exists() and json.loads(about.read_text()) != {"key": key}:
+        if about.exists() and json.loads(about.read_text(encoding="utf-8")) != {"key": key}:
             raise UsageError(
                 f"{folder} has the log-probabilities of another model; remove it, or choose another folder"
             )
-        about.write_text(json.dumps({"key": key}) + "\n")
+        write_json(about, {"key": key})
         self._files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -233,14 +234,14 @@ class EmissionCache:
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         path = self.folder / f"{len(set(self._files.values())):05d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            save_file(tensors, partial)
         self._files |= dict.fromkeys(tensors, path)
 
 
 def weights_key(folder: Path) -> str:
-    """Hash of a model's weights file."""
-    expect_file(folder, WEIGHTS)
+    """Return the hash of the weights file of a folder of ours; :class:`UsageError` where there is none."""
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"no {folder / WEIGHTS}: expected a finished run folder; check the path")
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,8 @@ from w2v2.data.sources import folder_texts
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import Recognizer
-from w2v2.inference.transcribe import Failure, Layout, Source, source_of, transcribe
+from w2v2.inference.recordings import Failure, Source, source_of
+from w2v2.inference.transcribe import Layout, transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.text.vocabulary import Vocabulary
 

@@ -2,7 +2,7 @@
 
 From Python::
 
-    model = load_model(Path("runs/pretrained"))  # of w2v2.checkpoint
+    model = w2v2.load("runs/pretrained")
     [found] = extract(model, [read_audio("song.mp3")], layers=(0, -1))
     found["layer_0"], found["times"]
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, mix_down, resample
 from w2v2.data.sources import folder_rows, utterance_id
 from w2v2.errors import UsageError
+from w2v2.files import whole
 from w2v2.inference.recognizer import normalize_waveform
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
@@ -245,15 +246,12 @@ def _write(model: Wav2Vec2, items: Sequence[Item], out: Path, wanted: Wanted) ->
     for item, row, features, count in zip(items, audio, found, frames, strict=True):
         file = item.id.replace("/", "_") + FORMATS[wanted.format]
         about: dict[str, Any] = {"file": file, "seconds": len(row) / SAMPLE_RATE, "frames": count}
-        partial = out / f".{os.getpid()}.partial"  # a name may be as long as names can be
         try:
-            if wanted.format == "numpy":
-                with partial.open("wb") as stream:
-                    np.savez(stream, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
-            else:
-                save_file(features, partial, metadata={"id": item.id, "source": item.source})
-            os.replace(partial, out / file)
+            with whole(out / file) as partial:
+                if wanted.format == "numpy":
+                    np.savez(partial, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
+                else:
+                    save_file(features, partial, metadata={"id": item.id, "source": item.source})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             about = {"error": f"cannot write {file}: {getattr(error, 'strerror', None) or error}"}
         yield {"id": item.id, "source": item.source, **about}

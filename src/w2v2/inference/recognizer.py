@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from w2v2.checkpoint.formats import read
-from w2v2.checkpoint.native import VOCABULARY, is_foreign, load_model, load_weights, model_config
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
-from w2v2.text.vocabulary import Vocabulary, load_vocabulary
+from w2v2.text.vocabulary import Vocabulary
 
 NOT_FINITE = "the model's output is not finite: is the recording far beyond full scale?"
 """Said of a recording; a model that has diverged does this to every one."""
@@ -78,13 +77,13 @@ class Recognizer:
 
 
 def normalize_waveform(audio: Tensor) -> Tensor:
-    """(..., S) with zero mean and unit variance over S, as in training (``data/datamodule.py``)."""
+    """(..., S) with zero mean and unit variance over S, as in training."""
     mean, var = audio.mean(-1, keepdim=True), audio.var(-1, correction=0, keepdim=True)
     return (audio - mean) / torch.sqrt(var + 1e-5)
 
 
 def load(path: str | PathLike[str]) -> Recognizer | Wav2Vec2:
-    """The model of a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
+    """Load a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
 
     Returns:
         On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a pretraining
@@ -93,36 +92,27 @@ def load(path: str | PathLike[str]) -> Recognizer | Wav2Vec2:
     Raises:
         UsageError: nothing there, something else, or weights that do not fit.
     """
-    path = Path(path)
-    if is_foreign(path):
-        contents = read(path)
-        model, vocabulary = contents.build(), contents.vocabulary
-    else:
-        model = load_model(path)
-        if isinstance(model, Wav2Vec2ForCTC):
-            return load_recognizer(path)
-        vocabulary = None
+    checkpoint = read(Path(path))
+    model = checkpoint.build()
     if not isinstance(model, Wav2Vec2ForCTC):
         return model
-    assert vocabulary is not None
-    return Recognizer(model, vocabulary)
+    assert checkpoint.vocabulary is not None
+    return Recognizer(model, checkpoint.vocabulary)
 
 
-def load_recognizer(folder: Path) -> Recognizer:
-    """The model of a fine-tuning run, or of a folder of weights of one, in evaluation mode, with its vocabulary.
+def load_recognizer(path: str | PathLike[str]) -> Recognizer:
+    """Load a model as ``load`` does, if it is one that writes.
 
     Raises:
-        UsageError: no such folder, or one without a CTC head.
+        UsageError: as ``load``, or a model without a CTC head.
     """
-    config = model_config(folder)
-    if not (folder / VOCABULARY).is_file():
+    recognizer = load(path)
+    if not isinstance(recognizer, Recognizer):
         raise UsageError(
-            f"{folder} has no CTC head, or no {VOCABULARY} beside it: expected a run of 'w2v2 finetune'; "
+            f"{path} has no CTC head: expected a run of 'w2v2 finetune'; "
             "a pretrained encoder has to be fine-tuned first"
         )
-    vocabulary = load_vocabulary(folder / VOCABULARY)
-    model = load_weights(Wav2Vec2ForCTC(config, len(vocabulary.labels)), folder)
-    return Recognizer(model.eval(), vocabulary)
+    return recognizer
 
 
 def place(model: nn.Module, device: str | None) -> None:

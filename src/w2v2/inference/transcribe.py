@@ -8,35 +8,28 @@ one ends with. Neither the audio nor the log-probabilities of a long recording a
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, FloatArray, stream_audio
-from w2v2.data.sources import audio_paths
-from w2v2.data.storage import is_remote
+from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, Mixer, stream_audio
 from w2v2.decoding.greedy import Decoder, Hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer
+from w2v2.inference.recordings import Failure, Source, why
 from w2v2.inference.transcripts import Transcript
 from w2v2.inference.words import label_scores, word_times
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.text.vocabulary import Vocabulary
 
 T = TypeVar("T")
-
-
-STDIN = "-"
+log = logging.getLogger(__name__)
 
 
 STRETCH_SECONDS = 60.0
@@ -95,76 +88,6 @@ def cut_windows(blocks: Iterable[FloatArray], config: Wav2Vec2Config, layout: La
     yield Window(torch.from_numpy(held), skip, max(config.frames([len(held)])[0] - skip, 0), last=True)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A recording to transcribe."""
-
-    path: str
-    """File, URL, or ``-`` for standard input."""
-    name: str
-    """What people know it by."""
-    place: str
-    """Relative path; of one that was found in a folder, from there."""
-
-    def size(self) -> int:
-        """Bytes, to judge how far the work is; 1 where that is unknown."""
-        return max(os.path.getsize(self.path), 1) if os.path.isfile(self.path) else 1
-
-    def open(self) -> AudioFile:
-        """Open the audio; standard input goes through a temporary file, because decoders seek.
-
-        Raises:
-            AudioError, OSError, UsageError: it cannot be had.
-        """
-        if os.path.isdir(self.path):
-            raise AudioError("it is a folder, expected an audio file")
-        return AudioFile(_spooled(sys.stdin.buffer) if self.path == STDIN else self.path)
-
-
-def _spooled(stream: BinaryIO) -> BinaryIO:
-    file = tempfile.TemporaryFile()  # noqa: SIM115 -- it is gone when AudioFile lets go of it
-    shutil.copyfileobj(stream, file)
-    file.seek(0)
-    return file
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A recording that could not be transcribed."""
-
-    name: str
-    reason: str
-
-
-def source_of(path: str) -> Source:
-    """A file, a URL, or ``-``."""
-    name = "stdin" if path == STDIN else path
-    return Source(path, name, os.path.basename(name))
-
-
-def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[Failure]]:
-    """Recordings that arguments stand for: files and URLs as they are, folders with all audio below them.
-
-    Files are not opened here. A folder that cannot be used is a failure, and the rest goes on.
-    """
-    sources: list[Source] = []
-    failures: list[Failure] = []
-    for path in inputs:
-        if path == STDIN or is_remote(path) or not os.path.isdir(path):
-            sources.append(source_of(path))
-            continue
-        try:
-            names = ((os.path.join(path, place), place) for place in audio_paths(Path(path)))
-            found = [Source(name, name, place) for name, place in names]
-        except (UsageError, OSError) as error:
-            failures.append(Failure(path, _said(error)))
-            continue
-        sources += found
-        if not found:
-            failures.append(Failure(path, "no audio files in this folder"))
-    return sources, failures
-
-
 class _Recording:
     """A recording whose windows are coming in. Decodes what it holds, up to a pause, whenever that is long enough."""
 
@@ -179,14 +102,16 @@ class _Recording:
 
     def windows(self, layout: Layout) -> Iterator[tuple[_Recording, Window | None]]:
         """Itself with each window; with None in the end if it cannot be read (further), and ``failure`` says why."""
-        config = self.recognizer.model.config
+        config, mix = self.recognizer.model.config, Mixer(self.source.channel)
         try:
             with self.source.open() as file:
                 self.expected = round(file.frames * SAMPLE_RATE / file.rate)
-                for window in cut_windows(self._counted(stream_audio(file)), config, layout):
+                for window in cut_windows(self._counted(stream_audio(file, mix=mix)), config, layout):
+                    if window.last and mix.cancels:
+                        log.warning("%s: its channels cancel each other out; choose one of them", self.source.name)
                     yield self, window
         except (AudioError, OSError, UsageError) as error:
-            self.failure = Failure(self.source.name, _said(error))
+            self.failure = Failure(self.source.name, why(error))
             yield self, None
 
     def _counted(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
@@ -217,7 +142,7 @@ class _Recording:
         ids, starts, ends, scores = zip(*self.labels, strict=True) if self.labels else ((),) * 4
         said = Hypothesis(" ".join(text for text in self.texts if text), ids, starts, ends, sum(scores))
         words = word_times(said, self.recognizer.vocabulary, self.recognizer.model.config.frame_seconds, scores)
-        return Transcript(self.source.name, self.samples / SAMPLE_RATE, said.text, tuple(words))
+        return Transcript(self.source.name, self.samples / SAMPLE_RATE, said.text, tuple(words), self.source.channel)
 
     def _decode(self, log_probs: Tensor) -> None:
         found, first, boundary = self.decoder(log_probs), self.first, self.recognizer.vocabulary.boundary
@@ -293,8 +218,3 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(itertools.islice(rest, size)):
         yield batch
-
-
-def _said(error: Exception) -> str:
-    """What went wrong, without the path, which is said beside it."""
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -36,6 +36,8 @@ class Transcript:
     text: str
     words: tuple[Word, ...]
     """In their order; none overlaps the next."""
+    channel: int | None = None
+    """That was heard, from 1; None: the mean over all."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def to_json(transcript: Transcript, timestamps: str) -> str:
     """An object in one line: ``path``, ``seconds``, ``text``, and ``words`` with ``start``, ``end``, ``score``."""
     made: dict[str, Any] = {
         "path": transcript.name,
+        **({} if transcript.channel is None else {"channel": transcript.channel}),
         "seconds": round(transcript.seconds, 3),
         "text": transcript.text,
     }
@@ -170,7 +173,7 @@ def to_ctm(transcript: Transcript, timestamps: str, recording: str | None = None
     """
     recording = recording or ctm_names([transcript.name])[transcript.name]
     return "".join(
-        f"{recording} 1 {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
+        f"{recording} {transcript.channel or 1} {w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}{_confidence(w)}\n"
         for w in _units(transcript, timestamps)
     )
 

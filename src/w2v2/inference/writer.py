@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from w2v2.errors import UsageError
-from w2v2.inference.transcribe import Source
+from w2v2.files import write_text
+from w2v2.inference.recordings import Source
 from w2v2.inference.transcripts import FORMATS, Transcript, ctm_names, to_ctm
 
 ONE_FILE_EACH = ("srt", "vtt", "TextGrid")
@@ -46,6 +47,7 @@ class TranscriptWriter:
         """
         check_format(name, timestamps)
         self.format, self.timestamps, self.out, self.several = name, timestamps, out, len(sources) > 1
+        self.by_channel = len({source.name for source in sources}) < len({(s.name, s.channel) for s in sources})
         self.ctm_names = ctm_names([source.name for source in sources])
         self.stream = stream or sys.stdout  # the one of now: a progress bar sends what is printed to standard error
         if out is None:
@@ -56,7 +58,7 @@ class TranscriptWriter:
             raise UsageError(f"`out` {out} is a file; expected a folder")
         self.paths = _output_paths(sources, name)
         for source in sources:
-            path = out / self.paths[source.name]
+            path = out / self.paths[source.name, source.channel]
             if path.exists() and _is_beside(path, source.path):
                 raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another `out`")
 
@@ -68,36 +70,35 @@ class TranscriptWriter:
             text = FORMATS[self.format](transcript, self.timestamps)
         if self.out is None:
             if self.several and self.format == "txt":
-                text = "".join(f"{transcript.name}\t{line}\n" for line in text.splitlines())
+                label = f"{transcript.name}:{transcript.channel}" if self.by_channel else transcript.name
+                text = "".join(f"{label}\t{line}\n" for line in text.splitlines())
             self.stream.write(text)
             self.stream.flush()
             return
-        path = self.out / self.paths[transcript.name]
+        path = self.out / self.paths[transcript.name, transcript.channel]
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.partial")  # a name may be as long as names can be
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
 
 
 def _is_beside(path: Path, audio: str) -> bool:
     return os.path.isfile(audio) and path.parent.samefile(os.path.dirname(audio) or ".")
 
 
-def _output_paths(sources: Sequence[Source], ending: str) -> dict[str, str]:
-    """File below the folder by name of recording: its own with another ending, with a further one if two would clash.
+def _output_paths(sources: Sequence[Source], ending: str) -> dict[tuple[str, int | None], str]:
+    """File below the folder by name and channel of a recording: its own with another ending; one more where two clash.
 
     Raises:
         UsageError: they clash all the same.
     """
-    below = {source.name: source.place for source in sources}
+    below = {(source.name, source.channel): source.place for source in sources}
     stems = Counter(os.path.splitext(own)[0] for own in below.values())
-    paths: dict[str, str] = {}
+    paths: dict[tuple[str, int | None], str] = {}
     for name, own in below.items():
         stem = os.path.splitext(own)[0]
         paths[name] = f"{own if stems[stem] > 1 else stem}.{ending}"
     path, count = Counter(paths.values()).most_common(1)[0] if paths else ("", 0)
     if count > 1:
-        first, second = [name for name, own in paths.items() if own == path][:2]
+        first, second = [name for (name, _), own in paths.items() if own == path][:2]
         raise UsageError(
             f"{first} and {second} would both go to {path} in `out`; transcribe them into folders of their own"
         )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from w2v2.model.conv_stack import Layers, conv_stack, first_weights, folded_weights
+from w2v2.model.packing import is_plain
+from w2v2.model.precision import low_precision
+from w2v2.model.slots import Geometry, Slots
 
 
 def output_lengths(
@@ -91,6 +96,8 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         self.kernel_sizes, self.strides, self.paddings = tuple(kernel_sizes), tuple(strides), tuple(paddings)
         self.gradient_scale = gradient_scale
+        self.recompute = False
+        """Whether the backward pass computes GELU again, as on a CPU, where fresh memory costs more."""
         self.conv_layers = nn.ModuleList()
         fan_in = 1
         for width, kernel, stride, padding, norm in zip(channels, kernel_sizes, strides, paddings, norms, strict=True):
@@ -112,21 +119,81 @@ class FeatureEncoder(nn.Module):
 
         Args:
             audio: (B, S) float32.
-            lengths: valid samples of each utterance, when they differ. Each utterance then goes through the stack on
-                its own: norm statistics over its valid frames alone, no padding to re-zero, no work on padding.
+            lengths: valid samples of each utterance, when they differ. Norm statistics are then of its valid frames
+                alone, and there is no work on padding.
 
         Returns:
             (B, T, C), or (1, sum of T, C) packed when ``lengths`` is given.
         """
+        layers = None if is_plain() or audio.requires_grad else self._layers()
+        # Where nothing learns, torch's convolutions are as fast on a CPU, and need no copy of their weights.
+        joined = layers is not None and (torch.is_grad_enabled() or audio.is_cuda)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0):
-            if lengths is None:
+            if joined:
+                assert layers is not None
+                x = self._joined(audio, lengths, layers)
+            elif lengths is None:
                 x = self._stack(audio)
             else:
                 x = torch.cat([self._stack(row[None, :n]) for row, n in zip(audio, lengths, strict=True)], dim=1)
         return scale_gradient(x, self.gradient_scale) if x.requires_grad else x
+
+    def _layers(self) -> Layers | None:
+        """The parameters after the first convolution; None where the norms are others than the published ones."""
+        layers = cast(list[nn.Sequential], list(self.conv_layers))
+        norms: list[nn.Module | None] = [layer[1] for layer in layers]
+        if isinstance(norms[0], nn.GroupNorm) and norms[0].affine and all(type(n) is nn.Identity for n in norms[1:]):
+            norms = [None] * len(norms)
+        elif any(type(norm) is not ChannelLayerNorm for norm in norms):
+            return None
+        convs = [cast(nn.Conv1d, layer[0]) for layer in layers[1:]]
+        return Layers([conv.weight for conv in convs], [conv.bias for conv in convs], norms)
+
+    def _joined(self, audio: Tensor, lengths: Sequence[int] | None, layers: Layers) -> Tensor:
+        """All utterances in one go."""
+        conv, norm, _ = cast(tuple[nn.Conv1d, nn.Module, nn.Module], self.conv_layers[0])
+        device = audio.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
+        rows = list(lengths) if lengths is not None else [audio.shape[1]] * len(audio)
+        with torch.autocast(device, enabled=False):
+            slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), rows, audio.device)
+            windows = slots.windows(audio, dtype)
+            if isinstance(norm, nn.GroupNorm):
+                first = folded_weights(conv, norm, slots.moments(windows))
+            else:
+                first = first_weights(conv)
+            keep = audio.is_cuda and not self.recompute
+            x = conv_stack(windows, first, slots, layers, cast(float, norm.eps), keep=keep)
+        return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
 
     def _stack(self, audio: Tensor) -> Tensor:
         x = audio.unsqueeze(1)  # (B, S) -> (B, 1, S)
         for layer in self.conv_layers:
             x = layer(x)
         return x.transpose(1, 2)  # (B, C, T) -> (B, T, C)
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm of the conv features, and their projection to the context network's width."""
+
+    def __init__(self, channels: int, width: int, dropout: float, *, utterance_norm: bool) -> None:
+        super().__init__()
+        self.utterance_norm = utterance_norm
+        self.norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """features (B, T, C) or packed -> normalised, same shape; projected (B, T, D), before dropout."""
+        if self.utterance_norm:
+            rows = features.split(list(lengths), dim=1) if lengths is not None else (features,)
+            features = torch.cat([_normalize_over_time(row) for row in rows], dim=1)
+        normalised = self.norm(features)
+        with low_precision(normalised, self.linear) as (x, linear):
+            return normalised, linear(x)
+
+
+def _normalize_over_time(x: Tensor) -> Tensor:
+    """(B, T, C) with zero mean and unit variance over T; fp32."""
+    var, mean = torch.var_mean(x.float(), dim=1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + 1e-5)

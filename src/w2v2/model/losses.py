@@ -6,27 +6,15 @@ Legend: B utterances, M masked frames of all of them, N of one, K distractors, P
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-
-def _rows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """(M, ...) -> (B, N, ...), a row per utterance, padded with zeros where they differ in length."""
-    if min(counts) == max(counts):
-        return x.view(len(counts), counts[0], *x.shape[1:])
-    return pad_sequence(list(x.split(list(counts))), batch_first=True)
-
-
-def _unrows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """(B, N, ...) -> (M, ...): inverse of ``_rows``."""
-    if min(counts) == max(counts):
-        return x.flatten(0, 1)
-    return torch.cat([row[:n] for row, n in zip(x, counts, strict=True)])
+from w2v2.model.packing import pack, to_device, unpack
 
 
 def contrastive_logits(
@@ -54,19 +42,18 @@ def contrastive_logits(
         (M, 1 + K) float32, the target at 0. Distractors made of the target's own codes are -inf.
     """
     with torch.autocast(context.device.type, enabled=False):
-        c = _rows(F.normalize(context.float(), dim=-1, eps=1e-8), counts)
-        q = _rows(F.normalize(targets.float(), dim=-1, eps=1e-8), counts)
+        vectors = F.normalize(torch.cat([context, targets]).float(), dim=-1, eps=1e-8)
+        c, q = (unpack(x[None], counts) for x in vectors.chunk(2))
         cosine = torch.bmm(c, q.mT) / temperature  # (B, N, P), (B, P, N) -> (B, N, N)
-        others = _rows(distractors, counts)  # (B, N, K)
+        others = unpack(distractors[None], counts)  # (B, N, K)
         positive = cosine.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         negatives = cosine.gather(2, others)
-        row_codes = _rows(codes, counts)  # (B, N, G)
-        same = torch.ones_like(others, dtype=torch.bool)
-        for group in row_codes.unbind(-1):
-            picked = group.gather(1, others.flatten(1)).view_as(others)
-            same &= picked == group.unsqueeze(-1)
-        negatives = negatives.masked_fill(same, float("-inf"))
-        return _unrows(torch.cat([positive, negatives], dim=-1), counts)
+        row_codes = unpack(codes[None], counts)  # (B, N, G)
+        same = [
+            group.gather(1, others.flatten(1)).view_as(others) == group.unsqueeze(-1) for group in row_codes.unbind(-1)
+        ]
+        negatives = negatives.masked_fill(functools.reduce(torch.logical_and, same), float("-inf"))
+        return pack(torch.cat([positive, negatives], dim=-1), counts).squeeze(0)
 
 
 @dataclass
@@ -87,12 +74,11 @@ class ContrastiveOutput:
 def contrastive_loss(logits: Tensor) -> ContrastiveOutput:
     """Cross-entropy of (M, 1 + K) logits with the target at 0; a frame whose distractors are all identical costs 0."""
     logits = logits.float()
-    excluded = logits[:, 1:].isneginf()
     hardest = logits[:, 1:].amax(-1)
     return ContrastiveOutput(
         loss=(torch.logsumexp(logits, -1) - logits[:, 0]).sum(),
-        correct=((logits[:, 0] > hardest) & ~excluded.all(-1)).sum(),
-        identical=excluded.float().mean(-1).sum(),
+        correct=((logits[:, 0] > hardest) & (hardest > -torch.inf)).sum(),
+        identical=logits[:, 1:].isneginf().sum() / (logits.shape[1] - 1),
     )
 
 
@@ -104,13 +90,22 @@ def diversity_loss(prob_perplexity: Tensor, n_codes: int, num_targets: int) -> T
         n_codes: G V.
         num_targets: M of this micro-batch.
     """
-    return num_targets * (n_codes - prob_perplexity.float()) / n_codes
+    return (n_codes - prob_perplexity.float()) * (num_targets / n_codes)
 
 
-def feature_penalty(features: Tensor, num_targets: int) -> Tensor:
-    """Mean square of the conv stack's raw output, over all frames, times the number of targets (``features_pen``)."""
+def feature_penalty(features: Tensor, frames: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Mean square of the conv stack's raw output over all frames, times the number of targets (``features_pen``).
+
+    Of each utterance on its own, so that it does not depend on the batch; for crops of one length with equal numbers of
+    masked frames, as in training, that is the mean over the batch.
+
+    Args:
+        features: (B, T, C), or packed.
+        frames, counts: frames and targets of each utterance.
+    """
+    weights = torch.cat([torch.full((n,), count / n) for count, n in zip(counts, frames, strict=True)])
     with torch.autocast(features.device.type, enabled=False):
-        return num_targets * features.float().square().mean()
+        return features.float().square().mean(-1).flatten() @ to_device(weights, features.device)
 
 
 def ctc_loss(

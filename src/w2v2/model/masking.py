@@ -11,15 +11,38 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+StepKey = tuple[int, int]
+"""(seed, optimiser step) of a training step."""
+
+
+class Utterances(Protocol):
+    """What a batch says of its utterances to a model that draws for it, on the host; ``data.batch.Batch`` does."""
+
+    lengths: Tensor
+    """(B,) int64 samples."""
+    offsets: Tensor
+    """(B,) int64 samples between the start of an utterance and that of its crop."""
+    ids: list[str]
+    epochs: list[int]
+    """How many times each utterance has come before."""
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A host generator that depends on the key alone, such as (seed, epoch, utterance id)."""
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def utterance_generators(batch: Utterances, step_key: StepKey | None) -> list[torch.Generator]:
+    """A host generator for each utterance: by (seed, epoch, id) in training, by the id alone in validation (None)."""
+    if step_key is None:
+        return [keyed_generator("valid", name) for name in batch.ids]
+    return [keyed_generator(step_key[0], epoch, name) for epoch, name in zip(batch.epochs, batch.ids, strict=True)]
 
 
 def sample_span_mask(length: int, prob: float, span: int, rng: torch.Generator, *, min_spans: int = 2) -> Tensor:
@@ -106,10 +129,11 @@ def sample_distractors(count: int, num_distractors: int, rng: torch.Generator) -
     return drawn + (drawn >= torch.arange(count)[:, None])
 
 
-def sample_layers(n_layer: int, layer_drop: float, rng: torch.Generator) -> tuple[bool, ...] | None:
-    """Which blocks of a step run (LayerDrop); None for all, when nothing is ever dropped."""
-    if layer_drop == 0:
+def sample_layers(n_layer: int, layer_drop: float, step_key: StepKey | None) -> tuple[bool, ...] | None:
+    """Which blocks of a training step run (LayerDrop); None for all: in validation, or when none is ever dropped."""
+    if step_key is None or layer_drop == 0:
         return None
+    rng = keyed_generator(*step_key, "layers")
     return tuple((torch.rand(n_layer, generator=rng) >= layer_drop).tolist())
 
 
@@ -118,20 +142,40 @@ def slices(counts: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(itertools.accumulate(counts, initial=0))]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Draws:
-    """The random part of one step's input, as indices. M is the number of masked frames of the whole batch."""
+    """The random part of one step's input, as indices; an objective's own draws add fields."""
+
+    covered: Tensor | None = None
+    """(N,) int64: frames that the context network does not see, as positions in the batch's frames laid end to end."""
+    channels: Tensor | None = None
+    """(B, D) bool: channels set to zero throughout an utterance."""
+    keep_layers: tuple[bool, ...] | None = None
+    """Which transformer blocks run; None for all."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The same draws with their tensors on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True)
+class ContrastiveDraws(Draws):
+    """With targets and distractors. M is the number of masked frames of the whole batch."""
 
     masked: Tensor
-    """(M,) int64: masked frames, whose targets are to be found, as positions in the batch's frames laid end to end."""
+    """(M,) int64: masked frames, whose targets are to be found, as positions like ``covered``; both are the same but in
+    a baseline."""
     counts: tuple[int, ...]
     """Masked frames of each utterance, on the host; they sum to M."""
     distractors: Tensor
     """(M, K) int64: for each masked frame, positions among its own utterance's masked frames."""
-    covered: Tensor
-    """(C,) int64: frames the context network does not see. Equal to ``masked`` but for the all-masked baseline."""
-    keep_layers: tuple[bool, ...] | None = None
-    """Which transformer blocks run; None for all."""
+    n_frames: int
+    """All frames of the batch."""
     sub_batches: tuple[int, ...] = ()
     """Utterances of each part of the batch that the batch-wise losses are taken of; empty: of all together."""
 
@@ -139,39 +183,24 @@ class Draws:
         """Each sub-batch as a slice of the utterances."""
         return slices(self.sub_batches or (len(self.counts),))
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Draws:
-        """The same draws with their tensors on a device."""
-        return replace(
-            self,
-            masked=self.masked.to(device, non_blocking=non_blocking),
-            distractors=self.distractors.to(device, non_blocking=non_blocking),
-            covered=self.covered.to(device, non_blocking=non_blocking),
-        )
 
-    def all_masked(self, n_frames: int) -> Draws:
-        """The same targets and distractors with every frame covered: what can be told without any context."""
-        return replace(self, covered=torch.arange(n_frames, device=self.covered.device))
-
-
-def draw(
+def draw_targets(
     masks: Sequence[Tensor],
     rngs: Sequence[torch.Generator],
     num_distractors: int,
     keep_layers: tuple[bool, ...] | None = None,
     sub_batches: tuple[int, ...] = (),
-) -> Draws:
+) -> ContrastiveDraws:
     """Turn the masks of a batch's utterances into the index tensors of a step, drawing distractors on the way."""
-    masked, distractors, offset = [], [], 0
-    for mask, rng in zip(masks, rngs, strict=True):
-        masked.append(mask.nonzero().flatten() + offset)
-        distractors.append(sample_distractors(len(masked[-1]), num_distractors, rng))
-        offset += len(mask)
-    index = torch.cat(masked)
-    return Draws(
-        masked=index,
-        counts=tuple(len(row) for row in masked),
+    counts = tuple(int(mask.sum()) for mask in masks)
+    masked = torch.cat(list(masks)).nonzero().flatten()
+    distractors = [sample_distractors(n, num_distractors, rng) for n, rng in zip(counts, rngs, strict=True)]
+    return ContrastiveDraws(
+        masked=masked,
+        counts=counts,
         distractors=torch.cat(distractors),
-        covered=index,
+        covered=masked,
+        n_frames=sum(len(mask) for mask in masks),
         keep_layers=keep_layers,
         sub_batches=sub_batches,
     )

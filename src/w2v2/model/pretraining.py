@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,37 +13,22 @@ from torch import Tensor, nn
 
 from w2v2.errors import Count, Positive, ShareBelowOne, UsageError
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
-from w2v2.model.masking import Draws, cut_batch, draw, equalize_masks, keyed_generator, sample_layers, slices
-from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.transformer import unpack
+from w2v2.model.masking import (
+    ContrastiveDraws,
+    StepKey,
+    Utterances,
+    cut_batch,
+    draw_targets,
+    equalize_masks,
+    sample_layers,
+    slices,
+    utterance_generators,
+)
+from w2v2.model.objective import SSLOutput
+from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
+from w2v2.model.precision import low_precision
+from w2v2.model.quantizer import GumbelVectorQuantizer, QuantizerOutput, gumbel_temperature, perplexity
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
-
-
-class SSLModel(Protocol):
-    """What the task asks of a model."""
-
-    def draw(
-        self, samples: list[int], keys: list[tuple[int | str, ...]], *, step_key: tuple[int | str, ...] | None = None
-    ) -> Any:
-        """Everything random about a batch, drawn on the host; has ``to(device)`` and ``all_masked(frames)``."""
-
-    def __call__(self, audio: Tensor, draws: Any, lengths: list[int] | None = None, *, step: int = 0) -> SSLOutput:
-        """Losses and metrics, as sums."""
-
-    def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Figures from metrics summed over batches and ranks."""
-
-
-@dataclass
-class SSLOutput:
-    """What a self-supervised model returns for a batch: sums, so that they add over batches and ranks."""
-
-    losses: dict[str, Tensor]
-    """Scalar float32 sums over the targets; weighted and divided by the number of targets by the task."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of anything, without gradient; ``summarize`` makes figures of them."""
-    num_targets: int = 0
-    """Targets in the batch, known on the host."""
 
 
 class Wav2Vec2ForPretraining(Wav2Vec2):
@@ -62,33 +47,27 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         self.out_linear = nn.Linear(config.n_embd, config.similarity_dim or code_dim)
         init_weights(self.quantizer)
 
-    def draw(
-        self,
-        samples: Sequence[int],
-        keys: Sequence[Sequence[int | str]],
-        *,
-        step_key: Sequence[int | str] | None = None,
-    ) -> Draws:
+    def draw(self, batch: Utterances, step_key: StepKey | None = None) -> ContrastiveDraws:
         """Draw masks, distractors and layers for a batch, on the host.
 
-        Args:
-            samples: length of each utterance.
-            keys: for each utterance, what its draws depend on, such as (seed, epoch, id).
-            step_key: what LayerDrop depends on, such as (seed, step). None: validation; no layer is dropped, and masks
-                are left as drawn, so that an utterance's do not depend on its batch.
+        In training each utterance of a sub-batch gets as many masked frames as the others, and blocks are dropped; in
+        validation masks are left as drawn, so that an utterance's do not depend on its batch.
         """
-        config = self.config
-        rngs = [keyed_generator(*key) for key in keys]
-        masks = [config.sample_mask(n, rng) for n, rng in zip(config.frames(samples), rngs, strict=True)]
+        config, samples, rngs = self.config, batch.lengths.tolist(), utterance_generators(batch, step_key)
+        masks = config.sample_masks(samples, rngs)
         if step_key is None:
-            return draw(masks, rngs, config.num_distractors)
+            return draw_targets(masks, rngs, config.num_distractors)
         sub_batches = config.sub_batches(samples)
         masks = [mask for part in slices(sub_batches) for mask in equalize_masks(masks[part], rngs[part])]
-        keep_layers = sample_layers(config.n_layer, config.layer_drop, keyed_generator(*step_key, "layers"))
-        return draw(masks, rngs, config.num_distractors, keep_layers, sub_batches)
+        keep_layers = sample_layers(config.n_layer, config.layer_drop, step_key)
+        return draw_targets(masks, rngs, config.num_distractors, keep_layers, sub_batches)
+
+    def baseline(self, draws: ContrastiveDraws) -> ContrastiveDraws:
+        """The same targets and distractors with every frame covered: what can be told without any context."""
+        return replace(draws, covered=torch.arange(draws.n_frames, device=draws.masked.device))
 
     def forward(  # type: ignore[override]
-        self, audio: Tensor, draws: Draws, lengths: Sequence[int] | None = None, *, step: int = 0
+        self, audio: Tensor, draws: ContrastiveDraws, lengths: Sequence[int] | None = None, *, step: int = 0
     ) -> SSLOutput:
         """Losses and metrics of a batch.
 
@@ -99,52 +78,58 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         """
         config = self.config
         frames, packed = self.frame_lengths(audio, lengths)
-        features = self.feature_encoder(audio, lengths if packed else None)
-        normalised, projected = self.feature_projection(features, packed)
+        features = self.feature_encoder(audio, lengths if packed else None)  # (B, T, C), or packed (1, sum of T, C)
+        normalised, projected = self.feature_projection(features, packed)  # C, D wide
         x = self.contextualize(
-            self.feature_projection.dropout(projected), packed, covered=draws.covered, keep_layers=draws.keep_layers
+            self.feature_projection.dropout(projected),
+            packed,
+            covered=draws.covered,
+            keep_layers=draws.keep_layers,
+            rows=Rows(draws.masked, draws.counts),
         )
-        context = self.out_linear(x.flatten(0, 1)[draws.masked])
+        with low_precision(x, self.out_linear) as (x, out_linear):
+            context = out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
 
-        source = self._to_quantize(normalised, projected)[draws.masked]
+        source = self._to_quantize(normalised, projected)[draws.masked]  # (M, C or D)
         source = F.dropout(source, config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
         masked = [sum(draws.counts[part]) for part in draws.parts()]
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
-        codes = torch.cat([q.codes for q in quantized])
-        targets = torch.cat([q.quantized for q in quantized])
-        targets = targets if self.project_q is None else self.project_q(targets)
+        codes = _laid([q.codes for q in quantized])  # (M, G)
+        targets = _laid([q.quantized for q in quantized])
+        targets = targets if self.project_q is None else self.project_q(targets)  # (M, P)
 
         logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
         contrastive = contrastive_loss(logits)
         diversity = [
-            diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n) for q, n in zip(quantized, masked, strict=True)
+            diversity_loss(q.prob_perplexity, q.probs_sum.numel(), n)
+            for q, n in zip(quantized, masked, strict=True)
+            if q.prob_perplexity is not None and q.probs_sum is not None
         ]
-        # Of each utterance on its own, so that it does not depend on the batch; for crops of one length with equal
-        # numbers of masked frames, as in training, that is the mean over the batch.
-        rows = features.flatten(0, 1).split(frames)
-        penalty = [feature_penalty(row, n) for row, n in zip(rows, draws.counts, strict=True)]
-        ones = torch.ones((), device=audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
-                "diversity": torch.stack(diversity).sum(),
-                "feature_penalty": torch.stack(penalty).sum(),
+                **({"diversity": _total(diversity)} if diversity else {}),
+                "feature_penalty": feature_penalty(features, frames, draws.counts),
             },
             metrics={
                 "contrastive": contrastive.loss.detach().double(),
                 "correct": contrastive.correct.detach(),
                 "identical": contrastive.identical.detach(),
-                "probs": torch.stack([q.probs_sum for q in quantized]).sum(0),
-                "codes": torch.stack([q.code_counts for q in quantized]).sum(0),
                 "distinct_codes": _distinct_codes(codes, draws.counts),
-                "utterances": len(frames) * ones,
-                "frames": sum(frames) * ones,
-                "masked": len(draws.masked) * ones,
-                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
+                **_code_sums(quantized),
+                **self._sizes(frames, len(draws.masked), temperature, audio.device),
             },
             num_targets=len(draws.masked),
         )
+
+    def _sizes(self, frames: list[int], masked: int, temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """What the host knows already, as sums on the device, in one copy."""
+        sizes: dict[str, float] = {"utterances": len(frames), "frames": sum(frames), "masked": masked}
+        if self.training:
+            sizes["temperature"] = temperature * masked
+        on_device = to_device(torch.tensor(list(sizes.values()), dtype=torch.float32), device)
+        return dict(zip(sizes, on_device.unbind(), strict=True))
 
     def _to_quantize(self, normalised: Tensor, projected: Tensor) -> Tensor:
         """(all frames laid end to end, width)."""
@@ -173,42 +158,51 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         """
         total = {name: value.detach().cpu().double() for name, value in sums.items()}
         masked = total["masked"]
-        probs, codes = total["probs"] / masked, total["codes"] / masked
         nats = (total["contrastive"] / masked).item()
-        groups = {
-            f"{kind}_perplexity_{group}": perplexity(rows[group : group + 1]).item()
-            for kind, rows in (("prob", probs), ("code", codes))
-            for group in range(len(rows))
-        }
-        return {
+        figures = {
             "contrastive_bits": nats / math.log(2),
             "contrastive_of_chance": nats / math.log(1 + self.config.num_distractors),
             "accuracy": (total["correct"] / masked).item(),
             "identical_distractors": (total["identical"] / masked).item(),
-            "prob_perplexity": perplexity(probs).item(),
-            "code_perplexity": perplexity(codes).item(),
-            **groups,
-            "dead_codes": (codes == 0).sum().item(),
-            "codes_per_utterance": (total["distinct_codes"] / total["utterances"]).item(),
-            "masked_fraction": (masked / total["frames"]).item(),
-            **(
-                {"temperature": (total["temperature"] / masked).item()}
-                if "temperature" in total
-                else {"diversity": diversity_loss(perplexity(probs), probs.numel(), 1).item()}
-            ),
         }
+        used = {kind: total[f"{kind}s"] / masked for kind in ("prob", "code") if f"{kind}s" in total}  # (G, V)
+        figures |= {f"{kind}_perplexity": perplexity(rows).item() for kind, rows in used.items()}
+        for kind, rows in used.items():
+            figures |= {f"{kind}_perplexity_{i}": perplexity(row[None]).item() for i, row in enumerate(rows)}
+        if "code" in used:
+            figures["dead_codes"] = (used["code"] == 0).sum().item()
+        figures["codes_per_utterance"] = (total["distinct_codes"] / total["utterances"]).item()
+        figures["masked_fraction"] = (masked / total["frames"]).item()
+        if "temperature" in total:
+            figures["temperature"] = (total["temperature"] / masked).item()
+        elif "prob" in used:
+            figures["diversity"] = diversity_loss(perplexity(used["prob"]), used["prob"].numel(), 1).item()
+        if "baseline/correct" in total:
+            figures["accuracy_all_masked"] = (total["baseline/correct"] / total["baseline/masked"]).item()
+        return figures
+
+
+def _laid(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _code_sums(quantized: Sequence[QuantizerOutput]) -> dict[str, Tensor]:
+    """Use of the codes, by whatever the quantizer tells of it."""
+    parts = {"probs": [q.probs_sum for q in quantized], "codes": [q.code_counts for q in quantized]}
+    return {name: _total([t for t in sums if t is not None]) for name, sums in parts.items() if sums[0] is not None}
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
-    ids = torch.zeros_like(codes[:, 0])
+    ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
     for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
-        ids = ids * 6364136223846793005 + group + 1
-    distinct = torch.zeros((), device=codes.device)
-    for row in ids.split(list(counts)):
-        ordered = row.sort().values
-        distinct += 1 + (ordered[1:] != ordered[:-1]).sum()
-    return distinct
+        ids = torch.add(group, ids, alpha=6364136223846793005)
+    ordered = ids.sort().values
+    return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 
 
 @dataclass(kw_only=True)

@@ -12,25 +12,24 @@ from torch import Tensor, nn
 
 @dataclass
 class QuantizerOutput:
-    """What a quantizer makes of (N, D_in) features."""
+    """What a quantizer makes of (N, D_in) features; figures that it does not have stay None."""
 
     quantized: Tensor
     """(N, output_dim) float32: the chosen entries of all groups, concatenated."""
     codes: Tensor
     """(N, G) int64: the entry each group chose."""
-    prob_perplexity: Tensor
-    """Scalar, with gradient: sum over groups of exp(entropy) of the mean noise-free probabilities; G to G * V."""
-    code_perplexity: Tensor
-    """Scalar, no gradient: the same of the noise-free choices; for monitoring."""
-    probs_sum: Tensor
-    """(G, V): noise-free probabilities summed over the N frames, no gradient: sums to a corpus-level figure."""
-    code_counts: Tensor
-    """(G, V): how often each entry is the noise-free choice."""
+    code_counts: Tensor | None = None
+    """(G, V) float32: how often each entry is the noise-free choice."""
+    probs_sum: Tensor | None = None
+    """(G, V) float32, no gradient: noise-free probabilities summed over the frames; of a quantizer that has such."""
+    prob_perplexity: Tensor | None = None
+    """Scalar, with gradient: sum over groups of exp(entropy) of their mean, G to G * V. There is a diversity loss only
+    with it."""
 
 
 def perplexity(probs: Tensor) -> Tensor:
     """Sum over groups of exp(entropy), from (G, V) distributions; fp32."""
-    return torch.exp(-(probs * torch.log(probs + 1e-7)).sum(-1)).sum()
+    return torch.exp((probs * torch.log(probs + 1e-7)).sum(-1).neg()).sum()
 
 
 def gumbel_temperature(step: int, start: float, end: float, decay: float) -> float:
@@ -83,8 +82,8 @@ class GumbelVectorQuantizer(nn.Module):
             probs = logits.softmax(-1)
             best = logits.argmax(-1)
             if self.training:
-                noise = -torch.empty_like(logits).exponential_().log()
-                soft = ((logits + noise) / temperature).softmax(-1)
+                noise = torch.empty_like(logits).exponential_().log()  # minus a Gumbel variable
+                soft = ((logits - noise) / temperature).softmax(-1)
                 codes = soft.argmax(-1)
             else:
                 soft, codes = probs.detach(), best
@@ -96,8 +95,7 @@ class GumbelVectorQuantizer(nn.Module):
             return QuantizerOutput(
                 quantized=quantized.flatten(1),
                 codes=codes,
-                prob_perplexity=perplexity(probs_sum / len(x)),
-                code_perplexity=perplexity(counts / len(x)),
-                probs_sum=probs_sum.detach(),
                 code_counts=counts,
+                probs_sum=probs_sum.detach(),
+                prob_perplexity=perplexity(probs_sum / len(x)),
             )

@@ -14,24 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-
-def unpack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """(1, sum of T, D) packed frames -> (B, T, D) padded with zeros; unchanged when ``lengths`` is None."""
-    if lengths is None:
-        return x
-    return nn.utils.rnn.pad_sequence(list(x[0].split(list(lengths))), batch_first=True)
-
-
-def pack(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """(B, T, D) padded -> (1, sum of T, D) packed; unchanged when ``lengths`` is None."""
-    if lengths is None:
-        return x
-    return torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)])[None]
-
-
-def repeat_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(B, D), a row per utterance -> (sum of T, D), a row per frame."""
-    return torch.cat([row.expand(n, -1) for row, n in zip(x, lengths, strict=True)])
+from w2v2.model.attention import attend
+from w2v2.model.packing import Rows, is_plain, pack, row_index, spread, starts_of, unpack
+from w2v2.model.precision import low_precision
 
 
 def touch(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -61,9 +46,17 @@ class PositionalConvEmbedding(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> positions, same shape. They are to be added to x."""
-        y = self.conv(unpack(x, lengths).transpose(1, 2))  # (B, D, T + trim)
-        y = F.gelu(y[..., : y.shape[-1] - self.trim])
-        return pack(y.transpose(1, 2), lengths)
+        if lengths is None or is_plain():
+            y = self.conv(unpack(x, lengths).transpose(1, 2))  # (B, D, T + trim)
+            y = F.gelu(y[..., : y.shape[-1] - self.trim])
+            return pack(y.transpose(1, 2), lengths)
+        # One convolution over all utterances, with as many zeros between them as it pads: its own padding is the last.
+        pad = self.conv.padding[0]
+        index = row_index(starts_of(n + pad for n in lengths), lengths, x.device)
+        y = self.conv(
+            spread(x.squeeze(0), index, sum(lengths) + pad * (len(lengths) - 1)).t()[None]
+        )  # (1, D, rows + trim)
+        return F.gelu(y.squeeze(0).t().index_select(0, index))[None]
 
 
 class SelfAttention(nn.Module):
@@ -78,20 +71,26 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)  # on the attention probabilities; read by the fused kernel
 
-    def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """x (B, T, D), or packed (1, sum of T, D) with its lengths -> same shape."""
-        q, k, v = (
-            proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D / H)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        p = self.dropout.p if self.training else 0.0
-        if lengths is None:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
+        """x (B, T, D), or packed (1, sum of T, D) with its lengths -> same shape; (1, N, D) if only rows are wanted."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if rows is None and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+            # One product: the three weights are small beside the frames that would be read, and added up, thrice.
+            weight, bias = (torch.cat([getattr(proj, name) for proj in projections]) for name in ("weight", "bias"))
+            parts = F.linear(x, weight, bias).chunk(3, dim=-1)
         else:
-            parts = zip(*(t.split(list(lengths), dim=2) for t in (q, k, v)), strict=True)
-            y = torch.cat([F.scaled_dot_product_attention(*qkv, dropout_p=p) for qkv in parts], dim=2)  # type: ignore[misc]
-        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D / H) -> (B, T, D)
+            parts = tuple(
+                proj(t) for proj, t in zip(projections, (x if rows is None else take(x, rows), x, x), strict=True)
+            )
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)) for part in parts)  # (B, T, D) -> (B, T, H, D / H)
+        p = self.dropout.p if self.training else 0.0
+        out: Tensor = self.out_proj(attend(q, k, v, lengths if rows is None else rows.counts, lengths, p).flatten(2))
         return out
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """(B, T, D) or packed -> (1, N, D)."""
+    return x.flatten(0, 1).index_select(0, rows.index)[None]
 
 
 class MLP(nn.Module):
@@ -132,15 +131,17 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
 
-    def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """x (B, T, D), or packed with its lengths -> same shape."""
-        if self.norm_first:
-            x = x + self.dropout(self.attn(self.ln_1(x), lengths))
-            x = x + self.dropout(self.mlp(self.ln_2(x)))
-        else:
-            x = self.ln_1(x + self.dropout(self.attn(x, lengths)))
-            x = self.ln_2(x + self.dropout(self.mlp(x)))
-        return x
+    def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
+        """x (B, T, D), or packed with its lengths -> same shape; (1, N, D) if only rows are wanted."""
+        with low_precision(x, self.attn, self.mlp, self.ln_1, self.ln_2) as (x, attn, mlp, ln_1, ln_2):
+            asked: Tensor = x if rows is None else take(x, rows)
+            if self.norm_first:
+                asked = asked + self.dropout(attn(ln_1(x), lengths, rows))
+                asked = asked + self.dropout(mlp(ln_2(asked)))
+            else:
+                asked = ln_1(asked + self.dropout(attn(x, lengths, rows)))
+                asked = ln_2(asked + self.dropout(mlp(asked)))
+        return asked
 
     def skip(self, x: Tensor) -> Tensor:
         """Identity, for a dropped layer."""

@@ -14,6 +14,7 @@ import jiwer
 from markupsafe import Markup
 
 from w2v2.errors import UsageError
+from w2v2.files import write_text
 from w2v2.report import figures
 from w2v2.report.figures import PANELS, Series
 
@@ -117,7 +118,7 @@ def _existing(folder: Path, name: str, what: str, remedy: str) -> Path:
 
 def _json(path: Path, absent: Any) -> Any:
     try:
-        return json.loads(path.read_text()) if path.is_file() else absent
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else absent
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}: expected JSON, got {error}; have it written again") from None
 
@@ -196,5 +197,5 @@ def _write(folder: Path, **values: Any) -> Path:
     template = environment.from_string((package / "page.html.jinja").read_text(encoding="utf-8"))
     css = Markup((package / "page.css").read_text(encoding="utf-8"))
     path = folder / "report.html"
-    path.write_text(template.render(css=css, nan=math.nan, **values) + "\n", encoding="utf-8")
+    write_text(path, template.render(css=css, nan=math.nan, **values) + "\n")
     return path

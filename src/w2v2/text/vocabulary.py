@@ -6,7 +6,6 @@ import base64
 import io
 import itertools
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,23 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from w2v2.errors import UsageError
-from w2v2.serial import from_dict, to_dict
+from w2v2.files import write_text
+from w2v2.serial import from_dict, read_json, to_dict
+from w2v2.text.spelling import normalize_text
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
-
-
 SPACE = "\u2581"
 """What SentencePiece has for a space: it begins a word."""
-
-
-def normalize_text(text: str, case: Callable[[str], str] = str.upper) -> str:
-    """Upper case, or as ``case`` makes it; single spaces; composed characters (NFC): é is one, however it was typed."""
-    return " ".join(unicodedata.normalize("NFC", case(text)).split())
-
-
-def frames_needed(ids: Sequence[int]) -> int:
-    """Frames without which CTC cannot emit some labels: one each, and a blank between two that are the same."""
-    return len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +120,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write as JSON: its type and fields."""
-        path.write_text(json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +191,10 @@ class PieceVocabulary(Vocabulary):
                 max_sentence_length=1_000_000, num_threads=1, minloglevel=3,
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
-            said = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
-            raise UsageError(f"no {size} pieces can be made of the transcripts: {said}; change `units.size`") from error
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
+            raise UsageError(
+                f"no {size} pieces can be made of the transcripts: {reason}; change `units.size`"
+            ) from error
         processor = module.SentencePieceProcessor(model_proto=model.getvalue())
         pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
         return cls(labels=(BLANK, *pieces), model=base64.b64encode(model.getvalue()).decode())
@@ -258,7 +249,52 @@ def load_vocabulary(path: Path) -> Vocabulary:
         UsageError: something else.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict({"_type": Vocabulary.__name__, **fields}, Vocabulary)
+        return from_dict({"_type": Vocabulary.__name__, **read_json(path)}, Vocabulary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a vocabulary of 'w2v2 finetune' ({error}); check the path") from error
+
+
+@dataclass(kw_only=True)
+class Characters:
+    """The characters of the transcripts, of any script, and a label after each word (the paper's letters)."""
+
+    upper: bool = True
+    """Whether text is upper-cased; else case is kept, and both cases are labels."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        from w2v2.text.vocabulary import Vocabulary  # text.py is not needed to pretrain, and the recipes are
+
+        return Vocabulary.from_texts(texts, _case(self.upper))
+
+
+@dataclass(kw_only=True)
+class Phonemes:
+    """What spaces separate in the transcripts: phonemes, or whatever else is written so (paper section 5.3, TIMIT)."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        from w2v2.text.vocabulary import PhonemeVocabulary
+
+        return PhonemeVocabulary.from_texts(texts)
+
+
+@dataclass(kw_only=True)
+class SentencePieces:
+    """Pieces of words, learned from the transcripts by SentencePiece (``pip install 'w2v2[pieces]'``)."""
+
+    size: int = 500
+    """Pieces at most; fewer where the transcripts do not hold as many."""
+    upper: bool = True
+    """Whether text is upper-cased; else case is kept."""
+
+    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
+        """Labels for transcripts."""
+        from w2v2.text.vocabulary import PieceVocabulary
+
+        found: Vocabulary = PieceVocabulary.from_texts(texts, _case(self.upper), self.size)
+        return found
+
+
+def _case(upper: bool) -> Callable[[str], str]:
+    return str.upper if upper else str

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
@@ -9,7 +12,8 @@ from w2v2.data.batch import Batch, Encode, Fits, SpeechDataset
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
 from w2v2.data.loader import SpeechLoader, make_loader
-from w2v2.data.sampler import Passes
+from w2v2.data.passes import Passes
+from w2v2.data.sampler import EpochSampler, Position
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -40,6 +44,8 @@ class SpeechDataModule(pl.LightningDataModule):
         self.fits = fits
         self.config, self.seed, self.normalize, self.encode = config, seed, normalize, encode
         self.skip = skip
+        self.start: Position | None = None
+        self.sampler: EpochSampler | None = None
         self.splits = splits
         for name in ("train", "valid"):
             if name in splits:
@@ -65,9 +71,21 @@ class SpeechDataModule(pl.LightningDataModule):
         # Lightning takes the first batches of a resumed run before it says which pass that is in.
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         passes = self._passes("train", shuffle=True)
-        return make_loader(
-            dataset, passes, self.config, max_seconds, shuffle=True, seed=self.seed, skip=self.skip, epoch=epoch
-        )
+        loader = make_loader(dataset, passes, self.config, max_seconds, skip=self.skip, start=self.start, epoch=epoch)
+        assert isinstance(loader.sampler, EpochSampler)
+        self.sampler = loader.sampler
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the window of the next batch begins: a resumed run plans from there, not from the pass's beginning."""
+        assert self.trainer is not None
+        if self.sampler is None:
+            return {}
+        return asdict(self.sampler.position(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take that up, before the loader is made."""
+        self.start = Position(**state) if state else None
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The valid split in a fixed order; its workers start at once, before training does."""
@@ -79,4 +97,4 @@ class SpeechDataModule(pl.LightningDataModule):
         """Any split in a fixed order; for pretraining, crops that depend on the utterance id alone."""
         max_seconds = self.config.max_seconds if self.encode is None else None
         dataset = SpeechDataset(max_seconds=max_seconds, normalize=self.normalize, encode=self.encode)
-        return make_loader(dataset, self._passes(split), self.config, max_seconds, seed=self.seed)
+        return make_loader(dataset, self._passes(split), self.config, max_seconds)

@@ -2,63 +2,100 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from w2v2.checkpoint.native import CONFIG, load_pretrained, load_weights
+from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.native import CONFIG, read_native
 from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
 from w2v2.model.masking import Draws
-from w2v2.model.pretraining import SSLOutput, Wav2Vec2ForPretraining
-from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.model.objective import SSLModel, SSLOutput
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
 from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.optim import OptimConfig
-from w2v2.training.run import check_device, check_folder, check_splits, fit_task, start_folder, validate_task
-from w2v2.training.task import NormalizedTask, Sums, step_seed
+from w2v2.training.run import check_run, fit_task, start_folder, validate_task
+from w2v2.training.task import NormalizedTask, Sums, step_seed, unequal_lengths
+
+log = logging.getLogger(__name__)
+
+SSLBatch = tuple[Tensor, list[int] | None, Draws]
+"""Audio (B, S) and draws on the device; valid samples of each utterance, None when all are S."""
 
 
 def pretrain(
     config: PretrainConfig, splits: Splits, out: Path, *, init_from: Path | None = None, resume: bool = False
-) -> Wav2Vec2ForPretraining:
+) -> Wav2Vec2:
     """Pretrain and leave a run folder.
 
     Args:
-        config: the whole run.
+        config: the whole run; its model's ``build`` makes an :class:`SSLModel`.
         splits: cuts, with ``train`` and ``valid``.
         out: run folder; new or empty, unless resuming.
-        init_from: folder whose weights to start from, all of them, quantizer and heads included.
+        init_from: folder whose weights to start from: all of them, where its model is of the same type, else those of
+            the encoder. See ``PretrainConfig.adopt_architecture``.
         resume: go on from the last checkpoint of ``out``.
 
     Raises:
         UsageError: settings that cannot work, a folder that holds another run, weights that do not fit.
     """
-    config.check()
-    check_device(config.train)
-    check_splits(splits, config.train)
-    check_folder(out, resume)
+    check_run(config, splits, out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
+    start = None
+    if init_from is not None:
+        from w2v2.checkpoint.formats import read  # late: other formats have labels, which pretraining runs without
+
+        start = read(init_from)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
-    assert isinstance(model, Wav2Vec2ForPretraining)
-    if init_from is not None:
-        load_weights(model, init_from)
+    objective = as_objective(model)
+    if start is not None:
+        _start_from(start, model)
     start_folder(out, config, splits, resume)
-    task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
+    task = PretrainTask(objective, config.optim, config.loss_weights, config.train.seed)
     fit_task(task, data, config, out, resume)
     return model
 
 
+def _start_from(start: Checkpoint, model: Wav2Vec2) -> None:
+    if type(start.config) is type(model.config):
+        start.fill(model)
+        return
+    start.fill_encoder(model)
+    rank_zero_only(log.warning)(
+        "%s holds a model of %s: its encoder is taken, what %s has beside starts afresh",
+        start.source, type(start.config).__name__, type(model.config).__name__,
+    )  # fmt: skip
+
+
+def as_objective(model: Wav2Vec2) -> SSLModel[Any]:
+    """A model, if it can be pretrained.
+
+    Raises:
+        UsageError: it lacks a method of :class:`SSLModel`.
+    """
+    missing = [name for name in ("draw", "summarize", "baseline") if not callable(getattr(model, name, None))]
+    if missing:
+        raise UsageError(
+            f"`model` must build an objective (SSLModel); {type(model.config).__name__} builds a "
+            f"{type(model).__name__}, which has no {', '.join(missing)}"
+        )
+    return cast(SSLModel[Any], model)
+
+
 def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, float]:
-    """Loss, accuracies and perplexities of a finished pretraining run on a split."""
-    model = load_pretrained(run)
+    """Losses and figures of a finished pretraining run on a split."""
+    model = read_native(run).build()
     config = load_config(run / CONFIG, PretrainConfig)
-    task = PretrainTask(model, config.optim, config.loss_weights, config.train.seed)
+    task = PretrainTask(as_objective(model), config.optim, config.loss_weights, config.train.seed)
     data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio)
     return validate_task(task, data, split)
 
@@ -69,8 +106,13 @@ def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor
     Raises:
         UsageError: a loss without a weight, or a weight without a loss.
     """
-    if losses.keys() != weights.keys():
-        raise UsageError(f"loss_weights must name the model's losses {sorted(losses)}, got {sorted(weights)}")
+    unknown, missing = sorted(weights.keys() - losses.keys()), sorted(losses.keys() - weights.keys())
+    if unknown or missing:
+        faults = [f"leave out {name}" for name in unknown] + [f"add {name}" for name in missing]
+        raise UsageError(
+            f"`loss_weights` must name the model's losses, {', '.join(losses)}, got {', '.join(weights)}: "
+            f"{', '.join(faults)}"
+        )
     return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
@@ -78,78 +120,74 @@ class PretrainTask(NormalizedTask):
     """Trains a self-supervised model.
 
     Args:
-        model: see :class:`SSLModel`; a module.
+        model: what is trained, a module.
         optim: optimiser and schedule.
         loss_weights: weight of each of the model's losses.
         seed: of everything random.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, loss_weights: dict[str, float], seed: int) -> None:
+    def __init__(self, model: SSLModel[Any], optim: OptimConfig, loss_weights: dict[str, float], seed: int) -> None:
         super().__init__(optim, seed)
-        self.model = model
+        assert isinstance(model, nn.Module)
+        self.model: nn.Module = model
         self.loss_weights = loss_weights
         self.valid_sums = Sums()
-        self.baseline_sums = Sums()
 
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> tuple[Tensor, list[int] | None, Draws] | None:
+    @property
+    def objective(self) -> SSLModel[Any]:
+        """The model, as what the task knows of it."""
+        return cast(SSLModel[Any], self.model)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> SSLBatch | None:
         """Draw on the host, then send audio and draws along; lengths are only needed on the host.
 
         None, which the trainer skips, stands for a batch without utterances.
         """
         if self.is_empty(batch):
             return None
-        samples = batch.lengths.tolist()
-        model: Any = self.model
-        if self.trainer.training:
-            keys = [(self.seed, number, name) for number, name in zip(batch.passes, batch.ids, strict=True)]
-            draws = model.draw(samples, keys, step_key=(self.seed, self.global_step))
-        else:
-            draws = model.draw(samples, [("valid", name) for name in batch.ids])
-        lengths = samples if min(samples) < batch.audio.shape[1] else None
-        return batch.audio.to(device, non_blocking=True), lengths, draws.to(device)
+        step_key = (self.seed, self.global_step) if self.trainer.training else None
+        draws = self.objective.draw(batch, step_key)
+        return batch.audio.to(device, non_blocking=True), unequal_lengths(batch), draws.to(device)
 
-    def training_step(self, batch: tuple[Tensor, list[int] | None, Any], batch_idx: int) -> Tensor:
-        """Sum of the weighted losses of one micro-batch."""
+    def _losses(self, batch: SSLBatch) -> tuple[Tensor, SSLOutput, dict[str, Tensor]]:
+        """Summed weighted losses, what the model returns, and everything that is logged as sums."""
         audio, lengths, draws = batch
-        self.seed_step(batch_idx)
-        out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
+        out = self.objective(audio, draws, lengths, step=self.global_step)
         total = weighted_sum(out.losses, self.loss_weights)
-        self.record(out.losses, audio)
-        loggable = self._loggable(out, total, audio, lengths)
-        self.sums.add(loggable)
-        if self.watched is not None:
-            self.watched.add(loggable)
-        return self.sum_loss(total, out.num_targets)
-
-    def validation_step(self, batch: tuple[Tensor, list[int] | None, Any] | None, batch_idx: int) -> None:
-        """The same losses without noise, and once more with every frame masked: what can be told without context."""
-        if batch is None:
-            return
-        audio, lengths, draws = batch
-        out: SSLOutput = self.model(audio, draws, lengths, step=self.global_step)
-        total = weighted_sum(out.losses, self.loss_weights)
-        self.valid_sums.add(self._loggable(out, total, audio, lengths))
-        n_frames = int(sum(self.model.frame_lengths(audio, lengths)[0]))  # type: ignore[operator]
-        blind: SSLOutput = self.model(audio, draws.all_masked(n_frames), lengths, step=self.global_step)
-        self.baseline_sums.add(blind.metrics)
-
-    @staticmethod
-    def _loggable(out: SSLOutput, total: Tensor, audio: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
-        return {
+        sums = {
             **{f"loss/{name}": value.double() for name, value in out.losses.items()},
             **{f"metric/{name}": value for name, value in out.metrics.items()},
-            **NormalizedTask.counted(total, out.num_targets, audio, lengths),
+            **self.counted(total, out.num_targets, audio, lengths),
         }
+        return total, out, sums
+
+    def training_step(self, batch: SSLBatch, batch_idx: int) -> Tensor:
+        """Sum of the weighted losses of one micro-batch."""
+        self.seed_step(batch_idx)
+        total, out, sums = self._losses(batch)
+        self.record(out.losses, batch[0])
+        self.sums.add(sums)
+        if self.watched is not None:
+            self.watched.add(sums)
+        return self.sum_loss(total, out.num_targets)
+
+    def validation_step(self, batch: SSLBatch | None, batch_idx: int) -> None:
+        """The same losses without noise, and the metrics of the baseline, if there is one."""
+        if batch is None:
+            return
+        self.valid_sums.add(self._losses(batch)[2])
+        audio, lengths, draws = batch
+        baseline = self.objective.baseline(draws)
+        if baseline is not None:
+            out = self.objective(audio, baseline, lengths, step=self.global_step)
+            self.valid_sums.add({f"metric/baseline/{name}": value for name, value in out.metrics.items()})
 
     def figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Per-target losses and the model's own figures, from sums; a loss that the model figures itself is that."""
         targets = sums["targets"].item()
         losses = {name[5:]: value.item() / targets for name, value in sums.items() if name.startswith("loss/")}
         metrics = {name[7:]: value for name, value in sums.items() if name.startswith("metric/")}
-        model: Any = self.model
-        figures = losses | model.summarize(metrics)
+        figures = losses | self.objective.summarize(metrics)
         changed = sum(self.loss_weights[name] * (figures[name] - loss) for name, loss in losses.items())
         return {"loss": sums["total"].item() / targets + changed, **figures}
 
@@ -160,7 +198,4 @@ class PretrainTask(NormalizedTask):
 
     def on_validation_epoch_end(self) -> None:
         """Log figures of the whole validation set."""
-        figures = self.figures(self.valid_sums.take())
-        model: Any = self.model
-        figures["accuracy_all_masked"] = model.summarize(self.baseline_sums.take())["accuracy"]
-        self.log_validation(figures)
+        self.log_validation(self.figures(self.valid_sums.take()))

@@ -16,8 +16,9 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from w2v2.errors import JobError, StoppedError
+from w2v2.files import whole, write_json
 from w2v2.serial import save_config
-from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.config import RunConfig
 from w2v2.training.sharding import whole_weights
 from w2v2.training.task import NormalizedTask
 
@@ -37,21 +38,16 @@ class AtomicIO(CheckpointIO):
         """Write beside, then rename. On a full disk nothing is left but what was there before."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         try:
-            with partial.open("wb") as file:
+            with whole(path) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, (RuntimeError, OSError)):  # torch's writer does not say that the disk is full
-                said = str(error).splitlines()[0]
-                raise OSError(
-                    f"cannot write {path}: {said}; earlier checkpoints are whole, go on with `resume`"
-                ) from error
-            raise
+        except (RuntimeError, OSError) as error:  # torch's writer does not say that the disk is full
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"cannot write {path}: {reason}; earlier checkpoints are whole, go on with `resume`"
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors and plain values, on the host."""
@@ -105,7 +101,7 @@ class Checkpoints(pl.Callback):
         StoppedError: in training, after a signal, when everything is saved.
     """
 
-    def __init__(self, out: Path, config: PretrainConfig | FinetuneConfig, max_steps: int) -> None:
+    def __init__(self, out: Path, config: RunConfig, max_steps: int) -> None:
         self.out, self.config, self.max_steps = out, config, max_steps
         self.step = 0
         self.signal = 0
@@ -115,7 +111,7 @@ class Checkpoints(pl.Callback):
         """Whether the weights may have collapsed and must not become the best."""
         self.best: tuple[float, ...] = (float("inf"),)
         if (out / "best" / "best.json").exists():
-            self.best = tuple(json.loads((out / "best" / "best.json").read_text())["score"])
+            self.best = tuple(json.loads((out / "best" / "best.json").read_text(encoding="utf-8"))["score"])
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,5 +183,5 @@ class Checkpoints(pl.Callback):
             folder.mkdir(exist_ok=True)
             pl_module.save(folder, weights)
             save_config(self.config, folder / "config.json")
-            said = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
-            (folder / "best.json").write_text(json.dumps(said) + "\n")
+            best = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
+            write_json(folder / "best.json", best)

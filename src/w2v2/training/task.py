@@ -46,6 +46,12 @@ def step_seed(*key: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
+def unequal_lengths(batch: Batch) -> list[int] | None:
+    """Valid samples of each utterance, for a model; None where none is padded."""
+    lengths: list[int] = batch.lengths.tolist()
+    return lengths if min(lengths) < batch.audio.shape[1] else None
+
+
 class Sums:
     """Named sums that stay on the device until somebody reads them."""
 
