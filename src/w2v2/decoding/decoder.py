@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from w2v2.decoding.config import BeamConfig
-from w2v2.decoding.greedy import Decoder, Greedy
+from w2v2.decoding.greedy import Decoder, Greedy, Hypothesis
 from w2v2.errors import UsageError
 from w2v2.text.vocabulary import Vocabulary
+
+
+@runtime_checkable
+class TunableDecoder(Protocol):
+    """A beam search, whose weights can be tuned."""
+
+    config: BeamConfig
+
+    def __call__(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
+
+    def tuned(self, config: BeamConfig) -> TunableDecoder:
+        """The same with other weights."""
 
 
 def make_decoder(
