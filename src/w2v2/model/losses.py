@@ -43,7 +43,7 @@ def contrastive_logits(
     with torch.autocast(context.device.type, enabled=False):
         c, q = (unpack(F.normalize(x.float(), dim=-1, eps=1e-8)[None], counts) for x in (context, targets))
         cosine = torch.bmm(c, q.mT) / temperature  # (B, N, P), (B, P, N) -> (B, N, N)
-        others = unpack(distractors[None], counts)  # (B, N, K)
+        others = unpack(distractors[None], counts).long()  # (B, N, K)
         positive = cosine.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         negatives = cosine.gather(2, others)
         row_codes = unpack(codes[None], counts)  # (B, N, G)
