@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from w2v2 import recipes
+from w2v2.data.batch import Batch
 from w2v2.training.pretrain import weighted_sum
 from w2v2.training.run import tune
 
@@ -102,7 +103,11 @@ def step(samples: list[int], *, again: bool = False) -> dict[str, Any]:
     config.model.layer_drop = 0.0
     with torch.device("meta"):
         meta = config.model.build()
-    draws = meta.draw(samples, [("count", i) for i in range(len(samples))], step_key=("count",))
+    n = len(samples)
+    batch = Batch(
+        torch.empty(n, 0), torch.tensor(samples), torch.zeros(n, dtype=torch.long), [f"{i}" for i in range(n)], [0] * n
+    )
+    draws = meta.draw(batch, (0, 0))
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as fake:
         with torch.device("cuda"):
             model = config.model.build().train()

@@ -39,9 +39,12 @@ from lhotse import CutSet
 
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import read_corpus
-from w2v2.preparation.audit import AuditConfig, Part, audit
-from w2v2.preparation.run import PrepareConfig, prepare
-from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+from w2v2.preparation.audit import audit
+from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.findings import Part
+from w2v2.preparation.run import prepare
+from w2v2.synthetic.corpus import synthesize
+from w2v2.synthetic.speakers import SyntheticConfig
 from w2v2.training.data import SpeechDataModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from w2v2.synthetic.corpus import SAMPLE_RATE, SyntheticConfig, synthesize
+from w2v2.synthetic.acoustics import SAMPLE_RATE
+from w2v2.synthetic.corpus import synthesize
+from w2v2.synthetic.speakers import SyntheticConfig
 
 PART = 7
 """Utterances of a held-out chapter."""

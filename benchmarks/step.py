@@ -27,7 +27,8 @@ from transformers import Wav2Vec2Config as HFConfig
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import recipes
-from w2v2.model.masking import Draws
+from w2v2.data.batch import Batch
+from w2v2.model.masking import ContrastiveDraws
 from w2v2.training.pretrain import weighted_sum
 
 WORKLOADS = {"equal": (3.0, 3.0, 3.0, 3.0), "unequal": (4.68, 3.6, 2.4, 1.2)}
@@ -49,11 +50,15 @@ def ours(samples: list[int], audio: torch.Tensor, *, shipped: bool) -> tuple[tor
     return model, loss
 
 
-def draw(samples: list[int]) -> Draws:
+def draw(samples: list[int]) -> ContrastiveDraws:
     """Masks and distractors, the same for both sides."""
     model = recipes.paper_base().model
     model.n_layer = 0
-    return model.build().draw(samples, [("bench", i) for i in range(len(samples))])
+    n = len(samples)
+    batch = Batch(
+        torch.empty(n, 0), torch.tensor(samples), torch.zeros(n, dtype=torch.long), [f"{i}" for i in range(n)], [0] * n
+    )
+    return model.build().draw(batch)
 
 
 def hugging_face(

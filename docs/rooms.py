@@ -15,7 +15,7 @@ ROOT = HERE.parent / "src" / "w2v2"
 
 FLOORS = [
     line.split()
-    for line in """errors serial files
+    for line in """errors files serial
 model text data
 decoding checkpoint preparation
 inference

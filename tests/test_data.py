@@ -83,7 +83,7 @@ def test_without_training_an_unreadable_header_is_a_recording_that_cannot_be_rea
         assert {name for batch in read for name in batch.bad} == bad
         for batch in read:
             assert all(name in why and "\n" not in why for name, why in batch.bad.items())
-    with pytest.raises(JobError, match="3 utterances cannot be read, more than --max-bad 50% of 5 allows"):
+    with pytest.raises(JobError, match=r"3 utterances cannot be read, more than `data.max_bad` 50% of 5 allows"):
         list(whole_utterances("test", splits["test"], DataConfig(num_workers=0, max_bad="50%")))
 
 

@@ -109,13 +109,14 @@ def test_parts_of_both_resources_come_into_one_folder_and_are_not_fetched_again(
     other = make_part("test-other", seed=1)
     add(mirror, "test-other", other)
     out, seen = tmp_path / "deep" / "out", []
+    show = lambda stage, share: seen.append(share)  # noqa: E731
     with serve(mirror) as server:
-        got = download_librispeech([MINI, "test-other", MINI], out, base_url=server.url, progress=seen.append)
+        got = download_librispeech([MINI, "test-other", MINI], out, base_url=server.url, show=show)
         assert got == out / "LibriSpeech"
         assert tree(out) == expected(mini, other)
         assert seen == sorted(seen) and 0 <= seen[0] < 0.1 and seen[-1] == 1.0 and len(set(seen)) > 20
         before = server.requests
-        assert download_librispeech(["test-other", MINI], out, base_url=server.url, progress=seen.append) == got
+        assert download_librispeech(["test-other", MINI], out, base_url=server.url, show=show) == got
         assert server.requests == before
     download_librispeech([MINI], out, base_url="http://127.0.0.1:9")
     assert tree(out) == expected(mini, other)
@@ -242,12 +243,12 @@ def test_a_server_that_goes_away_leaves_what_was_fetched_and_finished(
 
     with serve(mirror) as server:
 
-        def break_it(fraction: float) -> None:
+        def break_it(stage: str, fraction: float) -> None:
             if fraction > 0.7:
                 server.faults = Faults(error=1.0)
 
         with pytest.raises(OSError, match="HTTP 500") as caught:
-            download_librispeech([MINI, "train-clean-5"], out, base_url=server.url, progress=break_it)
+            download_librispeech([MINI, "train-clean-5"], out, base_url=server.url, show=break_it)
         one_line(caught, "train-clean-5.tar.gz", "2 attempts")
         assert tree(out / "LibriSpeech") == {
             name.removeprefix("LibriSpeech/"): data for name, data in expected(mini).items()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import sound
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
 
 import w2v2
 from w2v2 import (
@@ -17,10 +19,13 @@ from w2v2 import (
     PretrainTask,
     Recognizer,
     SpeechDataModule,
+    Wav2Vec2,
+    Wav2Vec2Config,
     Wav2Vec2ForCTC,
     Wav2Vec2ForPretraining,
     recipes,
 )
+from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.native import save_weights
 from w2v2.data.corpora import read_corpus
 from w2v2.errors import UsageError
@@ -62,6 +67,42 @@ def test_load_gives_each_kind_as_it_was_saved_ready_to_use(tmp_path: Path, of: s
     for model, again in ((pre, loaded), (ctc, recognizer.model)):
         assert again.config == model.config
         assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+class Mine(Wav2Vec2):
+    """An objective of a user's own: a head, a count, and a table that no file holds."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__(config)
+        self.clusters = nn.Linear(config.n_embd, 7)
+        self.register_buffer("window", torch.hann_window(400), persistent=False)
+        self.register_buffer("seen", torch.tensor(5))
+
+
+@dataclass(kw_only=True)
+class MyConfig(Wav2Vec2Config):
+    def build(self) -> Wav2Vec2:
+        return Mine(self)
+
+
+def test_an_objective_of_ones_own_loads_whole_and_gives_its_encoder_to_another_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MyConfig(n_layer=1, n_head=2, n_embd=32, ffn_dim=32, conv_channels=(16,) * 7, conv_norm="group:4")
+    model = config.build()
+    save_weights(model, tmp_path)
+    save_config(config, tmp_path / "config.json")
+    loaded = w2v2.load(tmp_path)
+    assert type(loaded) is Mine and loaded.window.equal(torch.hann_window(400))
+    assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    ctc = Wav2Vec2ForCTC(config, 4)
+    head = ctc.lm_head.weight.clone()
+    read(tmp_path).fill_encoder(ctc)
+    assert all(ctc.state_dict()[name].equal(model.state_dict()[name]) for name in Wav2Vec2(config).state_dict())
+    assert ctc.lm_head.weight.equal(head)
+    with pytest.raises(UsageError, match=r"missing lm_head\.weight.*unexpected clusters\.weight"):
+        read(tmp_path).fill(ctc)
+    with pytest.raises(UsageError, match=r"transformer\.0\.ln_1\.weight has \(32,\), expected \(64,\)"):
+        read(tmp_path).fill_encoder(Wav2Vec2ForCTC(replace(config, n_embd=64), 4))
 
 
 def test_load_takes_a_model_of_hugging_face(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.executors import RayExecutor
-from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.preparation.run import prepare
 
 
 def test_ray_prepares_the_same_corpus(corpus: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import signal
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from w2v2 import files
 from w2v2.data.corpora import Split
 from w2v2.errors import UsageError
 from w2v2.files import whole, whole_folder, write_json, write_text
@@ -107,3 +109,14 @@ def test_resume_on_a_full_disk_leaves_the_configuration(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     assert load_config(tmp_path / CONFIG, PretrainConfig) == PretrainConfig()
     assert sorted(os.listdir(tmp_path)) == [CONFIG, "environment.json"]
+
+
+def test_nobody_else_writes_or_reads_text_in_a_way_of_his_own() -> None:
+    ways = re.compile(
+        r"os\.replace\(|\.write_text\(|\.read_text\((?!.*encoding=)|(?<!_)open\((.*, )?\"[wa]t?\"(?!.*encoding=)"
+    )
+    folder = Path(files.__file__).parent
+    for path in folder.rglob("*.py"):
+        if path != Path(files.__file__):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert [line for line in lines if ways.search(line)] == [], path

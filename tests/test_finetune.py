@@ -32,9 +32,9 @@ from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training import preflight as preflights
 from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.ctc_task import FinetuneTask, Plateau, emission_counts, rate_share
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.finetune import FinetuneTask, emission_counts, finetune, label_fit, rate_share
-from w2v2.training.plateau import Plateau
+from w2v2.training.finetune import finetune, label_fit
 from w2v2.training.preflight import preflight
 from w2v2.training.run import validate_task
 from w2v2.training.units import Phonemes, SentencePieces

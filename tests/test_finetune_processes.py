@@ -14,8 +14,9 @@ from w2v2.data.corpora import read_corpus
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.serial import load_config
 from w2v2.training.config import FinetuneConfig
+from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.finetune import FinetuneTask, label_fit
+from w2v2.training.finetune import label_fit
 from w2v2.training.run import validate_task
 
 # Masks and everything else that is drawn by utterance or step; no dropout, which is drawn by rank.

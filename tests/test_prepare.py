@@ -27,8 +27,10 @@ from w2v2.cli import main as cli
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, read_corpus
 from w2v2.errors import JobError
-from w2v2.preparation.audit import REASONS, AuditConfig, Part, audit, quiet_points
-from w2v2.preparation.run import PrepareConfig, prepare
+from w2v2.preparation.audit import audit, quiet_points
+from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.findings import REASONS, Part
+from w2v2.preparation.run import prepare
 
 av = pytest.importorskip("av")
 
@@ -787,8 +789,8 @@ def no_list(root: Path) -> list[str]:
         (nothing, "no folder or table"),
         (no_audio, "no audio in"),
         (no_list, "--labelled NAME=FILE"),
-        (no_hop, "--hop must be 1 sample or more"),
-        (not_a_length, "--max-seconds must be at least 1"),
+        (no_hop, "--hop must be 1 or more"),
+        (not_a_length, "--max-seconds must be 1 or more"),
     ],
 )
 def test_bad_sources_are_refused_in_one_line(

@@ -3,15 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import utterances
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2v2 import recipes
+from w2v2.model.attention import _DroppedAttention, _jagged, attend
 from w2v2.model.conv_stack import conv_stack, first_weights, folded_weights
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder
 from w2v2.model.packing import Rows, pack, plain_path, unpack
 from w2v2.model.slots import Geometry, Slots
-from w2v2.model.transformer import TransformerBlock, _jagged, attend
+from w2v2.model.transformer import TransformerBlock
 
 PRESETS = ["base", "paper_base", "paper_large_lv60k", "tiny"]
 LENGTHS = {"equal": [9_000] * 3, "unequal": [9_000, 16_000, 1_400, 7_777], "one frame": [400], "alone": [12_345]}
@@ -182,6 +184,42 @@ def test_attention_of_a_nested_tensor_is_that_of_each_utterance(queries):
     torch.testing.assert_close(nested.transpose(1, 2).values()[None], attend(q, k, v, queries, lengths, 0.0))
 
 
+def explicit_attention(q, k, v, keep, p):
+    probs = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return (probs * keep / (1 - p)) @ v
+
+
+@pytest.mark.parametrize("frames", [(7, 7), (5, 9), (1_100, 1_000)])
+def test_dropped_attention_and_its_gradients_are_those_of_the_definition_for_the_mask_it_drew(frames):
+    queries, keys = frames
+    q, k, v = (rand(2, 3, n, 4, seed=i).requires_grad_() for i, n in enumerate((queries, keys, keys)))
+    p = 0.25
+    out = _DroppedAttention.apply(q, k, v, p)
+    keep = out.grad_fn.saved_tensors[4].view(2, 3, queries, keys)
+    assert keep.float().mean().item() == pytest.approx(1 - p, abs=0.2 if queries < 10 else 0.001)
+    expected = explicit_attention(q, k, v, keep, p)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    weights = rand(*out.shape, seed=9)
+    got = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_each_probability_is_dropped_on_its_own_as_often_as_asked():
+    v = torch.ones(1, 1, 1, 1).expand(1, 1, 1, 1)
+    ones = torch.zeros(1, 200_000, 1, 1)  # a key each: a head gives its value, or nothing
+    torch.manual_seed(0)
+    out = _DroppedAttention.apply(ones, ones, v.expand_as(ones), 0.1)
+    kept = out.flatten() > 0
+    torch.testing.assert_close(out.flatten()[kept], torch.full((int(kept.sum()),), 1 / 0.9), atol=1e-4, rtol=0)
+    assert (~kept).float().mean().item() == pytest.approx(0.1, abs=0.003)
+    pairs = kept[:-1].logical_not() & kept[1:].logical_not()
+    assert pairs.float().mean().item() == pytest.approx(0.01, abs=0.001)
+    torch.manual_seed(0)
+    assert torch.equal(out, _DroppedAttention.apply(ones, ones, v.expand_as(ones), 0.1))
+
+
 @pytest.mark.parametrize("counts", [[3, 3], [4, 2]])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_block_gives_wanted_rows_as_it_gives_all(norm_first, counts):
@@ -199,7 +237,7 @@ def test_a_block_gives_wanted_rows_as_it_gives_all(norm_first, counts):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_training_step_has_the_losses_metrics_and_gradients_of_the_plain_path(preset, lengths, dropped):
     model = randomize(shrunk(preset).build()).train()
-    draws = model.draw(lengths, [("a", i) for i in range(len(lengths))])
+    draws = model.draw(utterances(lengths))
     draws.keep_layers = dropped
     audio = rand(len(lengths), max(lengths))
     metrics = []
@@ -221,6 +259,7 @@ def test_a_training_step_has_the_losses_metrics_and_gradients_of_the_plain_path(
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_block_in_bf16_is_as_near_to_fp32_as_autocasts_own_and_casts_parameters_together(norm_first):
     dropouts = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    torch.manual_seed(0)
     block = TransformerBlock(64, 4, 128, **dropouts, norm_first=norm_first)
     x = rand(2, 50, 64)
 

@@ -22,7 +22,10 @@ from w2v2.errors import UsageError
 from w2v2.synthetic import corpus as synthetic
 from w2v2.synthetic import espeak
 from w2v2.synthetic import grammar as lexicon
-from w2v2.synthetic.corpus import FAMILIES, SyntheticConfig, plan_speakers, speak, synthesize
+from w2v2.synthetic.acoustics import draw_session, record
+from w2v2.synthetic.corpus import synthesize
+from w2v2.synthetic.espeak import speak
+from w2v2.synthetic.speakers import ACCENTS, FAMILIES, Speaker, SyntheticConfig, plan_speakers
 
 SMALL = SyntheticConfig(hours=0.03, valid_hours=0.01, test_hours=0.01, n_speakers=6, seed=3, jobs=1)
 
@@ -104,7 +107,7 @@ def test_every_voice_and_accent_is_known_to_espeak() -> None:
     loader = pytest.importorskip("espeakng_loader")
     data = Path(loader.get_data_path())
     assert {voice for family in FAMILIES.values() for voice in family} <= {p.name for p in data.glob("voices/!v/*")}
-    for accent in synthetic.ACCENTS:
+    for accent in ACCENTS:
         assert speak("Hello.", voice="m1", accent=accent).audio.size > 4000
 
 
@@ -119,7 +122,7 @@ def test_seed_changes_the_plan_and_jobs_do_not() -> None:
     "wrong", [{"n_speakers": 2}, {"jobs": 0}, {"hours": 0.01}, {"valid_hours": float("nan")}, {"test_hours": -1.0}]
 )
 def test_impossible_config_is_refused_in_one_line(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected .* got [^\n]*$"):
+    with pytest.raises(ValueError, match=f"^`{next(iter(wrong))}`.* got [^\n]*$"):
         SyntheticConfig(**wrong)
 
 
@@ -200,8 +203,8 @@ def test_clean_words_are_where_the_energy_is() -> None:
 
 def test_a_pause_and_a_merged_pair_get_their_times() -> None:
     # "of the" has one event; the phone at 4000 is the pause after "end", before "Go" at 6000.
-    events = [(0, 0, False), (-1, 0, False), (4, 1000, False), (-1, 1000, False), (11, 3000, False), (-1, 3000, False)]
-    events += [(-1, 4000, True), (-1, 4500, True), (16, 6000, False), (-1, 6000, False)]
+    events = [(0, 0, ""), (-1, 0, "'O:"), (4, 1000, ""), (-1, 1000, "V"), (11, 3000, ""), (-1, 3000, ",E")]
+    events += [(-1, 4000, "_:"), (-1, 4500, "_"), (16, 6000, ""), (-1, 6000, "g"), (-1, 7000, "_")]
     words = espeak._word_times("All of the end. Go!", events, 7000)
     samples = [(word, round(start * 22_050), round(end * 22_050)) for word, start, end in words]
     assert samples == [
@@ -211,6 +214,9 @@ def test_a_pause_and_a_merged_pair_get_their_times() -> None:
         ("END", 3000, 4000),
         ("GO", 6000, 7000),
     ]
+    phones = espeak._phone_times(events, 7000)
+    samples = [(phone, round(start * 22_050), round(end * 22_050)) for phone, start, end in phones]
+    assert samples == [("O:", 0, 1000), ("V", 1000, 3000), ("E", 3000, 4000), ("g", 6000, 7000)]
 
 
 def test_missing_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,16 +232,17 @@ def test_missing_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tm
 def test_recording_keeps_the_words_on_the_sound() -> None:
     pytest.importorskip("espeakng_loader")
     speech = speak("My brother found a small boat near the old mill.", voice="m3")
-    session = synthetic._draw_session(np.random.default_rng(2))
-    audio, words = synthetic._record(speech, session, np.random.default_rng(3), lead=0.3, tail=0.2)
+    session = draw_session(np.random.default_rng(2))
+    audio, words, phones = record(speech, session, np.random.default_rng(3), lead=0.3, tail=0.2)
     clean = soxr.resample(speech.audio, 22_050, 16_000)
     assert len(audio) == len(clean) + 8000
     size = 2 * len(audio)
     correlation = np.fft.irfft(np.fft.rfft(audio, size) * np.conj(np.fft.rfft(clean, size)))
     lag = int(np.argmax(correlation[: len(audio)])) / 16_000
     shifts = [start - clean_start for (_, start, _), (_, clean_start, _) in zip(words, speech.words, strict=True)]
+    shifts += [start - clean_start for (_, start, _), (_, clean_start, _) in zip(phones, speech.phones, strict=True)]
     assert session.delay > 0
-    assert shifts == pytest.approx([0.3 + session.delay] * len(words), abs=2e-4)
+    assert shifts == pytest.approx([0.3 + session.delay] * len(shifts), abs=2e-4)
     assert lag == pytest.approx(shifts[0], abs=1e-3)
 
 
@@ -243,8 +250,8 @@ def test_recording_keeps_the_words_on_the_sound() -> None:
 def test_background_noise_has_the_wanted_level(snr_db: float) -> None:
     pytest.importorskip("espeakng_loader")
     speech = speak("Seven green boats sailed away before the storm.", voice="m3")
-    session = replace(synthetic._draw_session(np.random.default_rng(2)), snr_db=snr_db, level_db=-30.0)
-    audio, words = synthetic._record(speech, session, np.random.default_rng(3), lead=1.0, tail=0.2)
+    session = replace(draw_session(np.random.default_rng(2)), snr_db=snr_db, level_db=-30.0)
+    audio, words, _ = record(speech, session, np.random.default_rng(3), lead=1.0, tail=0.2)
     spoken = np.concatenate([audio[int(s * 16_000) : int(e * 16_000)] for _, s, e in words]) / 32768
     noise = audio[:15_000] / 32768
     assert 10 * np.log10(np.mean(spoken**2)) == pytest.approx(-30, abs=3)
@@ -253,7 +260,7 @@ def test_background_noise_has_the_wanted_level(snr_db: float) -> None:
 
 def test_room_is_short_and_its_direct_path_dominates() -> None:
     for seed in range(20):
-        session = synthetic._draw_session(np.random.default_rng(seed))
+        session = draw_session(np.random.default_rng(seed))
         direct = round(session.delay * 16_000)
         echoes = session.impulse[direct + 1 :]
         assert session.impulse[direct] == 1
@@ -292,7 +299,7 @@ def test_layout_and_transcripts(corpus: Path, utterances: dict) -> None:
 def test_a_wrong_pace_is_corrected_within_the_bounds(target: float, pace: float) -> None:
     pytest.importorskip("espeakng_loader")
     speaker, rng = plan_speakers(SMALL)[0], np.random.default_rng(0)
-    _, audio, _ = synthetic._utterance(speaker, synthetic._draw_session(rng), rng, pace, target)
+    _, audio, _, _ = synthetic._utterance(speaker, draw_session(rng), rng, pace, target)
     assert len(audio) / 16_000 == pytest.approx(min(max(target, 2.5), 15.5), abs=0.8)
     assert 2 <= len(audio) / 16_000 <= 16
 
@@ -304,7 +311,7 @@ def test_unfit_texts_are_drawn_again_until_one_fits(unfit: str, monkeypatch: pyt
     texts = iter([unfit] * 12 + [fit])
     monkeypatch.setattr(synthetic, "_draw_text", lambda rng, letters: next(texts))
     speaker, rng = plan_speakers(SMALL)[0], np.random.default_rng(0)
-    text, audio, _ = synthetic._utterance(speaker, synthetic._draw_session(rng), rng, 15.0, 8.0)
+    text, audio, _, _ = synthetic._utterance(speaker, draw_session(rng), rng, 15.0, 8.0)
     assert text == lexicon.transcript(fit)
     assert 2 <= len(audio) / 16_000 <= 16
 
@@ -345,9 +352,39 @@ def test_word_times_are_monotone_and_true(utterances: dict) -> None:
     assert np.median(np.abs(onsets)) < 0.1
 
 
+def test_phones_of_a_known_word_and_where_they_are(corpus: Path, utterances: dict) -> None:
+    pytest.importorskip("espeakng_loader")
+    stormy = [phone for phone, _, _ in speak("storm", voice="m3", accent="en-us").phones]
+    assert stormy == ["s", "t", "o@", "m"]
+    energies: dict[bool, list[float]] = {True: [], False: []}
+    seen = set()
+    for table in corpus.rglob("*.phones.ctm"):
+        rows: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for line in table.read_text().splitlines():
+            name, channel, start, duration, phone = line.split(" ")
+            assert channel == "1"
+            assert re.fullmatch(r"[^',_\s]\S*", phone)
+            rows[name].append((float(start), float(start) + float(duration), phone))
+        for name, phones in rows.items():
+            _, words, audio = utterances[name]
+            assert all(start < end for start, end, _ in phones)
+            assert all(end <= later + 1e-3 for (_, end, _), (later, _, _) in pairwise(phones))
+            assert phones[0][0] == pytest.approx(words[0][1], abs=0.1)
+            assert phones[-1][1] == pytest.approx(words[-1][2], abs=0.1)
+            # High frequencies tell hissing sounds from vowels, whatever the voice.
+            for start, end, phone in phones:
+                part = np.diff(audio[int(start * 16_000) : int(end * 16_000)].astype(float))
+                if phone in ("s", "S") or phone in ("i:", "A:", "oU", "a"):
+                    whole = np.sum(audio[int(start * 16_000) : int(end * 16_000)].astype(float) ** 2)
+                    energies[phone in ("s", "S")].append(np.sum(part**2) / whole)
+            seen.add(name)
+    assert seen == set(utterances)
+    assert np.median(energies[True]) > 4 * np.median(energies[False])
+
+
 def test_same_bytes_in_two_processes_and_in_any_order(corpus: Path, tmp_path: Path) -> None:
     fractions: list[float] = []
-    synthesize(tmp_path / "parallel", replace(SMALL, jobs=2), fractions.append)
+    synthesize(tmp_path / "parallel", replace(SMALL, jobs=2), lambda stage, share: fractions.append(share))
     assert files(tmp_path / "parallel") == files(corpus)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
@@ -370,9 +407,9 @@ def test_another_seed_gives_another_corpus(corpus: Path, tmp_path: Path) -> None
 def test_finished_corpus_is_kept_and_anything_else_refused(corpus: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     told: list[float] = []
-    synthesize(corpus, replace(SMALL, jobs=2), told.append)
+    synthesize(corpus, replace(SMALL, jobs=2), lambda stage, share: told.append(share))
     assert told == [1.0]
-    with pytest.raises(ValueError, match=r"^[^\n]*expected [^\n]* got format 1 with [^\n]*'seed': 3[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*expected [^\n]* got format 2 with [^\n]*'seed': 3[^\n]*$"):
         synthesize(corpus, replace(SMALL, seed=4))
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
     (tmp_path / "notes.txt").write_text("mine")
@@ -388,7 +425,7 @@ def test_interrupted_run_leaves_nothing_and_empty_folder_is_taken(
 ) -> None:
     pytest.importorskip("espeakng_loader")
 
-    def fail_late(root: Path, speaker: synthetic.Speaker, seed: int) -> float:
+    def fail_late(root: Path, speaker: Speaker, seed: int) -> float:
         (root / "half.flac").write_bytes(b"")
         if speaker.split == "test":
             raise KeyboardInterrupt

@@ -15,7 +15,8 @@ from w2v2.errors import UsageError
 from w2v2.inference.words import word_times
 from w2v2.serial import from_dict, to_dict
 from w2v2.text.check import check_transcripts
-from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary, frames_needed, load_vocabulary
+from w2v2.text.spelling import frames_needed
+from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary, load_vocabulary
 from w2v2.training.config import FinetuneConfig
 from w2v2.training.units import Characters, Phonemes, SentencePieces
 

@@ -28,13 +28,14 @@ from w2v2.inference.recognizer import load_recognizer
 from w2v2.model import pretraining
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import Draws, keyed_generator
-from w2v2.model.pretraining import SSLOutput
+from w2v2.model.objective import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.serial import from_dict, load_config, to_dict
 from w2v2.text.vocabulary import Vocabulary
 from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.finetune import FinetuneTask, finetune
+from w2v2.training.finetune import finetune
 from w2v2.training.optim import OptimConfig, WarmupLinear
 from w2v2.training.pretrain import PretrainTask, evaluate_pretrained, pretrain, weighted_sum
 from w2v2.training.run import check_precision, tune
@@ -226,7 +227,7 @@ def test_fine_tuning_overfits_a_few_utterances_and_its_folder_transcribes_the_sa
     few = Split.of(list(splits["train"])[:2])
     splits = {"train": few, "valid": few, "test": few}
     config = recipes.tiny_ctc()
-    config.take_shape(load_config(run / "config.json", PretrainConfig).model)
+    config.adopt_architecture(load_config(run / "config.json", PretrainConfig).model)
     config.optim.schedule.peak, config.optim.schedule.total_steps = 1e-2, 200
     config.train.val_every = config.train.log_every = config.train.checkpoint_every = 100
     finetune(config, splits, tmp_path / "ctc", init_from=run)
@@ -301,22 +302,6 @@ def test_every_pretraining_recipe_trains_two_steps_when_shrunk(name: str, corpus
     config.data, config.train = small.data, small.train
     pretrain(config, read_corpus(corpus), tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(column(tmp_path / "run", "train/loss"))))
-
-
-def test_a_quantizer_and_a_mask_of_ones_own_live_in_ones_recipe_file(corpus: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
-    (tmp_path / "mine.py").write_text(page.split("```python\n# mine.py\n")[1].split("```")[0])
-    config = load_recipe(f"{tmp_path / 'mine.py'}:experiment", PretrainConfig)
-    config.data.num_workers = 0
-    config.train.max_steps, config.train.log_every = 2, 1
-    config.model.my_entries = 32
-    model = pretrain(config, read_corpus(corpus), tmp_path / "run")
-    assert model.quantizer.codebook.shape == (32, 16)
-    assert read(tmp_path / "run").config.my_entries == 32
-    # A fresh process does not import a file that a configuration merely names.
-    code = f"import w2v2; w2v2.load({str(tmp_path / 'run')!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert "needs the type 'mine:MyModel', which is not known here" in done.stderr
 
 
 def test_keyed_generators_differ_by_key() -> None:

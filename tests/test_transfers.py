@@ -16,7 +16,7 @@ from w2v2 import recipes
 from w2v2.data.batch import Batch
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.text.vocabulary import Vocabulary
-from w2v2.training.finetune import FinetuneTask
+from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.pretrain import PretrainTask
 
 META = torch.device("meta")

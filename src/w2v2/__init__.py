@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from w2v2.inference.transcripts import Transcript as Transcript
     from w2v2.model.ctc import Wav2Vec2ForCTC as Wav2Vec2ForCTC
     from w2v2.model.masking import Draws as Draws
+    from w2v2.model.masking import utterance_generators as utterance_generators
+    from w2v2.model.objective import SSLOutput as SSLOutput
     from w2v2.model.pretraining import ContrastiveConfig as ContrastiveConfig
-    from w2v2.model.pretraining import SSLOutput as SSLOutput
     from w2v2.model.pretraining import Wav2Vec2ForPretraining as Wav2Vec2ForPretraining
     from w2v2.model.quantizer import QuantizerOutput as QuantizerOutput
     from w2v2.model.wav2vec2 import Wav2Vec2 as Wav2Vec2
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from w2v2.training.config import FinetuneConfig as FinetuneConfig
     from w2v2.training.config import PretrainConfig as PretrainConfig
     from w2v2.training.config import TrainConfig as TrainConfig
+    from w2v2.training.ctc_task import FinetuneTask as FinetuneTask
     from w2v2.training.data import SpeechDataModule as SpeechDataModule
-    from w2v2.training.finetune import FinetuneTask as FinetuneTask
     from w2v2.training.finetune import finetune as finetune
     from w2v2.training.optim import OptimConfig as OptimConfig
     from w2v2.training.pretrain import PretrainTask as PretrainTask
@@ -51,14 +52,16 @@ _HOMES = {
     "inference.transcribe": "transcribe",
     "inference.transcripts": "Transcript",
     "model.ctc": "Wav2Vec2ForCTC",
-    "model.masking": "Draws",
-    "model.pretraining": "ContrastiveConfig SSLOutput Wav2Vec2ForPretraining",
+    "model.masking": "Draws utterance_generators",
+    "model.objective": "SSLOutput",
+    "model.pretraining": "ContrastiveConfig Wav2Vec2ForPretraining",
     "model.quantizer": "QuantizerOutput",
     "model.wav2vec2": "Wav2Vec2 Wav2Vec2Config",
     "text.vocabulary": "Vocabulary",
     "training.config": "FinetuneConfig PretrainConfig TrainConfig",
     "training.data": "SpeechDataModule",
-    "training.finetune": "FinetuneTask finetune",
+    "training.ctc_task": "FinetuneTask",
+    "training.finetune": "finetune",
     "training.optim": "OptimConfig",
     "training.pretrain": "PretrainTask pretrain",
 }

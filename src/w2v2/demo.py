@@ -28,8 +28,9 @@ from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
-from w2v2.synthetic.corpus import SyntheticConfig, synthesize
-from w2v2.text.vocabulary import normalize_text
+from w2v2.synthetic.corpus import synthesize
+from w2v2.synthetic.speakers import SyntheticConfig
+from w2v2.text.spelling import normalize_text
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import finetune, transcripts
@@ -144,14 +145,13 @@ def _hypotheses(models: dict[str, Recognizer], splits: Splits, split: str) -> li
     """Reference and each model's hypothesis for every transcribed utterance of a split."""
     encode = models["finetuned"].vocabulary.encode
     data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=encode, normalize=False)
-    said = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
+    hypotheses = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
     rows = []
-    for cut in splits[split]:
-        text = normalize_text(cut.supervisions[0].text or "")
-        if text and all(cut.id in by_id for by_id in said.values()):
-            who = cut.supervisions[0].speaker or ""
-            heard = {name: by_id[cut.id] for name, by_id in said.items()}
-            rows.append({"id": cut.id, "speaker": who, "reference": text, **heard})
+    for utterance in splits[split].utterances():
+        text, name = normalize_text(utterance.text or ""), utterance.id
+        if text and all(name in by_id for by_id in hypotheses.values()):
+            heard = {model: by_id[name] for model, by_id in hypotheses.items()}
+            rows.append({"id": name, "speaker": utterance.speaker or "", "reference": text, **heard})
     return rows
 
 

@@ -13,38 +13,45 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-import w2v2
 from w2v2.checkpoint.card import CHECK
-from w2v2.checkpoint.formats import file_hashes
+from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.formats import file_hashes, read
+from w2v2.checkpoint.huggingface import write_extractor
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
+from w2v2.data.loader import whole_utterances
+from w2v2.decoding.greedy import Greedy
 from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.evaluation.evaluate import error_rates
 from w2v2.files import write_json
-from w2v2.inference.recognizer import Recognizer, normalize_waveform
+from w2v2.inference.recognizer import normalize_waveform
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary
 
 MODEL, INT8, TORCH = "model.onnx", "model.int8.onnx", "model.pt2"
-
-
-FloatArray = npt.NDArray[np.float32]
-
+LIMIT = 1e-4
+"""Largest difference to the model in PyTorch, where values are at most 1; relative to the largest value elsewhere."""
+BATCHES = (1, 3)
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Runs = Callable[[Tensor], Tensor]
 """(B, S) float32 audio at 16 kHz -> (B, T, labels) log-probabilities, or (B, T, D) contextual vectors."""
+Checks = list[dict[str, Any]]
+"""Batch, samples, and the largest difference at that size."""
 
 
 class Graph(nn.Module):
@@ -64,14 +71,10 @@ class Graph(nn.Module):
 
 
 def eager(model: Wav2Vec2) -> Runs:
-    """What an export must agree with: the model itself, given audio as training gives it."""
-
-    def run(audio: Tensor) -> Tensor:
-        audio = normalize_waveform(audio) if model.config.normalize_audio else audio
-        found: Tensor = model(audio)[0] if isinstance(model, Wav2Vec2ForCTC) else model.encode(audio)[0]
-        return found
-
-    return run
+    """Return what an export must agree with: the model itself, given audio as training gives it."""
+    encode = model if isinstance(model, Wav2Vec2ForCTC) else model.encode
+    normalize = model.config.normalize_audio
+    return lambda audio: encode(normalize_waveform(audio) if normalize else audio)[0]
 
 
 def export_onnx(
@@ -90,18 +93,20 @@ def export_onnx(
         UsageError: no such run, or onnxruntime is not installed.
         JobError: the model cannot be exported, or the export differs from it.
     """
-    model, vocabulary = _load(source)
+    checkpoint = read(source)
+    model, vocabulary = checkpoint.build(), checkpoint.vocabulary
     if speech is not None and vocabulary is None:
-        raise UsageError(f"--data is to state error rates, which need a CTC model; {source} is a pretraining run")
-    _need_onnx()
-    name = "vectors" if vocabulary is None else "log_probs"
-    with _quiet(), _explained():
+        raise UsageError(f"error rates need a CTC model; {source} is a pretraining run")
+    missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"an ONNX export needs {', '.join(missing)}: pip install 'w2v2[onnx]'")
+    with _exporting():
         program = torch.onnx.export(
             Graph(model),
             (check_audio(2, SAMPLE_RATE),),
             dynamo=True,
             input_names=["audio"],
-            output_names=[name],
+            output_names=["vectors" if vocabulary is None else "log_probs"],
             dynamic_shapes={"audio": {0: "batch", 1: "samples"}},
             verbose=False,
         )
@@ -117,45 +122,37 @@ def export_onnx(
         runs[INT8] = onnx_session(folder / INT8)
         more["int8"] = distance(runs[MODEL], runs[INT8], labels=vocabulary is not None)
     if speech is not None and vocabulary is not None:
-        more["error_rates"] = _error_rates(
-            {name: runs[name] for name in runs if name != "pytorch"}, vocabulary, speech, show
-        )
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx*"))}
-    _finish(folder, source, model, vocabulary)
-    packages = ("onnx", "onnxscript", "onnxruntime")
-    write_check(folder, source, "onnx", checks, packages, **more, bytes=sizes, speed=speed(runs))
+        graphs = {name: run for name, run in runs.items() if name != "pytorch"}
+        more["error_rates"] = _error_rates(graphs, vocabulary, *speech, check_lengths(model.config)[0], show)
+    more["bytes"] = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx*"))}
+    _finish(folder, checkpoint, "onnx", checks, _ONNX_PACKAGES, **more, speed=speed(runs))
 
 
 def export_torch(source: Path, folder: Path) -> None:
     """Write ``model.pt2``, which ``torch.export.load`` reads, and what belongs to it. Raises as ``export_onnx``."""
-    model, vocabulary = _load(source)
+    checkpoint = read(source)
+    model = checkpoint.build()
     shape = {"audio": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
-    with _quiet(), _explained():
-        with torch.no_grad():
-            program = torch.export.export(Graph(model), (check_audio(2, SAMPLE_RATE),), dynamic_shapes=shape)
+    with _exporting(), torch.no_grad():
+        program = torch.export.export(Graph(model), (check_audio(2, SAMPLE_RATE),), dynamic_shapes=shape)
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
         torch.export.save(program, folder / TORCH)
         runs: dict[str, Runs] = {"pytorch": eager(model), TORCH: torch.export.load(folder / TORCH).module()}
     # Fewer than two frames are another program: sizes of 0 and 1 are special to torch.export.
     checks = compare(runs["pytorch"], runs[TORCH], check_lengths(model.config, fewest_frames=2))
-    _finish(folder, source, model, vocabulary)
     sizes = {TORCH: (folder / TORCH).stat().st_size}
-    write_check(folder, source, "torch.export", checks, (), bytes=sizes, speed=speed(runs))
+    _finish(folder, checkpoint, "torch.export", checks, (), bytes=sizes, speed=speed(runs))
 
 
 def onnx_session(path: Path) -> Runs:
-    """A graph in onnxruntime, on the CPU, with as many threads as torch has."""
+    """Return a graph in onnxruntime, on the CPU, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(audio: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"audio": audio.numpy()})[0])
-
-    return run
+    return lambda audio: torch.from_numpy(session.run(None, {"audio": audio.numpy()})[0])
 
 
 def quantize(path: Path, to: Path) -> None:
@@ -166,7 +163,7 @@ def quantize(path: Path, to: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet():
+    with _exporting():
         quantize_dynamic(
             path,
             to,
@@ -182,18 +179,14 @@ def distance(one: Runs, other: Runs, *, labels: bool) -> dict[str, float]:
     """Root mean square of a difference over that of the values, on ten seconds of noise; of labels, how many agree."""
     audio = check_audio(1, 10 * SAMPLE_RATE)
     want, got = one(audio), other(audio)
-    found = {"relative_difference": ((want - got).norm() / want.norm()).item()}
+    figures = {"relative_difference": ((want - got).norm() / want.norm()).item()}
     if labels:
-        found["same_label"] = (want.argmax(-1) == got.argmax(-1)).float().mean().item()
-    return found
+        figures["same_label"] = (want.argmax(-1) == got.argmax(-1)).float().mean().item()
+    return figures
 
 
 def speed(runs: Mapping[str, Runs], *, seconds: float = 10.0, rounds: int = 3) -> dict[str, Any]:
-    """Time for so much audio in one piece, the models in turn, and how many times faster each is than the first.
-
-    Returns:
-        Median seconds, and the median over rounds of the ratio, by name; and the threads.
-    """
+    """Return median times for audio in one piece, the models in turn, and medians of their ratios to the first."""
     audio = check_audio(1, round(seconds * SAMPLE_RATE))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
@@ -204,95 +197,72 @@ def speed(runs: Mapping[str, Runs], *, seconds: float = 10.0, rounds: int = 3) -
             if i:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
     first = next(iter(times.values()))
-    ratios = {name: [a / b for a, b in zip(first, own, strict=True)] for name, own in times.items()}
+    ratios = {name: map(truediv, first, values) for name, values in times.items()}
     return {
         "seconds_of_audio": seconds,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "seconds": {name: statistics.median(own) for name, own in times.items()},
-        "times_faster": {name: statistics.median(own) for name, own in ratios.items()},
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "times_faster": {name: statistics.median(values) for name, values in ratios.items()},
     }
 
 
 def _error_rates(
-    runs: Mapping[str, Runs], vocabulary: Vocabulary, speech: tuple[Splits, str], show: Show
+    runs: Mapping[str, Runs], vocabulary: Vocabulary, splits: Splits, name: str, least: int, show: Show
 ) -> dict[str, Any]:
-    """WER and CER of each graph on a split, greedily decoded, utterance by utterance."""
-    from w2v2.decoding.greedy import Greedy
-    from w2v2.evaluation.evaluate import error_rates
-    from w2v2.training.data import SpeechDataModule
-
-    splits, split = speech
-    references = {cut.id: vocabulary.normalize(cut.supervisions[0].text or "") for cut in splits[split]}
-    config = DataConfig(batch_seconds=60.0, min_seconds=0.1, num_workers=0)
-    data = SpeechDataModule({split: splits[split]}, config, encode=vocabulary.encode)
-    decode = Greedy(vocabulary)
-    said: dict[str, dict[str, str]] = {name: {} for name in runs}
-    for batch in data.eval_dataloader(split):
-        for utterance, row, samples in zip(batch.ids, batch.audio, batch.lengths.tolist(), strict=True):
-            for name, run in runs.items():
-                said[name][utterance] = decode(run(row[None, :samples])[0]).text
-        show("error rates", len(said[MODEL]) / len(references))
-    found: dict[str, Any] = {"split": split, "utterances": len(said[MODEL])}
-    for name, texts in said.items():
-        rates = error_rates([references[utterance] for utterance in texts], list(texts.values()))
-        found[name] = {"wer": rates.wer, "cer": rates.cer}
-    return found
+    """WER and CER of each graph on a split, greedily decoded, utterance by utterance; of too short ones, no text."""
+    split, decode = splits[name], Greedy(vocabulary)
+    references: list[str] = []
+    hypotheses: dict[str, list[str]] = {run: [] for run in runs}
+    for batch in whole_utterances(name, split, DataConfig(batch_seconds=60.0, num_workers=0)):
+        for text, row, samples in zip(batch.texts, batch.audio, batch.lengths.tolist(), strict=True):
+            references.append(vocabulary.normalize(text or ""))
+            for graph, run in runs.items():
+                hypotheses[graph].append(decode(run(row[None, :samples])[0]).text if samples >= least else "")
+        show("error rates", len(references) / len(split))
+    rates = {graph: asdict(error_rates(references, texts)) for graph, texts in hypotheses.items()}
+    return {"split": name, "utterances": len(references), **rates}
 
 
-def _load(source: Path) -> tuple[Wav2Vec2, Vocabulary | None]:
-    loaded = w2v2.load(source)
-    return (loaded.model, loaded.vocabulary) if isinstance(loaded, Recognizer) else (loaded, None)
-
-
-def _finish(folder: Path, source: Path, model: Wav2Vec2, vocabulary: Vocabulary | None) -> None:
-    save_config(model.config, folder / CONFIG)
-    write_preprocessor(folder)
-    if vocabulary is not None:
-        vocabulary.save(folder / VOCABULARY)
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--to onnx needs {error.name}: pip install 'w2v2[onnx]'") from error
+def _finish(
+    folder: Path, checkpoint: Checkpoint, name: str, checks: Checks, packages: Sequence[str], **more: Any
+) -> None:
+    """Write what belongs to a graph, and ``export.json``: what was compared, of which weights, with which versions."""
+    save_config(checkpoint.config, folder / CONFIG)
+    # What a model wants normalised an export normalises itself, exactly as in training.
+    write_extractor(folder, normalize=False, attention_mask=False)
+    if checkpoint.vocabulary is not None:
+        checkpoint.vocabulary.save(folder / VOCABULARY)
+    check = {
+        "schema": 1,
+        "format": name,
+        "source": file_hashes(checkpoint.source),
+        "limit": LIMIT,
+        "largest_difference": max(check["difference"] for check in checks),
+        "checks": checks,
+        **more,
+        "packages": {name: metadata.version(name) for name in ("w2v2", "torch", *packages)},
+    }
+    write_json(folder / CHECK, check)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters talk about themselves, at length."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
+def _exporting() -> Iterator[None]:
+    """Silence exporters, who talk about themselves at length; a module of the user's own may do what no graph can."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            logging.disable(before)
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """A module of the user's own may do what no graph can."""
-    try:
-        yield
     except RuntimeError as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise JobError(f"this model cannot be exported: {reason}") from error
-
-
-LIMIT = 1e-4
-"""Largest difference to the model in PyTorch, where values are at most 1; relative to the largest value elsewhere."""
-
-
-BATCHES = (1, 3)
+    finally:
+        logging.disable(before)
 
 
 def check_lengths(config: Wav2Vec2Config, fewest_frames: int = 1) -> tuple[int, ...]:
-    """Five numbers of samples: the least that give so many frames, and up to five seconds."""
+    """Return five numbers of samples: the least that give so many frames, and up to five seconds."""
     least = next(n for n in range(1, 8_000) if config.frames([n])[0] >= fewest_frames)
     return (least, 8_000, 16_001, 41_234, 80_000)
 
@@ -303,24 +273,22 @@ def check_audio(batch: int, samples: int) -> Tensor:
     return noise * torch.logspace(-2, -0.5, batch)[:, None] + 0.01
 
 
-def compare(
-    expected: Callable[[Tensor], Tensor], got: Callable[[Tensor], Tensor], lengths: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Largest difference of two models on the same audio, at each length and batch size.
+def compare(expected: Runs, got: Runs, lengths: Sequence[int]) -> Checks:
+    """Return the largest difference of two models on the same audio, at each length and batch size.
 
     Raises:
         JobError: another shape, or a difference above ``LIMIT``.
     """
-    checks: list[dict[str, Any]] = []
+    checks: Checks = []
     for samples in lengths:
         for batch in BATCHES:
             audio = check_audio(batch, samples)
             with torch.no_grad():
-                want, found = expected(audio), got(audio)
-            shapes = tuple(want.shape), tuple(found.shape)
-            if shapes[0] != shapes[1]:
-                raise JobError(f"the export gives {shapes[1]} for {batch} x {samples} samples, expected {shapes[0]}")
-            difference = ((want - found).abs().max() / want.abs().max().clamp(min=1)).item()
+                want, output = expected(audio), got(audio)
+            if want.shape != output.shape:
+                got_shape, shape = tuple(output.shape), tuple(want.shape)
+                raise JobError(f"the export gives {got_shape} for {batch} x {samples} samples, expected {shape}")
+            difference = ((want - output).abs().max() / want.abs().max().clamp(min=1)).item()
             if not difference <= LIMIT:
                 raise JobError(
                     f"the export differs from the model by {difference:.2g} at {batch} x {samples} samples, "
@@ -328,37 +296,3 @@ def compare(
                 )
             checks.append({"batch": batch, "samples": samples, "difference": difference})
     return checks
-
-
-def write_check(
-    folder: Path, source: Path, format_name: str, checks: Sequence[dict[str, Any]], packages: Sequence[str], **more: Any
-) -> None:
-    """Write ``export.json``: what was compared, of which weights, with which versions."""
-    found = {
-        "schema": 1,
-        "format": format_name,
-        "source": file_hashes(source),
-        "limit": LIMIT,
-        "largest_difference": max(check["difference"] for check in checks),
-        "checks": list(checks),
-        **more,
-        "packages": {name: metadata.version(name) for name in ("w2v2", "torch", *packages)},
-    }
-    write_json(folder / CHECK, found)
-
-
-def write_preprocessor(folder: Path) -> None:
-    """Write ``preprocessor_config.json``, as transformers' feature extractor reads it.
-
-    Nothing is normalised there: where a model wants that, an export does it itself, exactly as in training.
-    """
-    settings = {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": 16_000,
-        "padding_value": 0.0,
-        "padding_side": "right",
-        "do_normalize": False,
-        "return_attention_mask": False,
-    }
-    write_json(folder / "preprocessor_config.json", settings)

@@ -183,12 +183,11 @@ def _tune(
     from w2v2.evaluation.tuning import EmissionCache, weights_key
 
     split, key = splits[args.tune], weights_key(args.model)
-    said = {cut.id: cut.supervisions[0].text for cut in split}
     found = tune_weights(
         recognizer,
         decoder.tuned,
         whole_utterances(args.tune, split, data),
-        {name: recognizer.vocabulary.normalize(text) for name, text in said.items() if text is not None},
+        {u.id: recognizer.vocabulary.normalize(u.text) for u in split.utterances() if u.text is not None},
         EmissionCache(args.model / "emissions" / f"{split.audio}-{key[:16]}", key),
         start=decoder.config,
         trials=64 if args.trials is None else args.trials,

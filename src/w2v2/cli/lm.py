@@ -83,7 +83,7 @@ def _lm(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _normalizer() -> Callable[[str], str]:
-    from w2v2.text.vocabulary import normalize_text
+    from w2v2.text.spelling import normalize_text
 
     return normalize_text
 
@@ -110,4 +110,4 @@ def _sentences(
         chosen = split or (next(iter(splits)) if len(splits) == 1 else "train")
         if chosen not in splits:
             raise UsageError(f"--split must be one of {', '.join(splits)}, which {corpus} has; got {chosen!r}")
-        yield from filter(None, (normal(cut.supervisions[0].text or "").split() for cut in splits[chosen]))
+        yield from filter(None, (normal(u.text or "").split() for u in splits[chosen].utterances()))

@@ -32,7 +32,6 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_data: bool = True) -> T:
     """The recipe, with the shape of the model that the run starts from, if any, and the command line's overrides."""
-    from w2v2.checkpoint.formats import read
     from w2v2.recipes import load_recipe, recipe_names
 
     names = ", ".join(recipe_names(kind))
@@ -44,7 +43,9 @@ def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_
         raise UsageError(f"name a recipe: one of {names}, or FILE.py:FUNCTION")
     config: Any = load_recipe(args.recipe, kind)
     if getattr(args, "init_from", None) is not None:
-        config.take_shape(read(args.init_from).config)
+        from w2v2.checkpoint.formats import read
+
+        config.adopt_architecture(read(args.init_from).config)
     if args.help:
         args.parser.print_help()
         rest = ["--help"]

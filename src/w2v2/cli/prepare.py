@@ -65,8 +65,8 @@ def add(verb: AddVerb) -> None:
 
 
 def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
-    from w2v2.preparation.audit import AuditConfig
-    from w2v2.preparation.run import PrepareConfig, prepare, summary_table
+    from w2v2.preparation.config import AuditConfig, PrepareConfig
+    from w2v2.preparation.run import prepare, summary_table
 
     audit = override(AuditConfig(), ["--help"] if args.thresholds else rest, "w2v2 prepare SOURCE OUT")
     names = ("splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb")
@@ -90,9 +90,7 @@ def _prepare(args: argparse.Namespace, rest: list[str]) -> None:
             from w2v2.preparation.executors import RayExecutor
 
             executor = stack.enter_context(RayExecutor(args.ray))
-        summary = prepare(
-            source, args.out, config, jobs=args.jobs, strict=args.strict, executor=executor, progress=show
-        )
+        summary = prepare(source, args.out, config, jobs=args.jobs, strict=args.strict, executor=executor, show=show)
     for line in summary_table(summary):
         log.info("%s", line)
 
@@ -107,14 +105,15 @@ def _download(args: argparse.Namespace) -> Path:
             Path(args.source),
             base_url=args.base_url or OFFICIAL,
             checksums=args.checksums,
-            progress=lambda share: show("download", share),
+            show=show,
         )
 
 
 def _synthesize(args: argparse.Namespace) -> Path:
-    from w2v2.synthetic.corpus import SyntheticConfig, synthesize
+    from w2v2.synthetic.corpus import synthesize
+    from w2v2.synthetic.speakers import SyntheticConfig
 
     audio: Path = args.out.with_name(args.out.name + "-audio")
     with progress("synthesise") as show:
-        synthesize(audio, SyntheticConfig.sized(args.hours, args.seed), lambda share: show("synthesise", share))
+        synthesize(audio, SyntheticConfig.sized(args.hours, args.seed), show)
     return audio

@@ -239,7 +239,8 @@ def load_audio(
     Only that part is decoded where the format can seek.
 
     Args:
-        cut: of one recording in one file; ``channel`` among its custom fields, from 1, is the one that is heard.
+        cut: of one recording in one file. Of its custom fields, ``channel`` is the one that is heard, from 1, and
+            ``gain`` what its samples were multiplied by to fit into the integers of a shard.
         offset: seconds after the cut's start.
         duration: seconds; None: to the cut's end.
         data: the encoded file, where it has been read already, as of a shard.
@@ -265,4 +266,4 @@ def load_audio(
     # Decoders' versions differ in how they count the last samples of compressed formats; a rounding is no loss.
     if len(samples) < count - max(1, rate // 1000):
         raise AudioError(f"{path} ({cut.id}): it ends early, {len(samples)} samples of {count} from {start}")
-    return resample(samples, rate)
+    return resample(samples, rate) / np.float32((cut.custom or {}).get("gain", 1.0))

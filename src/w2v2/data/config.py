@@ -13,7 +13,7 @@ class DataConfig:
     """Where the audio is and how it is batched."""
 
     sources: tuple[str, ...] = ()
-    """Prepared corpora (folders, ``https://`` or ``s3://`` addresses), or folders of audio as they are (``--data``)."""
+    """Prepared corpora (folders, ``https://`` or ``s3://`` addresses), or folders of audio as they are."""
     weights: tuple[Annotated[float, Range(0, 1_000, above=True, below=True)], ...] = ()
     """How many times a pass each utterance of each corpus comes; none: once."""
     train_split: str = "train"

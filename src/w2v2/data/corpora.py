@@ -13,18 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment, fastcopy
-from lhotse.serialization import deserialize_item
+from lhotse import MonoCut
 
-from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
 from w2v2.data.config import DataConfig
-from w2v2.data.sources import SPLITS, folder_rows, listed_splits, named_split, utterance_id
+from w2v2.data.folders import folder_cuts
+from w2v2.data.splits import SCHEMA, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
+from w2v2.data.utterance import Utterance, location_of, read_cut, repeated
 from w2v2.errors import JobError, UsageError
-
-SCHEMA = 2
-"""Of ``corpus.json``; its keys change only with it."""
-_HELD_OUT_SPEAKERS = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Piece:
 
     def files(self) -> list[tuple[int, int] | None]:
         """Size and time of change, ns, of the audio of cuts in memory. A manifest's hash covers its samples."""
-        return [_stamp(cut.recording.sources[0].source) for cut in self.held]
+        return [_stamp(location_of(cut)) for cut in self.held]
 
     def rows(self, number: int = 0) -> Iterator[Row]:
         """Its utterances, in order; ``number`` is the first part of their ``place``.
@@ -90,22 +86,15 @@ class Row(NamedTuple):
     """How many times it has come before, where that is not the number of passes."""
 
     def cut(self) -> MonoCut:
-        """Of lhotse; ``repeats`` is its ``custom["pass"]``."""
-        cut: MonoCut = self.content
-        if isinstance(self.content, bytes):
-            cut = deserialize_item(json.loads(self.content))
-        if self.audio:
-            cut.recording.sources[0].source = self.audio
-        return cut if self.repeats is None else fastcopy(cut, custom={**(cut.custom or {}), "pass": self.repeats})
+        """The cut that it is."""
+        cut = read_cut(self.content, self.audio) if isinstance(self.content, bytes) else self.content
+        return cut if self.repeats is None else repeated(cut, self.repeats)
 
-    def label(self) -> tuple[str, bool]:
-        """Its transcript, empty if there is none, and whether it was prepared as one that CTC cannot emit."""
-        if isinstance(self.content, MonoCut):
-            text, custom = self.content.supervisions[0].text, self.content.custom
-        else:
-            record = json.loads(self.content)
-            text, custom = record["supervisions"][0].get("text"), record.get("custom")
-        return text or "", bool((custom or {}).get("ctc_infeasible"))
+    def utterance(self) -> Utterance:
+        """What is known of it."""
+        if isinstance(self.content, bytes):
+            return Utterance.from_line(self.content, self.audio)
+        return Utterance.of(self.content)
 
 
 _HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [^,]+, "duration": ([^,]+),')
@@ -132,9 +121,9 @@ class Split:
     def of(cls, cuts: Iterable[MonoCut]) -> Split:
         """A split of cuts in memory."""
         held = tuple(cuts)
-        said = [cut.supervisions[0] for cut in held]
+        utterances = [Utterance.of(cut) for cut in held]
         piece = Piece(held=held, utterances=len(held), seconds=sum(cut.duration for cut in held))
-        return cls((piece,), len({s.speaker for s in said}), sum(bool(s.text) for s in said))
+        return cls((piece,), len({u.speaker for u in utterances}), sum(bool(u.text) for u in utterances))
 
     @property
     def seconds(self) -> float:
@@ -159,6 +148,14 @@ class Split:
         for piece in self.pieces:
             yield from piece.read()
 
+    def utterances(self) -> Iterator[Utterance]:
+        """All of them, in the same order."""
+        return map(Utterance.of, self)
+
+    def transcripts(self, min_seconds: float) -> Iterator[tuple[str, float, str]]:
+        """(id, seconds, transcript, empty if there is none) of the utterances that are long enough."""
+        return ((u.id, u.seconds, u.text or "") for u in self.utterances() if u.seconds >= min_seconds)
+
 
 Splits = dict[str, Split]
 
@@ -178,7 +175,7 @@ def read_corpora(sources: Sequence[str], weights: Sequence[float] = (), *, train
         UsageError: as ``read_corpus``; a number of weights that is not that of the corpora.
     """
     if weights and len(weights) != len(sources):
-        raise UsageError(f"--data.weights needs one number for each of the {len(sources)} corpora, got {len(weights)}")
+        raise UsageError(f"`data.weights` needs one number for each of the {len(sources)} corpora, got {len(weights)}")
     together: dict[str, list[Split]] = {}
     for i, source in enumerate(sources):
         for name, split in read_corpus(source, training=training).items():
@@ -204,7 +201,7 @@ def read_run(data: DataConfig) -> Splits:
     splits = read_corpora(data.sources, data.weights)
     if data.train_split not in splits:
         raise UsageError(
-            f"no split {data.train_split!r} in {' '.join(data.sources)}, needed for --data.train-split: got "
+            f"no split {data.train_split!r} in {' '.join(data.sources)}, needed for `data.train_split`: got "
             f"{', '.join(splits)}"
         )
     return {**splits, "train": splits[data.train_split]}
@@ -218,7 +215,7 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
     validation utterance, every twentieth speaker of train, by a hash of the name, is held out, and a folder without any
     training subset, such as dev-clean alone, is used whole.
 
-    Without ``training`` a file without a readable header is a cut that says so (``custom["unreadable"]``), so that
+    Without ``training`` a file without a readable header is a cut that says so (``Utterance.unreadable``), so that
     whoever reads it counts it with those that fail later. And nothing is held out: a folder without subsets is one
     split, of the role that its own name tells, otherwise test. Subsets are there too, whole, by their own names, such
     as dev-other.
@@ -235,128 +232,34 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
         raise UsageError(f"no folder {root}: expected audio in LibriSpeech layout, or what 'w2v2 prepare' wrote")
     if (root / ".prepare").exists():
         raise UsageError(f"{root} is not prepared to the end; run the same 'w2v2 prepare' again, it does the rest")
-    return _unprepared(root, training)
+    return {name: Split.of(cuts) for name, cuts in folder_cuts(root, training=training).items()}
 
 
 def _prepared(location: str, description: str) -> Splits:
     try:
-        found = json.loads(read_bytes(description))
+        corpus = json.loads(read_bytes(description))
     except FileNotFoundError as error:
         raise UsageError(f"no {description}: expected a corpus that 'w2v2 prepare' wrote") from error
     except ValueError as error:
         raise UsageError(f"{description} is not what 'w2v2 prepare' writes ({error}); check the address") from error
-    if found.get("schema") != SCHEMA:
-        raise UsageError(f"{description} has schema {found.get('schema')}, expected {SCHEMA}; prepare the corpus again")
+    if corpus.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{description} has schema {corpus.get('schema')}, expected {SCHEMA}; prepare the corpus again"
+        )
     splits = {}
-    for name, split in found["splits"].items():
+    for name, split in corpus["splits"].items():
         pieces = tuple(
             Piece(
                 manifest=join(location, piece["cuts"]),
                 audio=join(location, piece["audio"]) if piece["audio"] else "",
                 utterances=piece["utterances"],
                 seconds=piece["seconds"],
-                content=found["content_hash"],
+                content=corpus["content_hash"],
             )
             for piece in split["pieces"]
         )
         splits[name] = Split(pieces, split["speakers"], split["transcribed"])
     return splits
-
-
-def _unprepared(root: Path, training: bool) -> Splits:
-    rows = list(folder_rows(root))
-    if not rows:
-        raise UsageError(f"no audio in {root}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path")
-    listed = dict(listed_splits(root / "splits.tsv")) if (root / "splits.tsv").exists() else {}
-    subsets: dict[str, list[MonoCut]] = {}
-    by_split: dict[str, list[MonoCut]] = {}
-    seen: dict[str, str] = {}
-    rest = "train"
-    if not training and not any(row.split for row in rows):
-        rest = named_split(root.absolute().name) or "test"
-    for row in rows:
-        name = utterance_id(row.path)
-        if name in seen:
-            raise UsageError(f"two files with the utterance id {name}: {seen[name]} and {row.path}; rename one")
-        seen[name] = row.path
-        split = listed.get(name) if listed else row.split or rest
-        subset = row.path.partition("/")[0] if row.split and not training else None
-        if split is None and subset is None:
-            continue
-        cut = _cut(root / row.path, name, row.text, row.speaker, strict=training)
-        if split is not None:
-            by_split.setdefault(split, []).append(cut)
-        if subset is not None:
-            subsets.setdefault(subset, []).append(cut)
-    if not by_split:
-        raise UsageError(f"{root / 'splits.tsv'} names no utterance of those in {root}; correct or remove it")
-    if training:
-        _settle_roles(by_split, root, listed=bool(listed))
-    roles = {name: Split.of(by_split[name]) for name in SPLITS if name in by_split}
-    return roles if training else roles | {name: Split.of(subsets[name]) for name in subsets if name not in roles}
-
-
-def _cut(path: Path, name: str, text: str | None, speaker: str | None, *, strict: bool) -> MonoCut:
-    """One file as a cut; only its header is read. One that cannot be read is refused, or a cut of a sample."""
-    fault = ""
-    try:
-        with AudioFile(str(path)) as file:
-            rate, samples, channels = file.rate, file.frames, file.channels
-        if samples == 0:
-            fault = f"no samples in {path}: expected audio"
-    except (AudioError, OSError) as error:
-        fault = f"cannot read {path}: {error}"
-    if fault and strict:
-        raise UsageError(f"{fault}; repair or remove it")
-    if fault:
-        rate, samples, channels = SAMPLE_RATE, 1, 1
-    duration = samples / rate
-    recording = file_recording(name, str(path.resolve()), rate, samples, channels)
-    said = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=duration, text=text, speaker=speaker)
-    custom = {"unreadable": fault} if fault else None
-    return MonoCut(
-        id=name, start=0.0, duration=duration, channel=0, recording=recording, supervisions=[said], custom=custom
-    )
-
-
-def file_recording(name: str, location: str, rate: int, samples: int, channels: int) -> Recording:
-    """A recording in one file, here or remote; ``samples`` of each channel."""
-    numbers = list(range(channels))
-    return Recording(
-        id=name,
-        sources=[AudioSource(type="url" if is_remote(location) else "file", channels=numbers, source=location)],
-        sampling_rate=rate,
-        num_samples=samples,
-        duration=samples / rate,
-        channel_ids=numbers,
-    )
-
-
-def _settle_roles(by_split: dict[str, list[MonoCut]], root: Path, *, listed: bool) -> None:
-    """Make it something to train and validate on."""
-    if "train" not in by_split and listed:
-        raise UsageError(f"{root / 'splits.tsv'} gives no utterance in {root} the role train, got {sorted(by_split)}")
-    if "train" not in by_split:
-        together = [cut for cuts in by_split.values() for cut in cuts]
-        by_split.clear()
-        by_split["train"] = together
-    if "valid" not in by_split:
-        _hold_out(by_split, root)
-
-
-def _hold_out(by_split: dict[str, list[MonoCut]], root: Path) -> None:
-    """Move some speakers from train to valid."""
-    speakers = {cut.supervisions[0].speaker or "" for cut in by_split["train"]}
-    if len(speakers) < 2:
-        raise UsageError(
-            f"no validation audio in {root}: expected a subset named dev... or valid..., or two speakers or more "
-            f"to hold one out, got {len(speakers)} speaker"
-        )
-    ranked = sorted(speakers, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    held = set(ranked[: max(1, round(_HELD_OUT_SPEAKERS * len(speakers)))])
-    cuts = by_split["train"]
-    by_split["valid"] = [cut for cut in cuts if cut.supervisions[0].speaker in held]
-    by_split["train"] = [cut for cut in cuts if cut.supervisions[0].speaker not in held]
 
 
 def describe(splits: Splits) -> dict[str, dict[str, float | str]]:
@@ -375,36 +278,9 @@ def describe(splits: Splits) -> dict[str, dict[str, float | str]]:
 
 def labelled_subset(split: Split, minutes: float, seed: int) -> Split:
     """About so many minutes of transcribed cuts, over all speakers, with their weights; see ``choose_labelled``."""
-    rows = ((cut.id, cut.supervisions[0].speaker, cut.duration) for cut in split if cut.supervisions[0].text)
+    rows = ((u.id, u.speaker, u.seconds) for u in split.utterances() if u.text)
     chosen = choose_labelled(rows, minutes, seed)
     kept = [(piece.weight, [cut for cut in piece.read() if cut.id in chosen]) for piece in split.pieces]
     together = Split.of(cut for _, cuts in kept for cut in cuts)
     pieces = (replace(piece, weight=weight) for weight, cuts in kept if cuts for piece in Split.of(cuts).pieces)
     return replace(together, pieces=tuple(pieces))
-
-
-def choose_labelled(rows: Iterable[tuple[str, str | None, float]], minutes: float, seed: int) -> set[str]:
-    """Utterances of about so many minutes, taken in turn from the speakers, in an order that the seed decides.
-
-    Args:
-        rows: (utterance id, speaker, seconds).
-    """
-
-    def rank(name: str) -> str:
-        return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
-
-    by_speaker: dict[str, list[tuple[str, float]]] = {}
-    for name, speaker, seconds in sorted(rows, key=lambda row: rank(row[0])):
-        by_speaker.setdefault(speaker or "", []).append((name, seconds))
-    queues = [by_speaker[speaker] for speaker in sorted(by_speaker, key=lambda s: rank(by_speaker[s][0][0]))]
-    chosen, total = set(), 0.0
-    while queues:
-        for queue in queues:
-            name, seconds = queue.pop()
-            if total + seconds <= minutes * 60 + 8:
-                chosen.add(name)
-                total += seconds
-            if total >= minutes * 60:
-                return chosen
-        queues = [queue for queue in queues if queue]
-    return chosen

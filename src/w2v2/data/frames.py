@@ -23,11 +23,10 @@ def flac_layout(file: BinaryIO, start: int, size: int, *, thrifty: bool = False)
     announced = _announced(read_at(file, start, 26))
     if thrifty and announced and _last_sample(file, start, size, announced) == announced:
         return Layout()
-    starts, at = [start], start + 4
-    while (at := find(file, b"fLaC", at, size)) < size:
+    starts, at = [start], start
+    while (at := find(file, b"fLaC", at + 4, size)) < size:
         if read_at(file, at + 4, 4) in (b"\x00\x00\x00\x22", b"\x80\x00\x00\x22"):
             starts.append(at)
-        at += 4
     spans, same = [], len(starts) == 1
     for at, end in zip(starts, [*starts[1:], size], strict=True):
         head = bytearray(read_at(file, at, 26))

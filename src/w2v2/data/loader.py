@@ -99,7 +99,7 @@ def whole_utterances(name: str, split: Split, config: DataConfig) -> SpeechLoade
     recordings that cannot be read are missing, named in ``bad``, as far as ``max_bad`` allows.
     """
     passes = Passes(name, split, replace(config, min_seconds=0.0))
-    return make_loader(SpeechDataset(), passes, config, None, option="--max-bad")
+    return make_loader(SpeechDataset(), passes, config, None)
 
 
 def make_loader(
@@ -111,9 +111,8 @@ def make_loader(
     skip: int = 0,
     start: Position | None = None,
     epoch: int = 0,
-    option: str = "--data.max-bad",
 ) -> SpeechLoader:
-    """Loader of a rank's batches of some utterances; ``option`` is what the user knows ``max_bad`` by."""
+    """Loader of a rank's batches of some utterances."""
     rank, world_size = _ranks()
     sampler = EpochSampler(
         passes,
@@ -135,7 +134,7 @@ def make_loader(
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         allowed=int(bad_share(config.max_bad) * count),
-        said=f"more than {option} {config.max_bad} of {count} allows",
+        said=f"more than `data.max_bad` {config.max_bad} of {count} allows",
     )
 
 

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from itertools import islice
 
-from w2v2.data.batch import Fits, unreadable_reason
+from w2v2.data.batch import Fits
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Row, Split
 from w2v2.errors import UsageError
@@ -53,7 +53,7 @@ class Passes:
         if self.count(1) == 0:
             kind = "with a transcript " if labelled else ""
             raise UsageError(
-                f"no utterance {kind}of the {name} split is as long as --data.min-seconds {config.min_seconds:g}; "
+                f"no utterance {kind}of the {name} split is as long as `data.min_seconds` {config.min_seconds:g}; "
                 "lower it, or add audio"
             )
 
@@ -64,14 +64,14 @@ class Passes:
         return sum(1 for _ in islice(rows, enough))
 
     def _fault(self, row: Row) -> str:
-        readable = isinstance(row.content, bytes) or not unreadable_reason(row.content)
-        if row.seconds < self.config.min_seconds and readable:
+        if row.seconds < self.config.min_seconds and not row.utterance().unreadable:
             return f"shorter than {self.config.min_seconds:g} s"
         if self.labelled:
-            text, infeasible = row.label()
+            utterance = row.utterance()
+            text = utterance.text or ""
             if not text.strip():
                 return "without a transcript"
-            if infeasible if self.fits is None else not self.fits(row.seconds, text):
+            if utterance.ctc_infeasible if self.fits is None else not self.fits(row.seconds, text):
                 return "with more labels than CTC can emit in their frames"
         return ""
 

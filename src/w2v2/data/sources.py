@@ -1,27 +1,17 @@
-"""Where audio comes from, as rows: a folder of files, a table, a Hugging Face dataset."""
+"""Where audio comes from, as rows: the audio files of a folder, with their transcripts."""
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from w2v2.data.audio import FORMATS, MOST_CHANNELS
+from w2v2.data.audio import FORMATS
+from w2v2.data.splits import named_split
 from w2v2.data.storage import is_remote
 from w2v2.errors import UsageError
-
-log = logging.getLogger(__name__)
-
-SPLITS = ("train", "valid", "test")
-COLUMNS = ("path", "start", "end", "text", "speaker", "split", "channel")
-_SUBSET = re.compile(r"(train|dev|val|test)(ing|elopment|id|idation)?(?![a-z])", re.IGNORECASE)
-
 
 _NOBODY = {"audio", "clips", "data", "flac", "mp3", "recordings", "sounds", "speech", "wav", "wavs"}
 """Folders that are surely no speaker's."""
@@ -80,12 +70,12 @@ def folder_texts(root: Path) -> Iterator[tuple[str, str | UsageError | None]]:
     """
     for folder, names in _walk(str(root), ()):
         texts, fault = _folder_transcripts(Path(folder), names)
-        own = {name for name in names if name.endswith(".txt") and not name.endswith(".trans.txt")}
+        files = set(names)
         for name, path in _audio_in(root, folder, names):
             stem = os.path.splitext(name)[0]
             text: str | UsageError | None = texts.get(stem)
             if text is None:
-                text = _read_text(Path(folder, f"{stem}.txt")) if f"{stem}.txt" in own else fault
+                text = _read_text(Path(folder, f"{stem}.txt")) if f"{stem}.txt" in files else fault
             yield path, text
 
 
@@ -114,9 +104,9 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"--speaker must be a regular expression, got {pattern!r}: {error}") from None
+        raise UsageError(f"`speaker` must be a regular expression, got {pattern!r}: {error}") from None
     if not compiled.groups:
-        raise UsageError(f"--speaker needs a group in parentheses that is the speaker, got {pattern!r}")
+        raise UsageError(f"`speaker` needs a group in parentheses that is the speaker, got {pattern!r}")
     return compiled
 
 
@@ -152,11 +142,11 @@ def _folder_transcripts(folder: Path, names: list[str]) -> tuple[dict[str, str],
     fault: UsageError | None = None
     for name in names:
         if name.endswith(".trans.txt"):
-            found = _read_text(folder / name)
-            if isinstance(found, UsageError):
-                fault = found
+            lines = _read_text(folder / name)
+            if isinstance(lines, UsageError):
+                fault = lines
                 continue
-            for line in found.splitlines():
+            for line in lines.splitlines():
                 utterance, _, text = line.partition(" ")
                 texts[utterance] = text.strip()
     return texts, fault
@@ -191,12 +181,6 @@ def split_of(path: str) -> str | None:
     return named_split(first) if rest else None
 
 
-def named_split(name: str) -> str | None:
-    """``dev-clean`` is valid, and so on; None for other names."""
-    match = _SUBSET.match(name)
-    return {"train": "train", "dev": "valid", "val": "valid", "test": "test"}[match[1].lower()] if match else None
-
-
 def utterance_id(path: str) -> str:
     """LibriSpeech's own ids stay; otherwise the relative path without its ending, in one word."""
     *folders, name = path.split("/")
@@ -206,190 +190,6 @@ def utterance_id(path: str) -> str:
     return "_".join([*folders, stem]).replace(" ", "_")
 
 
-def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
-    """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t")
-        try:
-            if not rows.fieldnames or not {"role", "utt"} <= set(rows.fieldnames):
-                raise UsageError(f"{path} needs the columns role and utt, got {rows.fieldnames}")
-            for row in rows:
-                split = named_split(row["role"] or "")
-                if split is not None and row["utt"]:
-                    yield row["utt"], split
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read as a table in UTF-8: {error}") from None
-
-
-def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """Rows of a CSV, TSV or JSONL table.
-
-    Args:
-        table: paths in it are relative to its folder, absolute, or URLs.
-        columns: name in the table of each of ``COLUMNS`` that is called otherwise there.
-
-    Raises:
-        UsageError: no such column, a row that lacks one, a value that is no number; with the row's number.
-    """
-    names = {column: (columns or {}).get(column, column) for column in COLUMNS}
-    records = _json_records(table) if table.suffix.lower() in (".jsonl", ".json") else _csv_records(table)
-    present: list[str] = []
-    for line, record in records:
-        if not present:
-            missing = [names[column] for column in COLUMNS if column in (columns or {}) and names[column] not in record]
-            if names["path"] not in record or missing:
-                wanted = missing[0] if missing else names["path"]
-                raise UsageError(
-                    f"{table} has no column {wanted!r}: expected one, got {', '.join(map(str, record))}; "
-                    "name the columns with --columns path=NAME"
-                )
-            present = [column for column in COLUMNS if names[column] in record]
-            unread = [str(name) for name in record if name not in names.values()]
-            if unread:
-                log.warning("%s: nobody reads the columns %s; name them with --columns", table, ", ".join(unread))
-        late = [names[column] for column in COLUMNS if column not in present and names[column] in record]
-        if late:
-            raise UsageError(f"{table}, row {line}: column {late[0]!r}, which the rows before lack; add it, null there")
-        yield _table_row(table, line, record, {column: names[column] for column in present})
-
-
-def _table_row(table: Path, line: int, record: Mapping[str, Any], names: Mapping[str, str]) -> Row:
-    where = f"{table}, row {line}"
-    for name in names.values():
-        if name not in record:
-            raise UsageError(f"{where}: no column {name!r}, which the rows before have; add it, empty or null")
-    values: dict[str, Any] = {column: record[name] for column, name in names.items()}
-    if not values["path"] or not isinstance(values["path"], str):
-        raise UsageError(f"{where}: expected a path in {names['path']!r}, got {values['path']!r}")
-    channel = values.get("channel")
-    if channel in (None, ""):
-        channel = None
-    elif not str(channel).isdecimal() or not 1 <= int(channel) <= MOST_CHANNELS:
-        raise UsageError(f"{where}: expected a channel from 1 in {names['channel']!r}, got {channel!r}")
-    for column in ("start", "end"):
-        values[column] = _seconds(where, names, column, values.get(column))
-    start, end = values["start"] or 0.0, values["end"]
-    if end is not None and end <= start:
-        raise UsageError(f"{where}: expected an end after the start {start:g}, got {end:g}")
-    split = values.get("split") or None
-    if split is not None and named_split(str(split)) is None:
-        raise UsageError(f"{where}: expected train, dev, valid or test in {names['split']!r}, got {split!r}")
-    text, speaker = values.get("text"), values.get("speaker")
-    try:
-        f"{values['path']}{text}{speaker}".encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: {error.object[error.start]!r} is half a character; repair it") from None
-    return Row(
-        path=values["path"],
-        line=line,
-        start=values["start"],
-        end=end,
-        text=None if text is None else str(text),
-        speaker=None if speaker in (None, "") else str(speaker),
-        split=None if split is None else named_split(str(split)),
-        channel=None if channel is None else int(channel),
-    )
-
-
-def _seconds(where: str, names: Mapping[str, str], column: str, value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise UsageError(f"{where}: expected seconds in {names[column]!r}, got {value!r}")
-    return seconds
-
-
-def _csv_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        tabs = table.suffix.lower() == ".tsv"
-        # Tab-separated corpora such as Common Voice have bare quotation marks in their sentences.
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file)
-        try:
-            header = next(rows, None)
-            if header is None:
-                raise UsageError(f"{table} is empty: expected a line with the names of the columns")
-            for line, row in enumerate(rows, 1):
-                if row:
-                    yield line, dict(zip(header, row, strict=False))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(f"{table} cannot be read as a table in UTF-8: {error}") from None
-
-
-def _json_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open("rb") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except ValueError as error:
-                raise UsageError(f"{table}, row {line}: expected a JSON object, got {error}") from None
-            if not isinstance(record, dict):
-                raise UsageError(f"{table}, row {line}: expected a JSON object, got {type(record).__name__}")
-            yield line, record
-
-
 def locate(root: Path, path: str) -> str:
     """Path or URL of a row's audio."""
     return path if is_remote(path) else str(root / path)
-
-
-def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int, config: str | None) -> Iterator[Row]:
-    """Rows of a Hugging Face dataset, streamed; audio that is inside it is written, as it is, to a folder.
-
-    Args:
-        name: of a dataset on the hub, or a local folder, as ``datasets.load_dataset`` takes it.
-        audio: folder for the audio; paths of rows are relative to it, or absolute.
-        columns: name there of ``audio``, ``text``, ``speaker``, if they are called otherwise.
-        done: rows that an earlier call has already given.
-        config: of the dataset.
-
-    Raises:
-        UsageError: ``datasets`` is not installed, or there is no such dataset or column.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError("Hugging Face datasets need: pip install 'w2v2[hf]'") from None
-    try:
-        parts = datasets.load_dataset(name, config, streaming=True)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"cannot load the dataset {name}: {str(error).splitlines()[0]}") from error
-    names = {column: (columns or {}).get(column, column) for column in ("audio", "text", "speaker")}
-    line = 0
-    for split, part in parts.items():
-        features = part.features or {}
-        if names["audio"] not in features:
-            raise UsageError(
-                f"dataset {name} has no column {names['audio']!r}: got {', '.join(features)}; "
-                "name it with --columns audio=NAME"
-            )
-        rows: Iterable[dict[str, Any]] = part.cast_column(names["audio"], datasets.Audio(decode=False))
-        for record in rows:
-            line += 1
-            if line > done:
-                path = _hf_audio(record[names["audio"]] or {}, audio, line)
-                if path is None:
-                    raise UsageError(f"dataset {name}, row {line}: no audio in {names['audio']!r}; remove the row")
-                text, speaker = (
-                    None if record.get(names[column]) is None else str(record[names[column]])
-                    for column in ("text", "speaker")
-                )
-                yield Row(path, line, text=text, speaker=speaker, split=named_split(split))
-
-
-def _hf_audio(value: Mapping[str, Any], folder: Path, line: int) -> str | None:
-    if value.get("bytes") is None:
-        return value.get("path")
-    suffix = os.path.splitext(value["path"] or "")[1].lower()
-    relative = f"{line // 10_000:04d}/{line:08d}{suffix if suffix in FORMATS else '.wav'}"
-    path = folder / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_bytes(value["bytes"])
-    partial.replace(path)
-    return relative

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from w2v2.model.conv_stack import Layers, conv_stack, first_weights, folded_weights
 from w2v2.model.packing import is_plain
+from w2v2.model.precision import low_precision
 from w2v2.model.slots import Geometry, Slots
 
 
@@ -170,3 +171,29 @@ class FeatureEncoder(nn.Module):
         for layer in self.conv_layers:
             x = layer(x)
         return x.transpose(1, 2)  # (B, C, T) -> (B, T, C)
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm of the conv features, and their projection to the context network's width."""
+
+    def __init__(self, channels: int, width: int, dropout: float, *, utterance_norm: bool) -> None:
+        super().__init__()
+        self.utterance_norm = utterance_norm
+        self.norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """features (B, T, C) or packed -> normalised, same shape; projected (B, T, D), before dropout."""
+        if self.utterance_norm:
+            rows = features.split(list(lengths), dim=1) if lengths is not None else (features,)
+            features = torch.cat([_normalize_over_time(row) for row in rows], dim=1)
+        normalised = self.norm(features)
+        with low_precision(normalised, self.linear) as (x, linear):
+            return normalised, linear(x)
+
+
+def _normalize_over_time(x: Tensor) -> Tensor:
+    """(B, T, C) with zero mean and unit variance over T; fp32."""
+    var, mean = torch.var_mean(x.float(), dim=1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + 1e-5)

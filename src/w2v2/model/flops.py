@@ -10,12 +10,12 @@ from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "L4": 121e12, "RTX 4090": 165e12}
 
 
-def forward_flops(config: Wav2Vec2Config, seconds: float) -> dict[str, float]:
+def forward_flops(config: ContrastiveConfig, seconds: float) -> dict[str, float]:
     """FLOPs (two per multiply and add) of one pretraining forward pass, per second of audio, in crops of ``seconds``.
 
     ``convolutions``, ``linears`` of the blocks, ``attention`` (both products), ``positional``, and ``rest``: the
     feature projection and, for the frames that are masked, quantizer, projections and cosines. Norms and activations
-    are not counted, and every block is, LayerDrop or not.
+    are not counted, and every block is, with all its frames, LayerDrop or not.
     """
     samples = round(seconds * SAMPLE_RATE)
     convolutions, fan_in = 0.0, 1
@@ -26,7 +26,7 @@ def forward_flops(config: Wav2Vec2Config, seconds: float) -> dict[str, float]:
         fan_in = width
     frames, d = config.frames([samples])[0], config.n_embd
     masked = frames * expected_coverage(config.mask_prob, config.mask_length)
-    heads = _objective_weights(config, masked) if isinstance(config, ContrastiveConfig) else 0.0
+    heads = _objective_weights(config, masked)
     total = {
         "convolutions": convolutions,
         "linears": config.n_layer * 2 * (4 * d * d + 2 * d * config.ffn_dim) * frames,
@@ -46,16 +46,18 @@ def _objective_weights(config: ContrastiveConfig, masked: float) -> float:
     return target * config.n_groups * config.n_entries + config.n_embd * space + masked * space + projection
 
 
-def training_flops(config: Wav2Vec2Config, seconds: float) -> float:
-    """FLOPs of pretraining per second of audio, in crops of ``seconds``: three times those of the forward pass."""
-    return 3 * sum(forward_flops(config, seconds).values())
+def training_flops(config: Wav2Vec2Config, seconds: float) -> float | None:
+    """FLOPs of pretraining per second of audio, in crops of ``seconds``: three times those of the forward pass.
+
+    None for a subclass, which may build a quantizer or an objective that is not counted here.
+    """
+    return 3 * sum(forward_flops(config, seconds).values()) if type(config) is ContrastiveConfig else None
 
 
 def peak_flops(device: str) -> float | None:
     """Peak dense FLOP/s in bf16 of a GPU (``torch.cuda.get_device_name``), fp16 on a V100; None: not known."""
     words = device.replace("-", " ").split()
-    found = [peak for name, peak in _PEAKS.items() if name in device and (" " in name or name in words)]
-    return found[0] if found else None
+    return next((peak for name, peak in _PEAKS.items() if name in device and (" " in name or name in words)), None)
 
 
 def expected_coverage(prob: float, span: int) -> float:

@@ -6,6 +6,7 @@ Legend: B utterances, M masked frames of all of them, N of one, K distractors, P
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,17 +42,17 @@ def contrastive_logits(
         (M, 1 + K) float32, the target at 0. Distractors made of the target's own codes are -inf.
     """
     with torch.autocast(context.device.type, enabled=False):
-        c, q = (unpack(F.normalize(x.float(), dim=-1, eps=1e-8)[None], counts) for x in (context, targets))
+        vectors = F.normalize(torch.cat([context, targets]).float(), dim=-1, eps=1e-8)
+        c, q = (unpack(x[None], counts) for x in vectors.chunk(2))
         cosine = torch.bmm(c, q.mT) / temperature  # (B, N, P), (B, P, N) -> (B, N, N)
         others = unpack(distractors[None], counts).long()  # (B, N, K)
         positive = cosine.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         negatives = cosine.gather(2, others)
         row_codes = unpack(codes[None], counts)  # (B, N, G)
-        same = torch.ones_like(others, dtype=torch.bool)
-        for group in row_codes.unbind(-1):
-            picked = group.gather(1, others.flatten(1)).view_as(others)
-            same &= picked == group.unsqueeze(-1)
-        negatives = negatives.masked_fill(same, float("-inf"))
+        same = [
+            group.gather(1, others.flatten(1)).view_as(others) == group.unsqueeze(-1) for group in row_codes.unbind(-1)
+        ]
+        negatives = negatives.masked_fill(functools.reduce(torch.logical_and, same), float("-inf"))
         return pack(torch.cat([positive, negatives], dim=-1), counts).squeeze(0)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from w2v2.errors import Count, Positive, ShareBelowOne, UsageError
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
-    Draws,
     StepKey,
     Utterances,
     cut_batch,
@@ -26,59 +24,11 @@ from w2v2.model.masking import (
     slices,
     utterance_generators,
 )
-from w2v2.model.packing import Rows, repeat_rows, unpack
-from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
+from w2v2.model.objective import SSLOutput
+from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
+from w2v2.model.precision import low_precision
+from w2v2.model.quantizer import GumbelVectorQuantizer, QuantizerOutput, gumbel_temperature, perplexity
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
-
-
-@dataclass
-class SSLOutput:
-    """What a self-supervised model returns for a batch: sums, so that they add over batches and ranks."""
-
-    losses: dict[str, Tensor]
-    """Scalar float32 sums over the targets; weighted and divided by the number of targets by the task."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of anything, without gradient; ``summarize`` makes figures of them."""
-    num_targets: int = 0
-    """Targets in the batch, known on the host."""
-
-
-D = TypeVar("D", bound=Draws)
-
-
-class SSLModel(Protocol[D]):
-    """An objective: all that the training task asks of a model, which is a ``torch.nn.Module`` too."""
-
-    def draw(self, batch: Utterances, step_key: StepKey | None) -> D:
-        """Draw everything random about a batch, on the host.
-
-        Args:
-            batch: by whose ids and epochs an utterance's part is drawn.
-            step_key: by which the batch's part is. None: validation, whose draws depend on the ids alone.
-        """
-
-    def forward(self, audio: Tensor, draws: D, lengths: Sequence[int] | None = None, *, step: int = 0) -> SSLOutput:
-        """Sum losses and metrics over a batch.
-
-        Args:
-            audio: (B, S) float32.
-            draws: on the audio's device.
-            lengths: valid samples of each utterance, on the host; None when all are S.
-            step: optimiser steps so far.
-        """
-
-    def summarize(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Make figures of metrics that were summed over batches and ranks.
-
-        A validation's sums of the baseline are there too, as ``baseline/NAME``, if there is one.
-        """
-
-    def baseline(self, draws: D) -> D | None:
-        """The same targets without what they are to be told from, for comparison in validation; None: no such."""
-
-    @property
-    def __call__(self) -> Callable[..., SSLOutput]:
-        """``forward``, with the module's hooks."""
 
 
 class Wav2Vec2ForPretraining(Wav2Vec2):
@@ -137,15 +87,16 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             keep_layers=draws.keep_layers,
             rows=Rows(draws.masked, draws.counts),
         )
-        context = self.out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
+        with low_precision(x, self.out_linear) as (x, out_linear):
+            context = out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
 
         source = self._to_quantize(normalised, projected)[draws.masked]  # (M, C or D)
         source = F.dropout(source, config.dropout_features, self.training)
         temperature = gumbel_temperature(step, config.gumbel_start, config.gumbel_end, config.gumbel_decay)
         masked = [sum(draws.counts[part]) for part in draws.parts()]
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
-        codes = torch.cat([q.codes for q in quantized])  # (M, G)
-        targets = torch.cat([q.quantized for q in quantized])
+        codes = _laid([q.codes for q in quantized])  # (M, G)
+        targets = _laid([q.quantized for q in quantized])
         targets = targets if self.project_q is None else self.project_q(targets)  # (M, P)
 
         logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
@@ -155,8 +106,6 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             for q, n in zip(quantized, masked, strict=True)
             if q.prob_perplexity is not None and q.probs_sum is not None
         ]
-        figures = {"probs": [q.probs_sum for q in quantized], "codes": [q.code_counts for q in quantized]}
-        ones = torch.ones((), device=audio.device)
         return SSLOutput(
             losses={
                 "contrastive": contrastive.loss,
@@ -167,15 +116,20 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
                 "contrastive": contrastive.loss.detach().double(),
                 "correct": contrastive.correct.detach(),
                 "identical": contrastive.identical.detach(),
-                **{name: _total(parts) for name, parts in figures.items() if parts[0] is not None},
                 "distinct_codes": _distinct_codes(codes, draws.counts),
-                "utterances": len(frames) * ones,
-                "frames": sum(frames) * ones,
-                "masked": len(draws.masked) * ones,
-                **({"temperature": temperature * len(draws.masked) * ones} if self.training else {}),
+                **_code_sums(quantized),
+                **self._sizes(frames, len(draws.masked), temperature, audio.device),
             },
             num_targets=len(draws.masked),
         )
+
+    def _sizes(self, frames: list[int], masked: int, temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """What the host knows already, as sums on the device, in one copy."""
+        sizes: dict[str, float] = {"utterances": len(frames), "frames": sum(frames), "masked": masked}
+        if self.training:
+            sizes["temperature"] = temperature * masked
+        on_device = to_device(torch.tensor(list(sizes.values()), dtype=torch.float32), device)
+        return dict(zip(sizes, on_device.unbind(), strict=True))
 
     def _to_quantize(self, normalised: Tensor, projected: Tensor) -> Tensor:
         """(all frames laid end to end, width)."""
@@ -228,6 +182,16 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         return figures
 
 
+def _laid(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _code_sums(quantized: Sequence[QuantizerOutput]) -> dict[str, Tensor]:
+    """Use of the codes, by whatever the quantizer tells of it."""
+    parts = {"probs": [q.probs_sum for q in quantized], "codes": [q.code_counts for q in quantized]}
+    return {name: _total([t for t in sums if t is not None]) for name, sums in parts.items() if sums[0] is not None}
+
+
 def _total(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
@@ -236,7 +200,7 @@ def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Number of distinct code tuples within each utterance, summed over utterances. codes (M, G)."""
     ids = repeat_rows(torch.arange(len(counts), device=codes.device), counts)
     for group in codes.unbind(-1):  # a hash that wraps around: unlike a mixed-radix number, it has room for any G
-        ids = ids * 6364136223846793005 + group + 1
+        ids = torch.add(group, ids, alpha=6364136223846793005)
     ordered = ids.sort().values
     return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 

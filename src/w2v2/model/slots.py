@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from w2v2.model.packing import row_index, to_device
+from w2v2.model.packing import row_index, to_device, unpack
 
 WINDOW = 16
 """Columns of a first window: its taps, a one for the bias, and zeros up to the alignment that bf16 products want."""
@@ -85,11 +84,12 @@ class Slots:
         ends = itertools.accumulate((n * self.hops[layer] for n in self.frames), initial=0)
         return [range(start, end) for start, end in itertools.pairwise(ends)]
 
-    def lay(self, rows: Sequence[Tensor], layer: int) -> Tensor:
-        """Rows of each utterance -> all slots, zero in between."""
+    def lay(self, rows: Sequence[Tensor], layer: int, before: int = 0, after: int = 0) -> Tensor:
+        """Rows of each utterance -> all slots, zero in between, and so many zeros before and after them."""
         widths = [n * self.hops[layer] - len(row) for n, row in zip(self.frames, rows, strict=True)]
-        zeros = rows[0].new_zeros(max(widths), *rows[0].shape[1:])
-        return torch.cat([part for row, n in zip(rows, widths, strict=True) for part in (row, zeros[:n])])
+        zeros = rows[0].new_zeros(max(*widths, before, after), *rows[0].shape[1:])
+        parts = [part for row, n in zip(rows, widths, strict=True) for part in (row, zeros[:n])]
+        return torch.cat([zeros[:before], *parts, zeros[:after]])
 
     def valid(self, x: Tensor, layer: int) -> list[Tensor]:
         """(all rows, ...) -> the valid ones of each utterance."""
@@ -102,7 +102,7 @@ class Slots:
     def windows(self, audio: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, S) -> (rows, WINDOW) what the first convolution sees."""
         kernel, stride, padding = self.geometry.kernels[0], self.geometry.strides[0], self.geometry.paddings[0]
-        flat = F.pad(self.lay([row[:n] for row, n in zip(audio, self.lengths[0], strict=True)], 0), (padding, kernel))
+        flat = self.lay([row[:n] for row, n in zip(audio, self.lengths[0], strict=True)], 0, padding, kernel)
         rows = sum(self.frames) * self.hops[1]
         windows = torch.zeros(rows, WINDOW, dtype=dtype, device=audio.device)
         windows[:, :kernel] = flat.unfold(0, kernel, stride)[:rows]
@@ -133,9 +133,7 @@ class Slots:
 
     def moments(self, windows: Tensor) -> Tensor:
         """(B, WINDOW, WINDOW) float64: mean products of each utterance's windows, the one of the bias among them."""
-        rows = windows.double()  # the variance is a difference, and loud offsets must not eat it up
-        if self.equal:
-            block = rows.view(len(self.frames), -1, WINDOW)[:, : self.lengths[1][0]]
-            return torch.bmm(block.mT, block) / block.shape[1]
+        # The variance is a difference, and loud offsets must not eat it up: float64.
+        rows = unpack(torch.cat(self.valid(windows.double(), 1))[None], self.lengths[1])
         counts = to_device(torch.tensor(self.lengths[1], dtype=torch.float64), windows.device)
-        return torch.stack([part.mT @ part for part in self.valid(rows, 1)]) / counts[:, None, None]
+        return torch.bmm(rows.mT, rows) / counts[:, None, None]

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from w2v2.model.packing import Rows, is_plain, pack, row_index, spread, starts_of, to_device, unpack
+from w2v2.model.attention import attend
+from w2v2.model.packing import Rows, is_plain, pack, row_index, spread, starts_of, unpack
 from w2v2.model.precision import low_precision
 
 
@@ -90,46 +91,6 @@ class SelfAttention(nn.Module):
 def take(x: Tensor, rows: Rows) -> Tensor:
     """(B, T, D) or packed -> (1, N, D)."""
     return x.flatten(0, 1).index_select(0, rows.index)[None]
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | None, lengths: Sequence[int] | None, dropout: float
-) -> Tensor:
-    """Attention of each utterance's queries to its frames.
-
-    Args:
-        q, k, v: (B, T, H, D / H), or packed (1, sum of T, H, D / H) with the lengths.
-        queries: lengths of q, when packed.
-        lengths: of k and v, when packed.
-        dropout: of the probabilities.
-
-    Returns:
-        As q.
-    """
-    if lengths is None and queries is not None:
-        if min(queries) == max(queries):
-            dense = attend(q.view(len(queries), -1, *q.shape[2:]), k, v, None, None, dropout)
-            return dense.flatten(0, 1)[None]
-        lengths = [k.shape[1]] * k.shape[0]
-        k, v = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-    if lengths is None:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, T, H, D / H) -> (B, H, T, D / H)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
-    assert queries is not None
-    if q.is_cuda and not is_plain():  # one kernel
-        jagged = (_jagged(q, queries), _jagged(k, lengths), _jagged(v, lengths))
-        return F.scaled_dot_product_attention(*jagged, dropout_p=dropout).transpose(1, 2).values()[None]
-    parts = zip(q.split(list(queries), 1), k.split(list(lengths), 1), v.split(list(lengths), 1), strict=True)
-    return torch.cat([attend(*part, None, None, dropout) for part in parts], dim=1)
-
-
-def _jagged(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Packed (1, sum of T, H, D / H) -> nested (B, H, T, D / H)."""
-    offsets = to_device(torch.tensor([*starts_of(lengths), sum(lengths)], dtype=torch.int32), x.device)
-    nested = torch.nested.nested_tensor_from_jagged(
-        x.squeeze(0), offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
-    )
-    return nested.transpose(1, 2)
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from w2v2.errors import Count, NotNegative, Share, ShareBelowOne, UsageError, Whole, check_ranges
-from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, frame_center, output_lengths
+from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, FeatureProjection, frame_center, output_lengths
 from w2v2.model.masking import sample_span_mask
 from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
 from w2v2.model.quantizer import GumbelVectorQuantizer
@@ -137,47 +137,19 @@ class Wav2Vec2Config:
         return center / SAMPLE_RATE
 
 
-class FeatureProjection(nn.Module):
-    """LayerNorm of the conv features, and their projection to the context network's width."""
-
-    def __init__(self, config: Wav2Vec2Config) -> None:
-        super().__init__()
-        self.utterance_norm = config.utterance_norm
-        self.norm = nn.LayerNorm(config.conv_channels[-1])
-        self.linear = nn.Linear(config.conv_channels[-1], config.n_embd)
-        self.dropout = nn.Dropout(config.dropout_input)
-
-    def forward(self, features: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """features (B, T, C) or packed -> normalised, same shape; projected (B, T, D), before dropout."""
-        if self.utterance_norm:
-            rows = features.split(list(lengths), dim=1) if lengths is not None else (features,)
-            features = torch.cat([_normalize_over_time(row) for row in rows], dim=1)
-        normalised = self.norm(features)
-        return normalised, self.linear(normalised)
-
-
-def _normalize_over_time(x: Tensor) -> Tensor:
-    """(B, T, C) with zero mean and unit variance over T; fp32."""
-    var, mean = torch.var_mean(x.float(), dim=1, correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(var + 1e-5)
-
-
 class Wav2Vec2(nn.Module):
     """The encoder: raw audio to one contextual vector every 20 ms."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
         self.config = config
+        shape = (config.conv_channels, config.conv_kernel_sizes, config.conv_strides, config.conv_paddings)
         self.feature_encoder = FeatureEncoder(
-            config.conv_channels,
-            config.conv_kernel_sizes,
-            config.conv_strides,
-            config.conv_paddings,
-            config.build_conv_norms(),
-            bias=config.conv_bias,
-            gradient_scale=config.conv_gradient_scale,
+            *shape, config.build_conv_norms(), bias=config.conv_bias, gradient_scale=config.conv_gradient_scale
         )
-        self.feature_projection = FeatureProjection(config)
+        self.feature_projection = FeatureProjection(
+            config.conv_channels[-1], config.n_embd, config.dropout_input, utterance_norm=config.utterance_norm
+        )
         self.mask_vector = nn.Parameter(torch.empty(config.n_embd))
         self.positional_embedding = config.build_positional_embedding()
         self.transformer = nn.ModuleList(
@@ -225,13 +197,9 @@ class Wav2Vec2(nn.Module):
             audio, lengths: as for ``encode``.
 
         Returns:
-            n_layer + 1 tensors (B, T, D), zero after an utterance's end: [0] the input of the first block, [i] the
-            output of block i, the last one after ``ln_f`` where norms come first, so that it is what ``encode`` returns
-            (``hidden_states`` of transformers; 5.x has the last one before that norm, ``last_hidden_state`` after it);
-            and the frames T of each utterance.
-
-        Raises:
-            ValueError: as ``encode``.
+            n_layer + 1 tensors (B, T, D), zero after an utterance's end, and the frames T of each utterance: [0] is the
+            input of the first block, [i] the output of block i, the last one what ``encode`` returns (``hidden_states``
+            of transformers, whose 5.x has the last one before ``ln_f``). Raises as ``encode``.
         """
         frames, packed = self.frame_lengths(audio, lengths)
         _, x = self.feature_projection(self.feature_encoder(audio, lengths if packed else None), packed)
@@ -248,9 +216,7 @@ class Wav2Vec2(nn.Module):
             )
         frames = self.feature_encoder.output_lengths(samples)
         if 0 in frames:
-            raise ValueError(
-                f"audio of {min(samples)} samples is shorter than one frame needs; drop utterances this short"
-            )
+            raise ValueError(f"audio of {min(samples)} samples is shorter than one frame; drop utterances this short")
         return frames, None if min(samples) == audio.shape[1] else frames
 
     def contextualize(
@@ -315,7 +281,13 @@ def init_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Wav2Vec2):
-            _init_convolutions(module)
+            smoothing = module.config.conv_init_smoothing
+            for i, weight in enumerate(module.feature_encoder.conv_weights()):
+                nn.init.kaiming_normal_(weight)
+                if i > 0 and smoothing > 0:
+                    # Kernels of nearly equal taps: low-pass on the way down, so that untrained features already move
+                    # slowly. The response to a constant stays what it was.
+                    weight.copy_((1 - smoothing) * weight + smoothing * weight.mean(-1, keepdim=True))
             nn.init.uniform_(module.mask_vector)
         elif isinstance(module, TransformerBlock):
             for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
@@ -325,13 +297,3 @@ def init_weights(model: nn.Module) -> None:
             nn.init.normal_(module.projector.weight)
             nn.init.zeros_(module.projector.bias)
             nn.init.uniform_(module.codebook)
-
-
-def _init_convolutions(model: Wav2Vec2) -> None:
-    smoothing = model.config.conv_init_smoothing
-    for i, weight in enumerate(model.feature_encoder.conv_weights()):
-        nn.init.kaiming_normal_(weight)
-        if i > 0 and smoothing > 0:
-            # Kernels of nearly equal taps: low-pass on the way down, so that untrained features already move slowly.
-            # The response to a constant stays what it was.
-            weight.copy_((1 - smoothing) * weight + smoothing * weight.mean(-1, keepdim=True))

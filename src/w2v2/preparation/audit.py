@@ -1,14 +1,11 @@
-"""What can be wrong with a recording, a part of one, or a transcript: found in one decoding, each with its reason."""
+"""What can be wrong with a recording or a part of one: all found in one decoding, each with its reason."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import stat
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -25,103 +22,12 @@ from w2v2.data.audio import (
 )
 from w2v2.data.headers import examine
 from w2v2.data.storage import is_remote, open_binary
-from w2v2.text.vocabulary import normalize_text
-
-REJECTING = ("unreadable", "truncated", "empty", "silent", "non_finite", "too_short", "duplicate")
-"""Reasons to leave a recording out."""
-
-
-WARNING = (
-    "clipped",
-    "out_of_range",
-    "out_of_phase",
-    "dc_offset",
-    "wrong_extension",
-    "speaker_overlap",
-    "transcript_missing",
-    "transcript_empty",
-    "out_of_vocabulary",
-    "ctc_infeasible",
-    "speech_rate",
-)
-"""Reasons that are told and recorded; the recording is kept."""
-
-
-REASONS = REJECTING + WARNING
-
+from w2v2.preparation.config import AuditConfig
+from w2v2.preparation.findings import Finding, Part
+from w2v2.preparation.transcripts import check_transcript
 
 _BLOCK_SECONDS = 60
-
-
 _FLAT = 0.99  # of the peak
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditConfig:
-    """Thresholds."""
-
-    max_seconds: float = 30.0
-    """Recordings without a transcript are cut to at most this, at quiet points, seconds."""
-    silent_db: float = -60.0
-    """``silent``: root mean square without the mean, dB of full scale, below this."""
-    max_clipped: float = 1e-5
-    """``clipped``: share of samples in runs of three or more equal ones at the recording's peak, above this."""
-    max_dc: float = 0.02
-    """``dc_offset``: absolute mean, share of full scale, above this."""
-    receptive_field: int = 400
-    """``too_short``: fewer samples at 16 kHz than one output frame sees."""
-    hop: int = 320
-    """Samples at 16 kHz between output frames, for ``ctc_infeasible``."""
-    vocabulary: str = ""
-    """``out_of_vocabulary``: characters not among these, in upper case; empty: any but letters, their marks and the
-    apostrophe."""
-    min_chars_per_second: float = 1.0
-    """``speech_rate``: below this."""
-    max_chars_per_second: float = 30.0
-    """``speech_rate``: above this. LibriSpeech has 4 to 22."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a row claims about a recording."""
-
-    row: int
-    start: float | None = None
-    """Seconds; None: from its beginning."""
-    end: float | None = None
-    """Seconds; None: to its end."""
-    text: str | None = None
-    """Transcript; None: none."""
-    channel: int | None = None
-    """Counted from 1; None: the mean over all."""
-
-
-@dataclass
-class Finding:
-    """What one decoding of a row found."""
-
-    row: int
-    rate: int = 0
-    """Hz."""
-    channels: int = 0
-    total: int = 0
-    """Samples per channel of the whole recording."""
-    first: int = 0
-    """Sample at which the row starts."""
-    samples: int = 0
-    """Samples per channel of the row."""
-    channel: int | None = None
-    """That is to be heard, from 1; None: the mean over all."""
-    content: str = ""
-    """Hash of the decoded samples."""
-    cuts: list[int] = field(default_factory=list)
-    """Samples at which to cut it."""
-    reasons: list[tuple[str, str]] = field(default_factory=list)
-    """(reason, detail)."""
-
-    def add(self, reason: str, detail: str) -> None:
-        """One more reason."""
-        self.reasons.append((reason, detail))
 
 
 class _Scan:
@@ -164,27 +70,27 @@ class _Scan:
             energy = np.einsum("sc,sc->s", block, block)
             self.energy.append((np.add.reduceat(energy, starts) / lengths).astype(np.float32))
 
-    def judge(self, found: Finding, config: AuditConfig) -> None:
+    def judge(self, finding: Finding, config: AuditConfig) -> None:
         if not self.finite:
-            found.add("non_finite", "some samples are not finite")
+            finding.add("non_finite", "some samples are not finite")
             return
         mean = self.sum / self.samples
         rms = max(self.squares / self.samples - mean * mean, 0.0) ** 0.5
         db = 20 * np.log10(rms) if rms else -np.inf
         if self.mix.cancels and 10 * np.log10(self.mix.apart / self.samples) > config.silent_db:
-            found.channel = 1
-            found.add(
+            finding.channel = 1
+            finding.add(
                 "out_of_phase", "the channels cancel each other out, the first is taken, a column channel may say which"
             )
         elif db < config.silent_db:
-            found.add("silent", f"{db:.0f} dB of full scale")
+            finding.add("silent", f"{db:.0f} dB of full scale")
         if abs(mean) > config.max_dc * max(1.0, self.peak):
-            found.add("dc_offset", f"mean {mean:+.3f}")
+            finding.add("dc_offset", f"mean {mean:+.3f}")
         if self.floats and self.peak > 1.0:  # decoders of MP3 or Opus overshoot, too
-            found.add("out_of_range", f"samples up to {self.peak:.4g}, expected 1 at most")
+            finding.add("out_of_range", f"samples up to {self.peak:.4g}, expected 1 at most")
         share = self.flat / (self.samples * self.channels)
         if share > config.max_clipped:
-            found.add("clipped", f"{self.flat} samples flat at the peak {self.peak:.3f}, {share:.3g} of all")
+            finding.add("clipped", f"{self.flat} samples flat at the peak {self.peak:.3f}, {share:.3g} of all")
 
 
 def _flat_samples(channel: FloatArray, level: float, step: float) -> int:
@@ -205,7 +111,7 @@ def _flat_samples(channel: FloatArray, level: float, step: float) -> int:
 
 def audit_all(tasks: Sequence[tuple[str, Sequence[Part]]], config: AuditConfig) -> list[Finding]:
     """``audit`` of several recordings, in one call to another process."""
-    return [found for location, parts in tasks for found in audit(location, parts, config)]
+    return [finding for location, parts in tasks for finding in audit(location, parts, config)]
 
 
 def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Finding]:
@@ -221,53 +127,54 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
         if not is_remote(location) and not stat.S_ISREG(os.stat(location).st_mode):
             raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
-            for part, found in zip(parts, findings, strict=True):
-                _audit_part(file, part, found, config)
-                if file.missing and not any(reason == "truncated" for reason, _ in found.reasons):
-                    found.reasons = [said for said in found.reasons if said[0] != "empty"]
-                    found.add("truncated", file.missing)
-                _check_extension(location, file.format, found)
+            for part, finding in zip(parts, findings, strict=True):
+                _audit_part(file, part, finding, config)
+                if file.missing and not any(reason == "truncated" for reason, _ in finding.reasons):
+                    finding.reasons = [reason for reason in finding.reasons if reason[0] != "empty"]
+                    finding.add("truncated", file.missing)
+                _check_extension(location, file.format, finding)
     except (AudioError, OSError) as error:
         reason = "truncated" if isinstance(error, TruncatedError) else _why_undecodable(location)
-        for found in findings:
-            if not found.samples and not found.reasons:
-                found.add(reason, str(error))
-    for part, found in zip(parts, findings, strict=True):
-        _check_transcript(part.text, found, config)
+        for finding in findings:
+            if not finding.samples and not finding.reasons:
+                finding.add(reason, str(error))
+    for part, finding in zip(parts, findings, strict=True):
+        if part.text is not None:
+            check_transcript(part.text, finding, config)
     return findings
 
 
-def _audit_part(file: AudioFile, part: Part, found: Finding, config: AuditConfig) -> None:
-    found.rate, found.channels, found.total, found.channel = file.rate, file.channels, file.frames, part.channel
-    found.first = round((part.start or 0.0) * file.rate)
+def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConfig) -> None:
+    finding.rate, finding.channels, finding.total, finding.channel = file.rate, file.channels, file.frames, part.channel
+    finding.first = round((part.start or 0.0) * file.rate)
     if part.channel is not None and part.channel > file.channels:
-        found.add("unreadable", f"it has no channel {part.channel}, only {file.channels}")
+        finding.add("unreadable", f"it has no channel {part.channel}, only {file.channels}")
         return
-    if found.first and found.first >= file.frames:
-        found.add("truncated", f"it starts at {part.start:g} s, the recording ends at {file.frames / file.rate:g} s")
+    if finding.first and finding.first >= file.frames:
+        finding.add("truncated", f"it starts at {part.start:g} s, the recording ends at {file.frames / file.rate:g} s")
         return
     whole = part.start is None and part.end is None
-    expected = file.frames - found.first if part.end is None else round(part.end * file.rate) - found.first
+    expected = file.frames - finding.first if part.end is None else round(part.end * file.rate) - finding.first
     limit = round(config.max_seconds * file.rate)
     scan = _Scan(file, part.channel, energies=not part.text and expected > limit)
-    file.seek(found.first)
+    file.seek(finding.first)
     for block in _blocks(file, None if part.end is None else expected):
         scan.add(block)
-    found.samples, found.content = scan.samples, scan.hash.hexdigest()
-    found.total = scan.samples if whole else max(file.frames, found.first + scan.samples)
+    finding.samples, finding.content = scan.samples, scan.hash.hexdigest()
+    finding.total = scan.samples if whole else max(file.frames, finding.first + scan.samples)
     # The end of a row is often rounded up from the recording's own.
     slack = file.slack or (0 if whole else round(0.1 * file.rate))
     if scan.samples == 0:
-        found.add("empty", "no samples")
+        finding.add("empty", "no samples")
     elif scan.samples < expected - slack:
-        found.add("truncated", f"{scan.samples} samples of {expected}")
+        finding.add("truncated", f"{scan.samples} samples of {expected}")
     else:
-        scan.judge(found, config)
+        scan.judge(finding, config)
         if scan.samples * SAMPLE_RATE / file.rate < config.receptive_field:
-            found.add("too_short", f"{scan.samples / file.rate:.4f} s")
+            finding.add("too_short", f"{scan.samples / file.rate:.4f} s")
         elif scan.energy and scan.samples > limit:
             points = quiet_points(np.concatenate(scan.energy), limit // scan.frame)
-            found.cuts = [point * scan.frame for point in points]
+            finding.cuts = [point * scan.frame for point in points]
 
 
 def _blocks(file: AudioFile, count: int | None) -> Iterator[FloatArray]:
@@ -282,10 +189,10 @@ def _blocks(file: AudioFile, count: int | None) -> Iterator[FloatArray]:
         count = None if count is None else count - len(block)
 
 
-def _check_extension(location: str, container: str, found: Finding) -> None:
+def _check_extension(location: str, container: str, finding: Finding) -> None:
     suffix = PurePosixPath(location).suffix.lower()
     if container not in FORMATS.get(suffix, {container}):
-        found.add("wrong_extension", f"{container} in a file named {suffix}")
+        finding.add("wrong_extension", f"{container} in a file named {suffix}")
 
 
 def _why_undecodable(location: str) -> str:
@@ -312,38 +219,7 @@ def _why_undecodable(location: str) -> str:
     return "unreadable"
 
 
-def _check_transcript(text: str | None, found: Finding, config: AuditConfig) -> None:
-    if text is None:
-        return
-    words = normalize_text(text).split()
-    if not words:
-        found.add("transcript_empty", "nothing but spaces")
-        return
-    strange = sorted({c for word in words for c in word if not _known(c, config.vocabulary)})
-    if strange:
-        found.add("out_of_vocabulary", " ".join(f"{c} (U+{ord(c):04X})" for c in strange))
-    if not found.samples or any(reason in REJECTING for reason, _ in found.reasons):
-        return
-    seconds = found.samples / found.rate
-    labels = "|".join(words) + "|"  # a boundary after each word, as the vocabulary encodes it
-    needed = len(labels) + sum(a == b for a, b in itertools.pairwise(labels))
-    frames = (int(seconds * SAMPLE_RATE) - config.receptive_field) // config.hop + 1
-    if needed > frames:
-        found.add("ctc_infeasible", f"{len(labels)} labels need {needed} frames, the audio has {frames}")
-    speed = sum(map(len, words)) / seconds
-    if not config.min_chars_per_second <= speed <= config.max_chars_per_second:
-        found.add("speech_rate", f"{speed:.1f} characters per second")
-
-
-def _known(character: str, vocabulary: str) -> bool:
-    if vocabulary:
-        return character in vocabulary
-    return character in "'\u2019" or unicodedata.category(character)[0] in "LM"
-
-
 FRAME_SECONDS = 0.02
-
-
 _SMOOTH = 10  # frames: a dip has to last about as long as a pause between words
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import shutil
 import tarfile
@@ -12,19 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from w2v2.data import storage
-from w2v2.errors import UsageError
+from w2v2.errors import Show, UsageError, quiet
 
 OFFICIAL = "https://www.openslr.org/resources"
-
-
 BLOCK = 8 * 2**20
 """Bytes asked for at a time, so the most that an interruption costs."""
-
-
 _SPACE = 2.1
 """Archive and what it unpacks to, which is hardly larger, as multiples of the archive."""
-
-
 _MARKER = ".complete"
 
 
@@ -55,7 +51,7 @@ def download_librispeech(
     *,
     base_url: str = OFFICIAL,
     checksums: Path | None = None,
-    progress: Callable[[float], None] | None = None,
+    show: Show = quiet,
 ) -> Path:
     """Download and unpack parts of LibriSpeech; whatever ends it, the next call goes on from there.
 
@@ -66,7 +62,7 @@ def download_librispeech(
         base_url: any location ``storage`` reads, with the archives in ``12/`` and ``31/``, or all side by side.
         checksums: file of lines ``MD5  NAME`` to verify archives by. Without: ``md5sum.txt`` of a mirror, if it has
             one, else what OpenSLR published.
-        progress: given the fraction done, by the bytes of archives fetched and unpacked.
+        show: told the share done, by the bytes of archives fetched and unpacked.
 
     Returns:
         The folder to prepare, ``FOLDER/LibriSpeech``.
@@ -78,48 +74,45 @@ def download_librispeech(
     """
     if unknown := [part for part in parts if part not in PARTS]:
         raise UsageError(f"no part {', '.join(unknown)} of LibriSpeech; expected some of {', '.join(PARTS)}")
+    archives = {part: folder / f"{part}.tar.gz" for part in dict.fromkeys(parts)}
     target = folder / "LibriSpeech"
-    todo = []
-    for part in dict.fromkeys(parts):
-        if not (target / part / _MARKER).exists():
-            todo.append(part)
-        else:
-            # Both outlast their part if the process was killed just after it was moved in place.
-            (folder / f"{part}.tar.gz").unlink(missing_ok=True)
-            shutil.rmtree(folder / f"{part}.unpacking", ignore_errors=True)
-    for part in todo:
-        if (target / part).exists():
-            raise UsageError(
-                f"{target / part} was not unpacked by w2v2, or not wholly; move it away, or choose a folder"
-            )
-    sums = {part: _checksum(part, base_url, checksums) for part in todo}
+    for part in [part for part in archives if _is_there(archives[part], target / part)]:
+        del archives[part]
+    # All of this for all parts before the first is fetched, so that a missing one shows now rather than in an hour.
+    sums = {part: _checksum(part, base_url, checksums) for part in archives}
     folder.mkdir(parents=True, exist_ok=True)
-    # Where and how large, of all before the first, so that a missing one shows now rather than in an hour.
-    sources = {part: _locate(part, base_url, folder) for part in todo}
-    whole = 2 * sum(size for _, size in sources.values())
-    before = 0
+    sources = {part: _locate(part, base_url, archive) for part, archive in archives.items()}
+    total, done = 2 * sum(size for _, size in sources.values()), 0
+    for part, archive in archives.items():
+        url, size = sources[part]
 
-    def report(done: int) -> None:
-        if progress and whole:
-            progress((before + done) / whole)
+        def report(count: int, before: int = done) -> None:
+            show("download", (before + count) / total)
 
-    for part, (url, size) in sources.items():
-        archive = folder / f"{part}.tar.gz"
         shutil.rmtree(_unpacking(archive), ignore_errors=True)
         _check_space(archive, size)
         if not archive.exists():
             _fetch(url, size, archive, report)
         _verify(archive, sums[part])
         _unpack(archive, part, target, report)
-        before += 2 * size
-    if progress:
-        progress(1.0)
+        done += 2 * size
+    show("download", 1.0)
     return target
 
 
-def _locate(part: str, base_url: str, folder: Path) -> tuple[str, int]:
-    """Location and size of an archive, which may be in the folder already."""
-    archive = folder / f"{part}.tar.gz"
+def _is_there(archive: Path, folder: Path) -> bool:
+    """Whether a part is; what outlasts it, if the process was killed just after it was moved in place, is removed."""
+    if (folder / _MARKER).exists():
+        archive.unlink(missing_ok=True)
+        shutil.rmtree(_unpacking(archive), ignore_errors=True)
+        return True
+    if folder.exists():
+        raise UsageError(f"{folder} was not unpacked by w2v2, or not wholly; move it away, or choose a folder")
+    return False
+
+
+def _locate(part: str, base_url: str, archive: Path) -> tuple[str, int]:
+    """Location and size of an archive, which may be here already."""
     if archive.exists():
         return str(archive), archive.stat().st_size
     url, flat = storage.join(base_url, str(PARTS[part].resource), archive.name), storage.join(base_url, archive.name)
@@ -153,12 +146,11 @@ def _check_space(archive: Path, size: int) -> None:
 
 def _fetch(url: str, size: int, archive: Path, report: Callable[[int], None]) -> None:
     partial = _partial(archive)
-    partial.touch()
-    if partial.stat().st_size > size:
-        partial.write_bytes(b"")
     # Not to append: two processes that were started by mistake write the same bytes to the same place.
-    with partial.open("r+b") as file:
-        done = file.seek(0, 2)
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        done = file.seek(0, os.SEEK_END)
+        if done > size:
+            done = file.truncate(file.seek(0))
         report(done)
         while done < size:
             block = storage.read_range(url, done, min(BLOCK, size - done))
@@ -183,26 +175,24 @@ def _checksum(part: str, base_url: str, checksums: Path | None) -> str:
     if checksums is not None:
         if not checksums.is_file():
             raise UsageError(f"no file {checksums} of checksums; expected lines 'MD5  NAME' in it")
-        if (md5 := _listed(checksums.read_text(errors="replace"), name)) is None:
-            raise UsageError(f"{checksums} lists no MD5 for {name}; expected a line 'MD5  {name}'; add it")
-        return md5
+        if md5 := _listed(checksums.read_text(encoding="utf-8", errors="replace"), name):
+            return md5
+        raise UsageError(f"{checksums} lists no MD5 for {name}; expected a line 'MD5  {name}'; add it")
     if base_url.rstrip("/") != OFFICIAL:
         for place in (storage.join(base_url, str(PARTS[part].resource)), base_url):
-            try:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 text = storage.read_bytes(storage.join(place, "md5sum.txt")).decode(errors="replace")
-            except (FileNotFoundError, PermissionError):
-                continue
-            if md5 := _listed(text, name):
-                return md5
+                if md5 := _listed(text, name):
+                    return md5
     return PARTS[part].md5
 
 
 def _verify(archive: Path, md5: str) -> None:
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if digest != md5:
         archive.unlink()
-        raise OSError(f"{archive} is broken: expected MD5 {md5}, got {found}; it is removed, download it again")
+        raise OSError(f"{archive} is broken: expected MD5 {md5}, got {digest}; it is removed, download it again")
 
 
 def _unpack(archive: Path, part: str, target: Path, report: Callable[[int], None]) -> None:
@@ -214,15 +204,15 @@ def _unpack(archive: Path, part: str, target: Path, report: Callable[[int], None
                 _check_member(archive, member)
                 tar.extract(member, unpacking, filter="data")
                 report(size + file.tell())
-        found = unpacking / "LibriSpeech"
-        if not (found / part).is_dir():
+        unpacked = unpacking / "LibriSpeech"
+        if not (unpacked / part).is_dir():
             raise UsageError(f"{archive} holds no folder LibriSpeech/{part}; it is removed, check where it is from")
-        (found / part / _MARKER).touch()
+        (unpacked / part / _MARKER).touch()
         target.mkdir(exist_ok=True)
-        for path in found.iterdir():
+        for path in unpacked.iterdir():
             if path.is_file():
                 path.replace(target / path.name)
-        (found / part).rename(target / part)
+        (unpacked / part).rename(target / part)
         archive.unlink()
     except UsageError:
         archive.unlink()

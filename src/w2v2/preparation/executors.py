@@ -5,33 +5,22 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 
 T = TypeVar("T")
 
 
-class Here(Executor):
-    """Does each call at once, in this process: nothing to start, and no script has to guard its main module."""
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """The call, done."""
-        future: Future[T] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
 def local_executor(jobs: int) -> Executor:
-    """This process for one job, otherwise so many others."""
+    """So many processes; for one job a thread of this one, which no script has to guard its main module for."""
     if jobs == 1:
-        return Here()
+        return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
@@ -49,6 +38,27 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def in_order(executor: Executor, work: Callable[..., T], tasks: Iterator[tuple[Any, ...]], ahead: int) -> Iterator[T]:
+    """Results of a function of each task's arguments, a bounded number of them under way.
+
+    Raises:
+        JobError: a worker died.
+    """
+    running: deque[Future[T]] = deque()
+    try:
+        running.extend(executor.submit(work, *task) for task in islice(tasks, ahead))
+        while running:
+            yield running.popleft().result()
+            running.extend(executor.submit(work, *task) for task in islice(tasks, 1))
+    except BrokenExecutor as error:
+        raise JobError(
+            f"a worker process died ({error}); what is done is kept, run it again with fewer `jobs`"
+        ) from error
+    finally:
+        for future in running:
+            future.cancel()
+
+
 class RayExecutor(Executor):
     """Runs calls as Ray tasks. Every node must see the same files under the same paths.
 
@@ -63,12 +73,13 @@ class RayExecutor(Executor):
         try:
             import ray
         except ImportError:
-            raise UsageError("--ray needs Ray: pip install 'w2v2[ray]'") from None
+            raise UsageError("`ray` needs Ray: pip install 'w2v2[ray]'") from None
         try:
             ray.init(address, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             raise UsageError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
         self._remote: Callable[[Callable[..., Any]], Any] = functools.cache(ray.remote)
+        self._leave: Callable[[], None] = ray.shutdown
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """A task; its exceptions are those of the call."""
@@ -77,6 +88,4 @@ class RayExecutor(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster."""
-        import ray
-
-        ray.shutdown()
+        self._leave()

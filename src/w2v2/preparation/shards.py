@@ -1,29 +1,33 @@
-"""Cuts to manifests and to lhotse Shar tars, in numbered pieces that are read on their own."""
+"""Rows of the journal as cuts, and cuts as manifests and lhotse Shar tars, in numbered pieces read on their own."""
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
+import sqlite3
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-from lhotse import MonoCut, Recording, fastcopy
-from lhotse.serialization import SequentialJsonlWriter, deserialize_item
+from lhotse import MonoCut, Recording
+from lhotse.serialization import deserialize_item
 from lhotse.shar.utils import to_shar_placeholder
 from lhotse.shar.writers.audio import AudioTarWriter
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
+from w2v2.data.sources import locate
+from w2v2.data.utterance import file_cut, in_shard
 from w2v2.errors import JobError
+from w2v2.files import whole
+from w2v2.preparation.config import ENCODINGS
 
 CUTS_PER_PIECE = 5_000
-
-
-FORMATS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "wav": ("WAV", "PCM_16")}
-"""Encodings of 16 kHz mono audio in shards, with libsndfile's names."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,24 @@ class Piece:
     """Of the tar; 0 without one."""
 
 
-def names(split: str, number: int) -> tuple[str, str]:
-    """Manifest and tar of a piece, as lhotse's Shar names them."""
-    return f"{split}/cuts.{number:06d}.jsonl.gz", f"{split}/recording.{number:06d}.tar"
+def row_cuts(row: sqlite3.Row, root: Path) -> Iterator[MonoCut]:
+    """A row of the journal as one cut, or as several where it was cut."""
+    bounds = [0, *json.loads(row["cuts"]), row["samples"]]
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        yield file_cut(
+            row["name"] if len(bounds) == 2 else f"{row['name']}-{i:04d}",
+            locate(root, row["path"]),
+            rate=row["rate"],
+            channels=row["channels"],
+            total=row["total"],
+            text=row["text"],
+            speaker=row["speaker"],
+            recording=row["stem"],
+            first=row["first"] + start,
+            samples=end - start,
+            channel=row["heard"],
+            ctc_infeasible=bool(row["infeasible"]),
+        )
 
 
 def grouped(cuts: Iterable[MonoCut], seconds: float) -> Iterator[list[MonoCut]]:
@@ -61,7 +80,7 @@ def grouped(cuts: Iterable[MonoCut], seconds: float) -> Iterator[list[MonoCut]]:
 
 def write_manifest(out: Path, split: str, number: int, cuts: list[MonoCut]) -> Piece:
     """A piece without audio."""
-    manifest, _ = names(split, number)
+    manifest, _ = _names(split, number)
     _write_cuts(out / manifest, cuts)
     return Piece(manifest, None, len(cuts), sum(cut.duration for cut in cuts), 0)
 
@@ -73,33 +92,31 @@ def write_shard(out: Path, split: str, number: int, cuts: list[dict[str, Any]], 
 
     Args:
         cuts: as ``MonoCut.to_dict`` gives them, so that the call can go to another process.
-        encoding: one of ``FORMATS``.
+        encoding: one of ``ENCODINGS``.
 
     Raises:
         JobError: audio that cannot be decoded any more.
     """
-    manifest, audio = names(split, number)
+    manifest, audio = _names(split, number)
     if not (out / manifest).exists():
-        partial = out / f"{audio}.partial"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        resampled = []
-        with AudioTarWriter(str(partial), shard_size=None, format=encoding) as tar:
-            for cut in map(deserialize_item, cuts):
-                resampled.append(_resampled(cut, tar))
-        with tarfile.open(partial) as tar_file:
-            places = [
-                (member.offset_data, member.size)
-                for member in tar_file
-                if not member.name.endswith((".json", ".nometa"))
-            ]
+        (out / audio).parent.mkdir(parents=True, exist_ok=True)
+        with whole(out / audio) as partial:
+            with AudioTarWriter(str(partial), shard_size=None, format=encoding) as tar:
+                written = [(cut, *_write_audio(cut, tar)) for cut in map(deserialize_item, cuts)]
+            with tarfile.open(partial) as tar_file:
+                encoded = [member for member in tar_file if not member.name.endswith((".json", ".nometa"))]
         placed = [
-            fastcopy(cut, custom={**(cut.custom or {}), "shard_offset": offset, "shard_bytes": size})
-            for cut, (offset, size) in zip(resampled, places, strict=True)
+            in_shard(cut, recording, member.offset_data, member.size, gain)
+            for (cut, recording, gain), member in zip(written, encoded, strict=True)
         ]
-        partial.replace(out / audio)
         _write_cuts(out / manifest, placed)
     seconds = sum(cut["duration"] for cut in cuts)
     return Piece(manifest, audio, len(cuts), seconds, (out / audio).stat().st_size)
+
+
+def _names(split: str, number: int) -> tuple[str, str]:
+    """Manifest and tar of a piece, as lhotse's Shar names them."""
+    return f"{split}/cuts.{number:06d}.jsonl.gz", f"{split}/recording.{number:06d}.tar"
 
 
 def _load(cut: MonoCut) -> FloatArray:
@@ -109,33 +126,20 @@ def _load(cut: MonoCut) -> FloatArray:
         raise JobError(f"cannot decode {error}: it has changed since it was checked; run prepare again") from error
 
 
-def _resampled(cut: MonoCut, tar: AudioTarWriter) -> MonoCut:
+def _write_audio(cut: MonoCut, tar: AudioTarWriter) -> tuple[Recording, float]:
+    """Add a cut's audio to a tar; returns its recording there, and what its samples were multiplied by."""
     samples = _load(cut)
-    recording = Recording(
-        id=cut.id,
-        sources=[],
-        sampling_rate=SAMPLE_RATE,
-        num_samples=len(samples),
-        duration=len(samples) / SAMPLE_RATE,
-        channel_ids=[0],
-    )
-    recording = to_shar_placeholder(recording)
-    custom = {name: value for name, value in (cut.custom or {}).items() if name != "channel"}  # there is but one now
-    peak = float(np.abs(samples).max(initial=0.0))
-    if peak > 1.0:  # integers end there: all of it is made smaller, and the cut says by how much
-        samples = samples / peak
-        custom["gain"] = 1.0 / peak
-    tar.write(cut.id, samples[None], SAMPLE_RATE, manifest=recording)
-    return fastcopy(cut, start=0.0, duration=recording.duration, channel=0, recording=recording, custom=custom or None)
+    seconds = len(samples) / SAMPLE_RATE
+    recording = to_shar_placeholder(Recording(cut.id, [], SAMPLE_RATE, len(samples), seconds, channel_ids=[0]))
+    peak = float(np.abs(samples).max(initial=1.0))  # integers end there: a louder recording is made smaller as a whole
+    tar.write(cut.id, samples[None] / peak, SAMPLE_RATE, manifest=recording)
+    return recording, 1.0 / peak
 
 
 def _write_cuts(path: Path, cuts: Iterable[MonoCut]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    with SequentialJsonlWriter(partial, overwrite=True) as writer:
-        for cut in cuts:
-            writer.write(cut)
-    partial.replace(path)
+    with whole(path) as partial, gzip.open(partial, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n" for cut in cuts)
 
 
 def bytes_per_second(cuts: Iterable[MonoCut], encoding: str) -> float:
@@ -145,11 +149,11 @@ def bytes_per_second(cuts: Iterable[MonoCut], encoding: str) -> float:
         JobError: audio that cannot be decoded any more.
     """
     size = seconds = 0.0
-    kind, subtype = FORMATS[encoding]
+    container, subtype = ENCODINGS[encoding]
     for cut in cuts:
         buffer = io.BytesIO()
         samples = _load(cut)
-        soundfile.write(buffer, samples, SAMPLE_RATE, format=kind, subtype=subtype)
+        soundfile.write(buffer, samples, SAMPLE_RATE, format=container, subtype=subtype)
         size += len(buffer.getvalue()) + 2048  # tar headers, the recording's manifest, padding
         seconds += len(samples) / SAMPLE_RATE
     return size / max(seconds, 1e-9)

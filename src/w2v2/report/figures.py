@@ -80,8 +80,9 @@ def panel(name: str, metrics: dict[str, Series], config: dict[str, Any]) -> Draw
             lines.append((KINDS.get(kind, kind or figure), series, BLUE, kind))
         elif figure == other:
             lines.append((f"{KINDS.get(kind, kind)}, {suffix}", series, colour, kind))
-    options = 1 + config.get("model", {}).get("num_distractors", 100)
-    level = (math.log(options), f"ln {options}, blind choice") if name == "contrastive" else None
+    distractors = config.get("model", {}).get("num_distractors")
+    blind = name == "contrastive" and distractors is not None
+    level = (math.log(1 + distractors), f"ln {1 + distractors}, blind choice") if blind else None
     return curves(*PANELS.get(name, (title_of(name), "")), lines, level)
 
 

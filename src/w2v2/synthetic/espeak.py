@@ -1,4 +1,4 @@
-"""Clean speech with word times from espeak-ng.
+"""Clean speech with the times of words and phones from espeak-ng.
 
 espeak-ng is GPL-3: it is an optional extra (`pip install 'w2v2[synth]'`), called through ctypes only.
 """
@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w2v2.errors import UsageError
-from w2v2.synthetic import grammar as lexicon
+from w2v2.synthetic.grammar import WORD
 
 Word = tuple[str, float, float]
 """A word in upper case, its start and its end in seconds."""
-
-
+Phone = tuple[str, float, float]
+"""espeak-ng's mnemonic of a phone without stress mark, such as ``oU``; its start and its end in seconds."""
 ESPEAK_RATE = 22_050
 """Rate of espeak-ng's audio, samples per second."""
 
@@ -35,6 +35,8 @@ class Speech:
     """Samples in [-1, 1]."""
     words: list[Word]
     """Words with their times in `audio`."""
+    phones: list[Phone]
+    """Phones with their times in `audio`; pauses are left out."""
 
 
 class _EventId(ctypes.Union):
@@ -54,15 +56,11 @@ class _Event(ctypes.Structure):
     )
 
 
+_TimedEvent = tuple[int, int, str]
+"""Position in the text of a word, or -1 for a phone; sample of its start; the phone's mnemonic, "" for a word."""
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-
-
 _EVENT_WORD, _EVENT_PHONEME = 1, 7
-
-
 _SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 0x0001, 0x8000, 1
-
-
 _RATE, _VOLUME, _PITCH = 1, 2, 3
 
 
@@ -111,7 +109,7 @@ def speak(text: str, *, voice: str, accent: str = "en-us", pitch: int = 50, rate
     `pitch` is 0 to 99 (50 is the voice's own), `rate` words per minute, `seed` that of breath noise. Not thread-safe.
     """
     blocks: list[bytes] = []
-    events: list[tuple[int, int, bool]] = []
+    events: list[_TimedEvent] = []
 
     def receive(audio: Any, length: int, event: Any) -> int:
         if audio and length > 0:
@@ -119,9 +117,9 @@ def speak(text: str, *, voice: str, accent: str = "en-us", pitch: int = 50, rate
         index = 0
         while (kind := event[index].type) != 0:
             if kind in (_EVENT_WORD, _EVENT_PHONEME):
-                is_pause = kind == _EVENT_PHONEME and event[index].id.string.startswith(b"_")
-                position = event[index].text_position - 1 if kind == _EVENT_WORD else -1
-                events.append((position, event[index].sample, is_pause))
+                is_word = kind == _EVENT_WORD
+                phone = "" if is_word else event[index].id.string.decode()
+                events.append((event[index].text_position - 1 if is_word else -1, event[index].sample, phone))
             index += 1
         return 0
 
@@ -144,19 +142,31 @@ def speak(text: str, *, voice: str, accent: str = "en-us", pitch: int = 50, rate
         _unload(espeak._handle)
     _check(0 if blocks else 1, f"no sound for {text!r}")
     audio = np.frombuffer(b"".join(blocks), np.int16).astype(np.float32) / np.float32(32768)
-    return Speech(audio=audio, words=_word_times(text, events, len(audio)))
+    words, phones = _word_times(text, events, len(audio)), _phone_times(events, len(audio))
+    return Speech(audio=audio, words=words, phones=phones)
 
 
-def _word_times(text: str, events: list[tuple[int, int, bool]], length: int) -> list[Word]:
-    """Words of `text` from espeak's events: (position in the text, or -1 for a phone; sample; is it a pause?)."""
-    matches = list(lexicon.WORD.finditer(text))
+def _phone_times(events: list[_TimedEvent], length: int) -> list[Phone]:
+    """Phones from espeak's events; each lasts until the next one or a pause begins."""
+    starts = [(phone, sample) for position, sample, phone in events if position < 0]
+    ends = [sample for _, sample in starts[1:]] + [length]
+    return [
+        (phone.lstrip("',"), start / ESPEAK_RATE, end / ESPEAK_RATE)
+        for (phone, start), end in zip(starts, ends, strict=True)
+        if not phone.startswith("_") and end > start
+    ]
+
+
+def _word_times(text: str, events: list[_TimedEvent], length: int) -> list[Word]:
+    """Words of `text` from espeak's events."""
+    matches = list(WORD.finditer(text))
     offsets = [match.start() for match in matches]
     starts: list[tuple[int, int]] = []
     ends: list[int] = []
     speech_end: int | None = None
-    for position, sample, is_pause in events:
+    for position, sample, phone in events:
         if position < 0:
-            if not is_pause:
+            if not phone.startswith("_"):
                 speech_end = None
             elif speech_end is None:
                 speech_end = sample

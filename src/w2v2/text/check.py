@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from w2v2.errors import Show, UsageError, quiet
@@ -169,10 +169,3 @@ def check_transcripts(
 def missing_labels(vocabulary: Vocabulary, texts: Iterable[str]) -> list[str]:
     """What occurs in texts that a vocabulary has no label for."""
     return sorted({sign for text in texts for sign in vocabulary.strange(text)})
-
-
-def transcribed(cuts: Iterable[object], min_seconds: float) -> Iterator[Transcribed]:
-    """The transcripts of cuts that are long enough to be used."""
-    for cut in cuts:
-        if cut.duration >= min_seconds:  # type: ignore[attr-defined]
-            yield cut.id, cut.duration, cut.supervisions[0].text or ""  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ import base64
 import io
 import itertools
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,22 +16,11 @@ from typing import Any
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import from_dict, read_json, to_dict
+from w2v2.text.spelling import normalize_text
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
-
-
 SPACE = "\u2581"
 """What SentencePiece has for a space: it begins a word."""
-
-
-def normalize_text(text: str, case: Callable[[str], str] = str.upper) -> str:
-    """Upper case, or as ``case`` makes it; single spaces; composed characters (NFC): é is one, however it was typed."""
-    return " ".join(unicodedata.normalize("NFC", case(text)).split())
-
-
-def frames_needed(ids: Sequence[int]) -> int:
-    """Frames without which CTC cannot emit some labels: one each, and a blank between two that are the same."""
-    return len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +191,10 @@ class PieceVocabulary(Vocabulary):
                 max_sentence_length=1_000_000, num_threads=1, minloglevel=3,
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
-            said = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
-            raise UsageError(f"no {size} pieces can be made of the transcripts: {said}; change --units.size") from error
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text"
+            raise UsageError(
+                f"no {size} pieces can be made of the transcripts: {reason}; change `units.size`"
+            ) from error
         processor = module.SentencePieceProcessor(model_proto=model.getvalue())
         pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
         return cls(labels=(BLANK, *pieces), model=base64.b64encode(model.getvalue()).decode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, cast
 
 from w2v2.checkpoint.native import CONFIG
 from w2v2.data.config import DataConfig
@@ -18,11 +18,10 @@ from w2v2.training.optim import OptimConfig
 from w2v2.training.units import Characters, Phonemes, SentencePieces
 
 
-def run_config(folder: Path) -> PretrainConfig | FinetuneConfig | Wav2Vec2Config:
+def run_config(folder: Path) -> RunConfig | Wav2Vec2Config:
     """The configuration of a run folder, or of a folder of weights, whose ``config.json`` is the model's alone."""
-    config: Any = load_config(folder / CONFIG, (PretrainConfig, FinetuneConfig, Wav2Vec2Config))
-    run: PretrainConfig | FinetuneConfig | Wav2Vec2Config = config
-    return run
+    kinds: Any = (RunConfig, Wav2Vec2Config)
+    return cast(RunConfig | Wav2Vec2Config, load_config(folder / CONFIG, kinds))
 
 
 @dataclass(kw_only=True)
@@ -73,27 +72,52 @@ def _loss_weights() -> dict[str, float]:
     return {"contrastive": 1.0, "diversity": 0.1, "feature_penalty": 10.0}
 
 
+_REGULARISATION = (
+    "conv_gradient_scale", "dropout", "attention_dropout", "activation_dropout", "dropout_input", "layer_drop",
+)  # fmt: skip
+_MASKS = ("mask_prob", "mask_length")
+_TEMPERATURE = ("gumbel_start", "gumbel_end", "gumbel_decay")
+
+
 @dataclass(kw_only=True)
-class PretrainConfig:
-    """A whole pretraining run."""
+class RunConfig:
+    """What the configurations of all runs have."""
 
     recipe: str = ""
     """Name of the recipe, or FILE.py:FUNCTION."""
-    model: Wav2Vec2Config = field(default_factory=ContrastiveConfig)
-    """The network and its objective."""
-    loss_weights: dict[str, float] = field(default_factory=_loss_weights)
-    """Weight of each of the model's losses, per masked frame; the keys must be the model's."""
+    model: Wav2Vec2Config
+    """The network; with a pretrained one its architecture comes from there, its regularisation from here."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Audio."""
+    """Audio, with transcripts for fine-tuning."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Run."""
+    KEPT: ClassVar[tuple[str, ...]]
+    """Fields of the model that are the recipe's, whatever it starts from."""
 
-    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
-        """Make the model and its objective that of another run; regularisation and temperature stay this recipe's."""
-        kept = {name: getattr(self.model, name) for name in _OF_A_PRETRAINING_RECIPE}
-        self.model = dataclasses.replace(pretrained, **kept)
+    def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
+        """Take a pretrained model's architecture.
+
+        A pretrained type that is the recipe's, or extends it, has all that the recipe's has, and is taken whole. Else
+        the recipe's type stays, and with it its objective; the encoder's fields are taken.
+
+        Raises:
+            UsageError: the two types build different encoders.
+        """
+        own, given = type(self.model), type(pretrained)
+        if issubclass(given, own):
+            kept = {name: getattr(self.model, name) for name in self.KEPT if hasattr(self.model, name)}
+            self.model = dataclasses.replace(pretrained, **kept)
+            return
+        for name in ("build_conv_norms", "build_positional_embedding"):
+            if getattr(own, name) is not getattr(given, name):
+                raise UsageError(
+                    f"the model of `init_from` is {given.__name__}, the recipe's is {own.__name__}, and they differ in "
+                    f"{name}; make the recipe's `model` a {given.__name__}"
+                )
+        names = {f.name for f in dataclasses.fields(Wav2Vec2Config)} - {*self.KEPT, *_MASKS}
+        self.model = dataclasses.replace(self.model, **{name: getattr(pretrained, name) for name in names})
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is written.
@@ -104,6 +128,21 @@ class PretrainConfig:
         self.model.check()
         self.data.check()
         check_ranges(self)
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
+    """A whole pretraining run."""
+
+    model: Wav2Vec2Config = field(default_factory=ContrastiveConfig)
+    """The network and its objective."""
+    loss_weights: dict[str, float] = field(default_factory=_loss_weights)
+    """Weight of each of the model's losses, per masked frame; the keys must be the model's."""
+    KEPT = (*_REGULARISATION, "dropout_features", *_TEMPERATURE)
+
+    def check(self) -> None:
+        """Refuse what cannot work, as every run does; crops that do not fit or leave nothing to mask."""
+        super().check()
         frames = self.model.frames([int(self.data.max_seconds * SAMPLE_RATE)])[0]
         if frames > self.model.max_seq_len:
             raise UsageError(
@@ -125,13 +164,11 @@ class PretrainConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(RunConfig):
     """A whole CTC fine-tuning run."""
 
-    recipe: str = ""
-    """Name of the recipe, or FILE.py:FUNCTION."""
     model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
-    """The network; with a pretrained one its shape comes from there, its regularisation from here."""
+    """The network; with a pretrained one its architecture comes from there, masks and regularisation from here."""
     channel_mask_prob: ShareBelowOne = 0.25
     """Share of channels that would be masked if no spans overlapped (``mask_channel_prob``)."""
     channel_mask_length: Count = 64
@@ -147,27 +184,11 @@ class FinetuneConfig:
     """The update is multiplied by this over the rank."""
     units: Characters | Phonemes | SentencePieces = field(default_factory=Characters)
     """What the labels are; the recipe chooses which."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Audio with transcripts."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """Run."""
-
-    def take_shape(self, pretrained: Wav2Vec2Config) -> None:
-        """Make the model that of a pretraining run, but for the regularisation, which stays this recipe's."""
-        kept = {name: getattr(self.model, name) for name in _REGULARISATION}
-        self.model = dataclasses.replace(pretrained, **kept)
+    KEPT = (*_REGULARISATION, *_MASKS)
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is written.
-
-        Raises:
-            UsageError: with the field, what it must be, and what it is.
-        """
-        self.model.check()
-        self.data.check()
-        check_ranges(self)
+        """Refuse what cannot work, as every run does; frozen weights in parts, masks wider than the model."""
+        super().check()
         for name, frozen in (("`freeze_encoder_steps`", self.freeze_encoder_steps), ("`lora_rank`", self.lora_rank)):
             if self.train.shard and frozen:
                 raise UsageError(f"`train.shard` cannot freeze weights: it needs {name} 0, got {frozen}")
@@ -185,29 +206,3 @@ class FinetuneConfig:
             )
         if self.lora_rank > width:
             raise UsageError(f"`lora_rank` must be 0 to {width}, got {self.lora_rank}")
-
-
-_OF_A_PRETRAINING_RECIPE = (
-    "conv_gradient_scale",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "dropout_input",
-    "dropout_features",
-    "layer_drop",
-    "gumbel_start",
-    "gumbel_end",
-    "gumbel_decay",
-)
-
-
-_REGULARISATION = (
-    "conv_gradient_scale",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "dropout_input",
-    "layer_drop",
-    "mask_prob",
-    "mask_length",
-)

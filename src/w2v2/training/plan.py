@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from w2v2.data.batch import Batch
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split, read_run
 from w2v2.errors import UsageError
-from w2v2.model.masking import equalize_masks, keyed_generator
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 from w2v2.training.config import PretrainConfig
+from w2v2.training.mask_preview import Masks, crops, preview_masks
 from w2v2.training.pretrain import pretrain
 
 WARM_UP_STEPS = 5
@@ -96,11 +96,6 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
     )
 
 
-def crops(data: DataConfig, seconds: float) -> int:
-    """Whole crops of so many seconds in a micro-batch."""
-    return max(int(data.batch_seconds / seconds + 1e-9), 1)
-
-
 def _shortened(config: PretrainConfig, steps: int, folder: Path) -> PretrainConfig:
     """The run on one device for so many steps; without audio, on noise: one file, and links."""
     short = copy.deepcopy(config)
@@ -154,56 +149,19 @@ def _meet_other_lengths(model: Any, data: DataConfig) -> None:
     Twenty steps meet few lengths, or one, a run meets many; what they add is a tenth of a small model's memory.
     """
     for seconds in np.linspace(data.min_seconds, data.max_seconds, 16):
-        audio = torch.randn(crops(data, data.max_seconds), round(seconds * SAMPLE_RATE))
-        n, samples = audio.shape
-        batch = Batch(audio, torch.full((n,), samples), torch.zeros(n), [str(i) for i in range(n)], [0] * n)
-        draws = model.draw(batch, (0, 0))
-        torch.stack(list(model(audio, draws).losses.values())).sum().backward()
+        n, samples = crops(data, data.max_seconds), round(seconds * SAMPLE_RATE)
+        ids = [str(i) for i in range(n)]
+        batch = Batch(torch.randn(n, samples), torch.full((n,), samples), torch.zeros(n), ids, [0] * n)
+        losses = model(batch.audio, model.draw(batch, (0, 0))).losses
+        torch.stack(list(losses.values())).sum().backward()
     model.zero_grad(set_to_none=True)
 
 
 def _peak_rss() -> float:
     """GB. Linux counts the parent's into ``ru_maxrss`` of a process that was started by ``vfork``, not into this."""
     if (status := Path("/proc/self/status")).exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Masks of crops of one length."""
-
-    seconds: float
-    frames: int
-    drawn: float
-    """Share of the frames that is masked, mean, as drawn."""
-    trained: float
-    """The same as the model gets them: in each sub-batch frames are unmasked until all rows have as many masked."""
-    spans: tuple[int, int, int]
-    """Frames of a span as the model gets it, those that touch merged: 10th, 50th and 90th percentile."""
-
-
-def preview_masks(config: PretrainConfig, seconds: float, draws: int = 1_000) -> Masks:
-    """Draw masks of at least so many crops as training does, with the model configuration's own ``sample_mask``."""
-    assert isinstance(config.model, ContrastiveConfig)
-    model, samples = config.model, round(seconds * SAMPLE_RATE)
-    frames = model.frames([samples])[0]
-    rows = max(model.sub_batches([samples] * crops(config.data, seconds)))
-    drawn, trained = [], []
-    for batch in range(-(-draws // rows)):
-        rngs = [keyed_generator(config.train.seed, samples, batch, row) for row in range(rows)]
-        masks = [model.sample_mask(frames, rng) for rng in rngs]
-        drawn += masks
-        trained += equalize_masks(masks, rngs)
-    low, middle, high = np.quantile(span_lengths(torch.stack(trained)), [0.1, 0.5, 0.9], method="nearest").tolist()
-    shares = [torch.stack(masks).float().mean().item() for masks in (drawn, trained)]
-    return Masks(seconds, frames, shares[0], shares[1], (low, middle, high))
-
-
-def span_lengths(masks: Tensor) -> npt.NDArray[np.int64]:
-    """Frames of each run of masked frames in (N, T) bool masks."""
-    edges = nn.functional.pad(masks.to(torch.int8), (1, 1)).diff(dim=1).flatten()  # (N * (T + 1),)
-    return np.asarray((edges == -1).nonzero() - (edges == 1).nonzero()).flatten()
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ import torch
 
 from w2v2.data.batch import Batch, SpeechDataset
 from w2v2.data.corpora import Row, Split, Splits
+from w2v2.data.utterance import Utterance
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.evaluation.evaluate import error_rates
 from w2v2.model.losses import ctc_loss
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 from w2v2.training.config import FinetuneConfig
-from w2v2.training.finetune import FinetuneTask, Start, begin, check_start
-from w2v2.training.run import check_device, check_splits
+from w2v2.training.ctc_task import FinetuneTask
+from w2v2.training.finetune import Start, begin, check_start
+from w2v2.training.run import check_run
 
 UTTERANCES, STEPS, WARM_UP, LOOK_EVERY = 8, 400, 20, 10
 
@@ -77,9 +79,7 @@ def preflight(
     Raises:
         UsageError: as ``finetune``; audio that cannot be read.
     """
-    config.check()
-    check_device(config.train)
-    check_splits(splits, config.train)
+    check_run(config, splits)
     check_start(config, init_from)
     start = begin(config, splits, init_from=init_from, show=show)
     batch = short_batch(config, splits["train"], start)
@@ -91,7 +91,7 @@ def short_batch(config: FinetuneConfig, split: Split, start: Start) -> Batch:
     """The shortest usable utterances, of a second or more where there are enough, no two with the same transcript."""
     by_text: dict[str, Any] = {}
     for cut in itertools.islice(split, LOOKED_AT):
-        text = cut.supervisions[0].text or ""
+        text = Utterance.of(cut).text or ""
         if text.strip() and cut.duration >= config.data.min_seconds and start.fits(cut.duration, text):
             by_text.setdefault(text, cut)
     cuts = heapq.nsmallest(UTTERANCES, by_text.values(), key=lambda cut: (cut.duration < AT_LEAST, cut.duration))
@@ -113,8 +113,8 @@ def overfit(config: FinetuneConfig, start: Start, batch: Batch, device: torch.de
     peak = max(config.optim.schedule(step) for step in range(1, config.optim.schedule.total_steps + 1))
     audio, targets, lengths = batch.audio.to(device), batch.targets.to(device), batch.lengths.tolist()
     decoder = Greedy(vocabulary)
-    said = [row[:n].tolist() for row, n in zip(batch.targets, batch.target_lengths, strict=True)]
-    references = [vocabulary.decode(row) for row in said]
+    label_ids = [row[:n].tolist() for row, n in zip(batch.targets, batch.target_lengths, strict=True)]
+    references = [vocabulary.decode(row) for row in label_ids]
     losses, cers = [], []
     for step in range(STEPS + 1):
         log_probs, frames = model(audio, lengths)

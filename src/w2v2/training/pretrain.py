@@ -16,13 +16,13 @@ from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
 from w2v2.model.masking import Draws
-from w2v2.model.pretraining import SSLModel, SSLOutput
+from w2v2.model.objective import SSLModel, SSLOutput
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
 from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.optim import OptimConfig
-from w2v2.training.run import check_device, check_folder, check_splits, fit_task, start_folder, validate_task
+from w2v2.training.run import check_run, fit_task, start_folder, validate_task
 from w2v2.training.task import NormalizedTask, Sums, step_seed, unequal_lengths
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,7 @@ def pretrain(
     Raises:
         UsageError: settings that cannot work, a folder that holds another run, weights that do not fit.
     """
-    config.check()
-    check_device(config.train)
-    check_splits(splits, config.train)
-    check_folder(out, resume)
+    check_run(config, splits, out, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     start = None
     if init_from is not None:

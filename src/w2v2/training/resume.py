@@ -18,7 +18,7 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from w2v2.errors import JobError, StoppedError
 from w2v2.files import whole, write_json
 from w2v2.serial import save_config
-from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.config import RunConfig
 from w2v2.training.sharding import whole_weights
 from w2v2.training.task import NormalizedTask
 
@@ -101,7 +101,7 @@ class Checkpoints(pl.Callback):
         StoppedError: in training, after a signal, when everything is saved.
     """
 
-    def __init__(self, out: Path, config: PretrainConfig | FinetuneConfig, max_steps: int) -> None:
+    def __init__(self, out: Path, config: RunConfig, max_steps: int) -> None:
         self.out, self.config, self.max_steps = out, config, max_steps
         self.step = 0
         self.signal = 0

@@ -30,7 +30,7 @@ from w2v2.files import write_json
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
 from w2v2.serial import differences, load_config, save_config, to_dict
-from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig
+from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
@@ -50,9 +50,7 @@ def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> d
     return task.valid_figures
 
 
-def fit_task(
-    task: NormalizedTask, data: SpeechDataModule, config: PretrainConfig | FinetuneConfig, out: Path, resume: bool
-) -> None:
+def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, out: Path, resume: bool) -> None:
     """Run a task to its last step, with everything a run folder holds; weights are saved at the end.
 
     Raises:
@@ -133,7 +131,7 @@ def can_resume(out: Path) -> bool:
     return bool(checkpoint_files(out))
 
 
-def _wandb(config: PretrainConfig | FinetuneConfig, out: Path) -> list[Logger]:
+def _wandb(config: RunConfig, out: Path) -> list[Logger]:
     if not config.train.wandb:
         return []
     try:
@@ -168,6 +166,15 @@ def _silence_lightning() -> None:
         ".*overridden `.*` in `LightningModule`.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def check_run(config: RunConfig, splits: Splits, out: Path | None = None, resume: bool = False) -> None:
+    """Refuse a run that cannot work, before anything is written; ``out`` None: one that writes nothing."""
+    config.check()
+    check_device(config.train)
+    _check_splits(splits, config.train)
+    if out is not None:
+        _check_folder(out, resume)
 
 
 def check_device(train: TrainConfig) -> None:
@@ -205,7 +212,7 @@ def _precision(train: TrainConfig) -> str:
     return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
 
 
-def check_splits(splits: Splits, train: TrainConfig) -> None:
+def _check_splits(splits: Splits, train: TrainConfig) -> None:
     """Refuse a corpus that lacks what a run needs."""
     processes = train.devices * train.num_nodes
     for name in ("train", "valid"):
@@ -223,7 +230,7 @@ def check_splits(splits: Splits, train: TrainConfig) -> None:
 
 
 @rank_zero_only
-def check_folder(out: Path, resume: bool) -> None:
+def _check_folder(out: Path, resume: bool) -> None:
     """Refuse a run folder that would be overwritten, or has nothing to resume."""
     if resume:
         if not can_resume(out):
@@ -233,7 +240,7 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 @rank_zero_only
-def start_folder(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits, resume: bool) -> None:
+def start_folder(out: Path, config: RunConfig, splits: Splits, resume: bool) -> None:
     """Make the run folder and write what is run on what."""
     out.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -251,24 +258,24 @@ _MAY_CHANGE = (
 )  # fmt: skip
 
 
-def _refuse_changes(out: Path, config: PretrainConfig | FinetuneConfig, splits: Splits) -> None:
+def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
     """Another model, schedule, batching or corpus would not continue the run but be another one.
 
     Raises:
         UsageError: naming every difference.
     """
     changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
-    said = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
+    faults = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
     data = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
     for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
-        said += [
+        faults += [
             f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
             for key in now
             if now[key] != data.get(name, {}).get(key)
         ]
-    if said:
+    if faults:
         raise UsageError(
-            f"cannot resume {out} as another run: {'; '.join(said)}; undo that, or start one with `init_from`"
+            f"cannot resume {out} as another run: {'; '.join(faults)}; undo that, or start one with `init_from`"
         )
 
 

@@ -1,0 +1,117 @@
+"""The splits of a preparation that is settled, as manifests or shards."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lhotse import MonoCut
+
+from w2v2.data.splits import SPLITS, choose_labelled
+from w2v2.errors import JobError, Show, UsageError
+from w2v2.preparation.config import PrepareConfig, minutes_of
+from w2v2.preparation.executors import in_order
+from w2v2.preparation.journal import Journal
+from w2v2.preparation.shards import Piece, bytes_per_second, grouped, row_cuts, write_manifest, write_shard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class CorpusWriter:
+    """Writes splits, and labelled subsets of train, into folders of their own."""
+
+    journal: Journal
+    root: Path
+    """That paths of rows are relative to."""
+    out: Path
+    config: PrepareConfig
+    executor: Executor
+    jobs: int
+
+    def write(self, content: str, show: Show) -> dict[str, Any]:
+        """Write all; pieces that are there already are left as they are, if they are of this content.
+
+        Returns:
+            What ``corpus.json`` says of each.
+
+        Raises:
+            JobError: nothing to write, no space for it, audio that cannot be decoded any more, a worker that died.
+            UsageError: a labelled subset of nothing.
+        """
+        splits = [split for split in SPLITS if self.journal.summary(split).utterances]
+        if not splits:
+            raise JobError(f"nothing of the source can be used; {self.out / 'audit.jsonl'} says why")
+        splits += [self._choose(subset) for subset in self.config.labelled]
+        if self.journal.get("pieces") != content:
+            for split in [*SPLITS, *splits]:
+                shutil.rmtree(self.out / split, ignore_errors=True)
+            self.journal.put("pieces", content)
+        summaries = {split: self.journal.summary(split) for split in splits}
+        total, done = sum(summary.seconds for summary in summaries.values()), 0.0
+        seconds = self._piece_seconds(total) if self.config.shards else float("inf")
+        described = {}
+        for split, summary in summaries.items():
+            pieces = []
+            for piece in self._pieces(split, seconds):
+                pieces.append(piece)
+                done += piece.seconds
+                show("write", min(done / total, 1.0))
+            described[split] = {
+                "hours": sum(piece.seconds for piece in pieces) / 3600,
+                "utterances": sum(piece.utterances for piece in pieces),
+                "speakers": summary.speakers,
+                "transcribed": summary.transcribed,
+                "pieces": [asdict(piece) for piece in pieces],
+            }
+        return described
+
+    def _choose(self, subset: str) -> str:
+        """Choose a labelled subset; returns the name of its split."""
+        name, _, file = subset.partition("=")
+        rows = self.journal.transcribed()
+        if file:
+            wanted = set(Path(file).read_text(encoding="utf-8-sig", errors="replace").split())
+            chosen = {row for row, _, _ in rows if row in wanted}
+            if len(chosen) < len(wanted):
+                log.info("%s: %d of %d ids are in train with a transcript", name, len(chosen), len(wanted))
+        else:
+            chosen = choose_labelled(rows, minutes_of(subset), self.config.seed)
+        if not chosen:
+            raise UsageError(f"`labelled` {subset}: no utterance of train has a transcript and is on the list")
+        self.journal.choose(f"train-{name}", chosen)
+        return f"train-{name}"
+
+    def _cuts(self, split: str) -> Iterator[MonoCut]:
+        for row in self.journal.members(split):
+            yield from row_cuts(row, self.root)
+
+    def _pieces(self, split: str, seconds: float) -> Iterator[Piece]:
+        pieces = enumerate(grouped(self._cuts(split), seconds))
+        if not self.config.shards:
+            return (write_manifest(self.out, split, number, cuts) for number, cuts in pieces)
+        tasks = (
+            (self.out, split, number, [cut.to_dict() for cut in cuts], self.config.shards) for number, cuts in pieces
+        )
+        return in_order(self.executor, write_shard, tasks, 2 * self.jobs)
+
+    def _piece_seconds(self, total: float) -> float:
+        """Audio in a shard of the size wanted, seconds, after a look whether the disk holds all of them."""
+        known = self.journal.get("bytes_per_second")
+        rate = float(known or 0) or bytes_per_second(islice(self._cuts("train"), 20), self.config.shards)
+        self.journal.put("bytes_per_second", str(rate))
+        have = sum(path.stat().st_size for path in self.out.glob("*/recording.*.tar"))
+        need, free = max(1.05 * total * rate - have, 0.0), shutil.disk_usage(self.out).free
+        log.info("shards take about %.2f GB, %.2f GB are free", need / 1e9, free / 1e9)
+        if need > free:
+            raise JobError(
+                f"shards need {need / 1e9:.1f} GB, {self.out} has {free / 1e9:.1f} GB free; free space, choose another "
+                "disk, or `shards` opus"
+            )
+        return self.config.shard_mb * 1e6 / rate
