@@ -27,6 +27,7 @@ from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import save_config
+from w2v2.text.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -146,10 +147,19 @@ def test_what_cannot_be_extracted_is_refused():
 def test_the_model_of_any_folder_is_what_its_weights_are(tmp_path):
     config = small()
     torch.manual_seed(0)
-    made = {"pretraining": config.build(), "ctc": Wav2Vec2ForCTC(config, 7), "encoder": Wav2Vec2(config)}
+    made = {
+        "pretraining": config.build(),
+        "ctc": Wav2Vec2ForCTC(config, len(Vocabulary.from_texts(["SUN"]).labels)),
+        "encoder": Wav2Vec2(config),
+    }
     kinds = {"pretraining": Wav2Vec2ForPretraining, "ctc": Wav2Vec2ForCTC, "encoder": Wav2Vec2}
     for name, model in made.items():
-        loaded = read(folder_of(tmp_path / name, model, config)).build()
+        folder = folder_of(tmp_path / name, model, config)
+        if name == "ctc":
+            with pytest.raises(UsageError, match=r"no .*vocab\.json: expected the labels"):
+                read(folder)
+            Vocabulary.from_texts(["SUN"]).save(folder / "vocab.json")
+        loaded = read(folder).build()
         assert type(loaded) is kinds[name] and not loaded.training
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 

@@ -156,6 +156,15 @@ def test_each_signature_is_named_with_a_cure(shown: dict[str, float], says: str)
     assert alarm.step <= 120
 
 
+def test_a_quantizer_without_probabilities_has_the_signatures_that_need_none() -> None:
+    def without(**changed: float) -> dict[str, float]:
+        return {name: value for name, value in figures(**changed).items() if name != "prob_perplexity"}
+
+    assert judged(without(code_perplexity=20.0)) is None
+    alarm = judged(without(grad_norm=0.05))
+    assert alarm is not None and "uniform logits" in alarm.name
+
+
 def test_a_signature_that_goes_away_is_forgotten() -> None:
     dead, alive = figures(grad_norm=0.05), figures()
     detector = CollapseDetector()
@@ -207,7 +216,7 @@ def test_a_forced_collapse_stops_the_run_within_200_steps(cause: str, corpus: Pa
     {"constant audio": lambda c: None, "learning rate": fast, "no diversity": no_diversity}[cause](config)
     data = constant(tmp_path / "constant") if cause == "constant audio" else corpus
     out = tmp_path / "run"
-    with pytest.raises(JobError, match=r"what usually cures it: .*sentinel False") as error:
+    with pytest.raises(JobError, match=r"what usually cures it: .*`train.sentinel` False") as error:
         pretrain(config, read_corpus(data), out)
     since, step = stopped_at(str(error.value))
     assert step <= 200

@@ -29,7 +29,9 @@ FILES = 480
 KILLS = 10
 # Children of a process that has everything imported begin at once; beyond that they are the command as it is.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["w2v2.preparation.run", "w2v2.cli.main", "tyro", "rich.progress", __name__])
+context.set_forkserver_preload(
+    ["w2v2.preparation.run", "w2v2.preparation.corpus", "w2v2.cli.main", "tyro", "rich.progress", __name__]
+)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,8 @@ def read_native(folder: Path) -> Checkpoint:
     if n_outputs:
         from w2v2.text.vocabulary import load_vocabulary  # late: pretraining has no labels
 
+        if not (folder / VOCABULARY).is_file():
+            raise UsageError(f"no {folder / VOCABULARY}: expected the labels of this CTC model; copy it from its run")
         checkpoint.vocabulary = load_vocabulary(folder / VOCABULARY)
         n_labels = len(checkpoint.vocabulary.labels)
         if n_labels != n_outputs:

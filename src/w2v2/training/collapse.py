@@ -81,8 +81,7 @@ SIGNATURES = (
 
 
 _NEEDED = {
-    "contrastive", "contrastive_of_chance", "accuracy", "identical_distractors", "code_perplexity", "prob_perplexity",
-    "grad_norm",
+    "contrastive", "contrastive_of_chance", "accuracy", "identical_distractors", "code_perplexity", "grad_norm",
 }  # fmt: skip
 
 
@@ -120,7 +119,7 @@ class CollapseDetector:
 
     def validated(self, figures: Figures) -> None:
         """Take the figures of a validation."""
-        if "accuracy_all_masked" in figures:
+        if {"accuracy", "accuracy_all_masked"} <= figures.keys():
             self.blind_share = figures["accuracy_all_masked"] / max(figures["accuracy"], 1e-9)
 
     @property
@@ -139,7 +138,8 @@ class CollapseDetector:
         if not figures.keys() >= _NEEDED:
             return None
         groups = sum(name.startswith("code_perplexity_") for name in figures)
-        figures = figures | {"blind_share": self.blind_share}
+        # A quantizer without probabilities shows no signature of them: nothing is true of nan.
+        figures = {"prob_perplexity": math.nan, **figures, "blind_share": self.blind_share}
         for signature in SIGNATURES:
             if not signature.seen(figures, groups):
                 self.since.pop(signature.name, None)

@@ -7,7 +7,7 @@ import logging
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytorch_lightning as pl
 import torch
@@ -57,30 +57,24 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of a step, and write the file."""
+        """Add to the row of a step, and write the file: one more row, where that is all that is new."""
         row = self.rows.setdefault(step or 0, {})
-        grown = not all(any(name in other for other in self.rows.values()) for name in metrics)
-        known = bool(row)
+        fits = not row and metrics.keys() <= set(self._columns()) and self.path.exists()
         row.update({name: float(value) for name, value in metrics.items()})
-        if grown or known or not self.path.exists():
-            self._rewrite()
-        else:
+        if fits:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerow([step, *(_cell(row, name) for name in self._columns())])
+                self._writer(file).writerow({"step": step, **row})
+        else:
+            with whole(self.path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+                writer = self._writer(file)
+                writer.writeheader()
+                writer.writerows({"step": number, **self.rows[number]} for number in sorted(self.rows))
 
     def _columns(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows.values() for name in row))
 
-    def _rewrite(self) -> None:
-        with whole(self.path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *self._columns()])
-            for step in sorted(self.rows):
-                writer.writerow([step, *(_cell(self.rows[step], name) for name in self._columns())])
-
-
-def _cell(row: dict[str, float], name: str) -> str:
-    return repr(row[name]) if name in row else ""
+    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, ["step", *self._columns()])
 
 
 class Progress(pl.Callback):
