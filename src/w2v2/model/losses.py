@@ -45,7 +45,7 @@ def contrastive_logits(
         vectors = F.normalize(torch.cat([context, targets]).float(), dim=-1, eps=1e-8)
         c, q = (unpack(x[None], counts) for x in vectors.chunk(2))
         cosine = torch.bmm(c, q.mT) / temperature  # (B, N, P), (B, P, N) -> (B, N, N)
-        others = unpack(distractors[None], counts)  # (B, N, K)
+        others = unpack(distractors[None], counts).long()  # (B, N, K)
         positive = cosine.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         negatives = cosine.gather(2, others)
         row_codes = unpack(codes[None], counts)  # (B, N, G)
