@@ -1,4 +1,4 @@
-"""Commands and scripts in processes of their own that are forked with everything imported: the same, seconds earlier."""
+"""Commands and scripts in processes of their own, forked with everything imported: the same, seconds earlier."""
 
 import multiprocessing
 import os
