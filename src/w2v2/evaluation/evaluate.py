@@ -139,11 +139,7 @@ def evaluate_model(
         data: how the corpus is read.
         device: as in ``place``.
 
-    Returns:
-        What ``evaluation.json`` holds.
-
-    Raises:
-        UsageError: no such split, file or device, or a split to tune on that is what is scored.
+    Returns what ``evaluation.json`` holds. Raises as ``choose_split``, ``make_decoder``, ``run_evaluation``.
     """
     data = data or DataConfig()
     data.check()
@@ -160,12 +156,10 @@ def evaluate_model(
         _refuse_scored(tune, tuned_on, scored)
         tuning = tune_on(recognizer, decoder, tuned_on, data, model, trials=trials, show=show)
         decoder = decoder.tuned(tuning.best)
-        for line in tuning.table()[:6]:
-            log.info("%s", line)
-    settings: dict[str, Any] = {}
-    if isinstance(decoder, TunableDecoder):
-        files = {name: None if path is None else str(path) for name, path in (("lm", lm), ("lexicon", lexicon))}
-        settings = {**files, "hot_words": tuple(hot_words), "tuned_on": tune, **asdict(decoder.config)}
+        log.info("%s", "\n".join(tuning.table()[:6]))
+    files = {name: None if path is None else str(path) for name, path in (("lm", lm), ("lexicon", lexicon))}
+    asked = {**files, "hot_words": tuple(hot_words), "tuned_on": tune}
+    settings = {**asked, **asdict(decoder.config)} if isinstance(decoder, TunableDecoder) else {}
     return run_evaluation(
         recognizer,
         decoder,
