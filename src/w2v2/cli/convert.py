@@ -75,7 +75,7 @@ class Export:
             raise UsageError(f"`int8` and `data` are for `to` onnx, got `to` {self.to}")
         has_hub = find_spec("huggingface_hub") is not None
         if not has_hub and (self.license or self.push_to_hub):
-            raise UsageError("`license` and `push_to_hub` need huggingface_hub: pip install 'w2v2[hf]'")
+            raise UsageError("`license` and `push_to_hub` need huggingface_hub: pip install huggingface_hub")
         if self.push_to_hub:
             expect_hub(self.push_to_hub)
         with whole_folder(self.out) as folder:
@@ -84,7 +84,7 @@ class Export:
                 write_card(self.model, folder, name=self.out.name, license_id=self.license)
         log.info("wrote %s; look at %s", self.out, self.out / ("README.md" if has_hub else "export.json"))
         if not has_hub:
-            log.warning("without a model card, which needs huggingface_hub: pip install 'w2v2[hf]'")
+            log.warning("without a model card, which needs huggingface_hub: pip install huggingface_hub")
         if self.push_to_hub:
             log.info("pushed to %s", push(self.out, self.push_to_hub))
 

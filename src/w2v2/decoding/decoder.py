@@ -52,5 +52,5 @@ def make_decoder(
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("flashlight"):
             raise
-        raise UsageError("beam search needs flashlight-text: pip install 'w2v2[beam]'") from None
+        raise UsageError("beam search needs flashlight-text: pip install flashlight-text") from None
     return make_beam(vocabulary, beam or BeamConfig(), lm=lm, lexicon=lexicon, hot_words=hot_words)
