@@ -4,6 +4,7 @@ The device is ``meta``: it computes nothing, and what has to look at a value the
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from w2v2 import recipes
 from w2v2.data.batch import Batch
+from w2v2.data.config import DataConfig
+from w2v2.data.corpora import read_corpus
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.text.vocabulary import Vocabulary
 from w2v2.training.ctc_task import FinetuneTask
+from w2v2.training.data import SpeechDataModule
 from w2v2.training.pretrain import PretrainTask
 
 META = torch.device("meta")
@@ -171,3 +175,22 @@ def test_what_waits_is_noticed(fault, pinned, monkeypatch) -> None:
     plant(fault, monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=r"pinned|reads|is read|[mM]eta"):
         step_of(task_of("pretraining"), SAMPLES["equal"], pinned)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_worker_draws_what_the_task_would(corpus: Path, workers: int) -> None:
+    task = task_of("pretraining")
+    task.model.config.layer_drop = 0.5
+    config = DataConfig(batch_seconds=4.0, max_seconds=2.0, num_workers=workers)
+    data = SpeechDataModule(read_corpus(corpus), config)
+    data.trainer = SimpleNamespace(lightning_module=task, current_epoch=3)
+    loader = data.train_dataloader()
+    layers = []
+    for number, batch in enumerate(loader):
+        again = task.draw(batch, training=True)
+        assert batch.place == (3, number) and batch.draws.covered is batch.draws.masked
+        for name in ("masked", "distractors"):
+            assert torch.equal(getattr(batch.draws, name), getattr(again, name))
+        layers.append(batch.draws.keep_layers)
+        assert layers[-1] == again.keep_layers
+    assert layers[::2] == layers[1::2] and len(set(layers)) > 1  # two micro-batches are a step

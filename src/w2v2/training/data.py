@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from multiprocessing import get_start_method
 from typing import Any
 
 import pytorch_lightning as pl
@@ -62,9 +63,10 @@ class SpeechDataModule(pl.LightningDataModule):
         )
 
     def _draw(self, *, training: bool) -> Callable[[Batch], Draws | None] | None:
-        """What the task draws for a batch, in the worker that reads it."""
+        """What the task draws for a batch, in the worker that reads it; None: the task draws when the batch comes."""
         task = self.trainer.lightning_module if self.trainer is not None else None
-        return partial(task.draw, training=training) if isinstance(task, NormalizedTask) else None
+        forked = get_start_method() == "fork"  # elsewhere a worker would get a copy of the whole model
+        return partial(task.draw, training=training) if forked and isinstance(task, NormalizedTask) else None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, bucketed, without the last partial batches of an epoch's end being lost."""
