@@ -93,7 +93,7 @@ def _try_spelling(word: str, vocabulary: Vocabulary) -> tuple[int, ...]:
 
 
 def spelling_of(word: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Labels of a hot word, the boundary last.
+    """Labels of a hot word or phrase, the boundary last.
 
     Raises:
         UsageError: a character without a label.
@@ -104,14 +104,13 @@ def spelling_of(word: str, vocabulary: Vocabulary) -> tuple[int, ...]:
     return spelling
 
 
-def single_words(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
-    """Hot words, normalised, each once.
+def phrases_of(hot_words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+    """Hot words and phrases, normalised, each once.
 
     Raises:
-        UsageError: more or less than a word.
+        UsageError: there is no word in one.
     """
-    normal = {vocabulary.normalize(word): word for word in words}
-    for word, given in normal.items():
-        if len(word.split()) != 1:
-            raise UsageError(f"a hot word is one word, got {given!r}; give the words of a phrase one by one")
-    return list(normal)
+    phrases = list(dict.fromkeys(vocabulary.normalize(phrase) for phrase in hot_words))
+    if "" in phrases:
+        raise UsageError("a hot word is a word or some words, got ''; leave it out")
+    return phrases
