@@ -6,9 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from w2v2.decoding.ngram import SPECIAL, open_text
 from w2v2.errors import UsageError
+from w2v2.text.spelling import composed_ids
 from w2v2.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -31,13 +33,14 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
         UsageError: labels that the vocabulary lacks, a boundary inside a word, a spelling of a sign such as ``<unk>``,
             or no word that can be spelled.
     """
-    ids = {label: i for i, label in enumerate(vocabulary.labels)}
+    ids = composed_ids(dict(enumerate(vocabulary.labels)))
     boundary = vocabulary.boundary
     assert boundary is not None
     found, alone = [], []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             word, *labels = line.split() or [""]
+            labels = [normalize("NFC", label) for label in labels]
             if not labels:
                 alone += [word] if word and word not in SPECIAL else []
                 continue
