@@ -192,7 +192,7 @@ def tiny() -> PretrainConfig:
     config.loss_weights["diversity"] = 0.25
     config.data = DataConfig(batch_seconds=12.0, max_seconds=3.0, num_buckets=2, num_workers=0)
     config.optim.schedule = WarmupCosine(peak=1.2e-3, warmup_steps=240, total_steps=3_000)
-    config.train = TrainConfig(accelerator="cpu", log_every=50, val_every=500, checkpoint_every=1000)
+    config.train = TrainConfig(log_every=50, val_every=500, checkpoint_every=1000)
     return config
 
 
@@ -376,7 +376,7 @@ def tiny_ctc() -> FinetuneConfig:
         channel_mask_prob=0.0,
         data=DataConfig(batch_seconds=12.0, max_seconds=40.0, min_seconds=0.1, num_buckets=4, num_workers=0),
         optim=OptimConfig(schedule=TriStage(peak=3e-3, total_steps=600), eps=1e-8, weight_decay=0.0),
-        train=TrainConfig(accelerator="cpu", log_every=50, val_every=100, checkpoint_every=600),
+        train=TrainConfig(log_every=50, val_every=100, checkpoint_every=600),
     )
 
 
