@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = 3
 """Validation utterances shown in the log."""
-
-
 _SHOWN = 100
 """Characters of each there."""
 
