@@ -34,6 +34,8 @@ def small(command: str) -> list[str]:
     if words[0] != "w2v2":
         return words
     shrunk = [*words, *shlex.split(SHRINK.get(words[1], ""))]
+    if words[1] == "pretrain" and "--init-from" not in words:
+        shrunk += ["--warm-start.updates", "1"]
     return [str(Path(sys.executable).parent / "w2v2"), *shrunk[1:]]
 
 

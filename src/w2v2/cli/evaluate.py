@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from w2v2.decoding.config import BeamConfig
     from w2v2.decoding.greedy import Decoder
     from w2v2.inference.recognizer import Recognizer
+    from w2v2.model.wav2vec2 import Wav2Vec2
 
 
 log = logging.getLogger("w2v2")
@@ -70,6 +71,11 @@ def _add_evaluate(verb: AddVerb) -> None:
     evaluate.add_argument(
         "--against", type=Path, help="results of another system on the same utterances, a folder as of --out, to test"
     )
+    text = "phones and speakers that a linear classifier tells from each layer, beside log-mel, MFCC and random weights"
+    evaluate.add_argument("--probe", nargs="?", const="", metavar="LABELS", help=f"{text}; phones with times "
+                          "(*.ctm, *.TextGrid) in this folder (default: of --data)")  # fmt: skip
+    evaluate.add_argument("--layers", type=int, nargs="+", help="of --probe: blocks from 1, 0 the convolutions (all)")
+    evaluate.add_argument("--minutes", type=float, help="of --probe: labelled audio of either split (default: 20)")
     evaluate.add_argument("--batch-seconds", type=float, help="audio in a batch at most, s (default: 87.5)")
     evaluate.add_argument("--workers", dest="num_workers", type=int, help="processes that decode audio (default: 2)")
     evaluate.add_argument("--max-bad", help="share of utterances that may be unreadable; named (default: 0.1%%)")
@@ -86,6 +92,11 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         if split is not None and split not in splits:
             raise UsageError(f"{name} must be one of {', '.join(splits)}, which {args.data} has; got {split!r}")
     model = load(args.model)
+    if args.probe is not None:
+        _probe(args, splits, model.model if isinstance(model, Recognizer) else model)
+        return
+    if given := [f"`{name}`" for name in ("layers", "minutes") if getattr(args, name) is not None]:
+        raise UsageError(f"{given[0]} needs `probe`: add it, or leave {given[0]} out")
     if isinstance(model, Recognizer):
         _evaluate_recognizer(args, rest, splits, model)
         return
@@ -97,6 +108,18 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
             f"{args.model} has no CTC head, so {', '.join(given)} cannot be used; name a run of 'w2v2 finetune'"
         )
     sys.stdout.write(json.dumps(evaluate_pretrained(args.model, splits, args.split), indent=2) + "\n")
+
+
+def _probe(args: argparse.Namespace, splits: Splits, model: Wav2Vec2) -> None:
+    from w2v2.evaluation.probe import probe
+    from w2v2.evaluation.table import probe_table
+
+    with progress("probe") as show:
+        minutes = {} if args.minutes is None else {"minutes": args.minutes}
+        labels = Path(args.probe or args.data)
+        found = probe(model, splits, args.split, labels, layers=args.layers, show=show, **minutes)
+    lines = [json.dumps(found, indent=2, ensure_ascii=False)] if args.json else probe_table(found)
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 _USAGE = "w2v2 evaluate RUN --data CORPUS"

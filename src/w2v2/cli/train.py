@@ -106,7 +106,7 @@ def _preflight(config: FinetuneConfig, splits: Splits, init_from: Path | None) -
 
 
 def _resume(args: argparse.Namespace, out: Path) -> bool:
-    from w2v2.training.run import can_resume
+    from w2v2.training.resume import can_resume
 
     return args.resume == "yes" or (args.resume == "auto" and can_resume(out))
 
