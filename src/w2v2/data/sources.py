@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,12 @@ def folder_texts(root: Path) -> Iterator[tuple[str, str | UsageError | None]]:
     """
     for folder, names in _walk(str(root), ()):
         texts, fault = _folder_transcripts(Path(folder), names)
-        files = set(names)
+        files = {nfc(name): name for name in names}
         for name, path in _audio_in(root, folder, names):
-            stem = os.path.splitext(name)[0]
+            stem = nfc(os.path.splitext(name)[0])
             text: str | UsageError | None = texts.get(stem)
             if text is None:
-                text = _read_text(Path(folder, f"{stem}.txt")) if f"{stem}.txt" in files else fault
+                text = _read_text(Path(folder, files[f"{stem}.txt"])) if f"{stem}.txt" in files else fault
             yield path, text
 
 
@@ -146,9 +147,9 @@ def _folder_transcripts(folder: Path, names: list[str]) -> tuple[dict[str, str],
             if isinstance(lines, UsageError):
                 fault = lines
                 continue
-            for line in lines.splitlines():
-                utterance, _, text = line.partition(" ")
-                texts[utterance] = text.strip()
+            for line in lines.split("\n"):  # and at no other character that Unicode lets end one
+                utterance, *text = re.split(r"[ \t]+", line.strip(), maxsplit=1)
+                texts[nfc(utterance)] = "".join(text)
     return texts, fault
 
 
@@ -164,9 +165,9 @@ def _read_text(path: Path) -> str | UsageError:
 def speaker_of(path: str, pattern: re.Pattern[str] | None = None) -> str | None:
     """The speaker that a relative path tells, or None."""
     if pattern is not None:
-        match = pattern.search(path)
+        match = pattern.search(nfc(path))
         return match and match.group(1)
-    *folders, name = path.split("/")
+    *folders, name = nfc(path).split("/")
     first = name.split("-")[0]
     if first in folders:
         return first
@@ -182,8 +183,8 @@ def split_of(path: str) -> str | None:
 
 
 def utterance_id(path: str) -> str:
-    """LibriSpeech's own ids stay; otherwise the relative path without its ending, in one word."""
-    *folders, name = path.split("/")
+    """LibriSpeech's own ids stay; otherwise the relative path without its ending, in one word, in NFC."""
+    *folders, name = nfc(path).split("/")
     stem = name.rsplit(".", 1)[0]
     if stem.split("-")[0] in folders:
         return stem
@@ -193,3 +194,19 @@ def utterance_id(path: str) -> str:
 def locate(root: Path, path: str) -> str:
     """Path or URL of a row's audio."""
     return path if is_remote(path) else str(root / path)
+
+
+def existing(root: Path, path: str) -> str:
+    """The path, in the Unicode form that its file has; as it is where there is none."""
+    if not path.isascii() and not is_remote(path) and not (root / path).exists():
+        at = Path("")
+        for part in Path(path).parts:
+            forms = (part, nfc(part), unicodedata.normalize("NFD", part))
+            at /= next((form for form in forms if (root / at / form).exists()), part)
+        return at.as_posix()
+    return path
+
+
+def nfc(text: str) -> str:
+    """The composed form, in which names are compared: file systems and tables differ in it."""
+    return unicodedata.normalize("NFC", text)
