@@ -10,11 +10,12 @@ import soundfile
 from conftest import RATE, sound
 
 from w2v2.data.corpora import read_corpus
+from w2v2.data.layouts import layout_rows
 from w2v2.data.sources import folder_rows
 from w2v2.data.tables import listed_splits, table_rows
 from w2v2.errors import UsageError
 from w2v2.preparation.config import PrepareConfig
-from w2v2.preparation.run import prepare
+from w2v2.preparation.run import prepare, summary_table
 
 NFC, NFD = unicodedata.normalize("NFC", "Élise"), unicodedata.normalize("NFD", "Élise")
 
@@ -31,6 +32,7 @@ def save(path: Path, seed: int = 0, seconds: float = 1.2) -> Path:
 
 
 REFUSED = {
+    "empty.csv": ("", "empty.csv is empty: expected a line"),
     "comma.csv": ("path,text,speaker\na.wav,OH,x\nb.wav,WELL, I NEVER,x\n", "row 2: 4 fields for 3 columns"),
     "tab.tsv": ("path\ttext\na.wav\tWELL\tI NEVER\n", "row 1: 3 fields for 2 columns"),
     "unnamed.csv": ("path,text,\na.wav,WELL, I NEVER\n", "'I NEVER' is in none"),
@@ -78,7 +80,7 @@ def test_a_table_is_read_as_it_is_meant(tmp_path: Path, name: str, text: str, ex
 def test_a_mapping_names_columns_that_there_are(tmp_path: Path) -> None:
     text = "path,Sentence\na.wav,OH\n"
     assert rows(tmp_path / "t.csv", text, {"text": "sentence "}) == [("a.wav", "OH", None)]
-    with pytest.raises(UsageError, match="`columns` transcript=...: expected one of path, start"):
+    with pytest.raises(UsageError, match=r"`columns` transcript=\.\.\.: expected one of path, start"):
         rows(tmp_path / "t.csv", text, {"transcript": "sentence"})
     with pytest.raises(UsageError, match="`columns` names text twice"):
         PrepareConfig(columns=("text=a", "text=b")).check()
@@ -128,3 +130,121 @@ def test_names_meet_in_either_unicode_form(tmp_path: Path, audio: str, other: st
     assert [row.path for row in table_rows(tmp_path / "t.csv")] == [f"{audio}/{audio}.wav"]
     (tmp_path / "splits.tsv").write_text(f"utt\trole\n{other}/{other}.wav\ttest\n", encoding="utf-8")
     assert dict(listed_splits(tmp_path / "splits.tsv")) == {NFC: "test"}
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+def told(root: Path) -> dict[str, tuple[str | UsageError | None, str | None, str | None]]:
+    return {row.path: (row.text, row.speaker, row.split) for row in folder_rows(root)}
+
+
+@pytest.mark.parametrize(
+    ("audio", "name", "content", "expected"),
+    [
+        ("wavs/LJ001-0001.wav", "metadata.csv", 'LJ001-0001|In 1455, "so"|In fourteen', ("In fourteen", None, None)),
+        ("wavs/LJ001-0001.wav", "metadata.csv", "LJ001-0001|In 1455|\n", ("In 1455", None, None)),
+        ("train/a.wav", "metadata.csv", 'file_name,transcription\ntrain/a.wav,"OH, WELL"', ("OH, WELL", None, "train")),
+        ("train/a.wav", "train/metadata.jsonl", '{"file_name": "a.wav", "text": "OH"}', ("OH", None, "train")),
+        ("dev/audio/10/20/10_20_000003.wav", "dev/transcripts.txt", "10_20_000003\tOUI", ("OUI", "10", "valid")),
+        ("dev-clean/84/12/84_12_000001_000002.wav", "dev-clean/84/12/84_12_000001_000002.normalized.txt", "Oh!",
+         ("Oh!", "84", "valid")),
+        ("2009/20090112-0900-PLENARY-8-en_1.wav", "2009/x.trans.txt", "b OH", (None, None, None)),
+        ("en/2009/20090112-0900-PLENARY-8-en.wav", "README", "", (None, None, None)),
+        ("2007/2007-12-0001.wav", "2007/2007-12.trans.txt", "2007-12-0001 OH", ("OH", "2007", None)),
+    ],
+)  # fmt: skip
+def test_layouts_that_corpora_have_are_read(
+    tmp_path: Path, audio: str, name: str, content: str, expected: tuple[Any, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / audio)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert told(tmp_path) == {audio: expected} and not caplog.messages
+
+
+def test_participants_are_no_splits_unless_all_folders_are(tmp_path: Path) -> None:
+    for folder in ("test01", "test02", "control01"):
+        save(tmp_path / "some" / folder / "a.wav")
+        if folder != "control01":
+            save(tmp_path / "all" / folder / "a.wav")
+    assert {(who, split) for _, who, split in told(tmp_path / "some").values()} == {
+        ("test01", None), ("test02", None), ("control01", None),
+    }  # fmt: skip
+    assert {(who, split) for _, who, split in told(tmp_path / "all").values()} == {(None, "test")}
+
+
+def test_what_is_beside_the_audio_and_not_read_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(3):
+        save(tmp_path / "in" / "x" / f"{i}.wav", i)
+        (tmp_path / "in" / "x" / f"{i}.TextGrid").write_text("")
+    (tmp_path / "in" / "video.xyz").write_text("")
+    summary = prepare(tmp_path / "in", tmp_path / "out")
+    assert summary["audit"]["passed_over"] == {".TextGrid": 3, ".xyz": 1}
+    (message,) = [message for message in caplog.messages if "transcripts" in message]
+    assert message.startswith(f"3 files look like transcripts and are not read, such as {tmp_path / 'in/x/0.TextGrid'}")
+    assert "4 files passed over: 3 .TextGrid, 1 .xyz" in " ".join(summary_table(summary))
+
+
+def test_common_voice_keeps_its_clips_in_a_folder(tmp_path: Path) -> None:
+    save(tmp_path / "cv" / "clips" / "a.wav")
+    save(tmp_path / "cv" / "clips" / "b.wav", 1)
+    (tmp_path / "cv" / "train.tsv").write_text('client_id\tpath\tsentence\n1\ta.wav\tSO "HE\n2\tb.wav\tOH\n')
+    config = PrepareConfig(columns=("text=sentence", "speaker=client_id"), audio_folder=str(tmp_path / "cv" / "clips"))
+    assert prepare(tmp_path / "cv" / "train.tsv", tmp_path / "out", config)["audit"]["rejected"] == 0
+    told = {(u.text, u.speaker) for split in read_corpus(tmp_path / "out").values() for u in split.utterances()}
+    assert told == {('SO "HE', "1"), ("OH", "2")}
+
+
+def kaldi(root: Path, **files: str) -> Path:
+    for name, content in files.items():
+        (root / name.replace("_scp", ".scp")).write_text(content, encoding="utf-8")
+    return root
+
+
+def test_a_kaldi_folder_is_read(tmp_path: Path) -> None:
+    save(tmp_path / "talk.wav", 0, 3.0)
+    save(tmp_path / "other.wav", 1)
+    kaldi(
+        tmp_path,
+        wav_scp=f"other {tmp_path / 'other.wav'}\ntalk talk.wav\n",
+        segments="talk-1 talk 0.5 1.5\ntalk-2 talk 1.5 -1\nother-1 other 0 1.2\n",
+        text="talk-1 OH WELL\ntalk-2\u2028 YES\nother-1\tNO\n",
+        utt2spk="talk-1 ann\ntalk-2\tbob\nother-1 cid\n",
+    )
+    told = [(Path(r.path).name, r.start, r.end, r.text, r.speaker) for r in layout_rows(tmp_path) or ()]
+    assert told == [
+        ("talk.wav", 0.5, 1.5, "OH WELL", "ann"),
+        ("talk.wav", 1.5, None, "YES", "bob"),
+        ("other.wav", 0.0, 1.2, "NO", "cid"),
+    ]
+    (tmp_path / "segments").unlink()
+    kaldi(tmp_path, text="talk OH\nother NO\n", utt2spk="talk ann\nother cid\n")
+    told = [(Path(r.path).name, r.start, r.end, r.text, r.speaker) for r in layout_rows(tmp_path) or ()]
+    assert told == [("other.wav", None, None, "NO", "cid"), ("talk.wav", None, None, "OH", "ann")]
+    kaldi(tmp_path, wav_scp="talk sph2pipe -f wav talk.sph |\n")
+    with pytest.raises(UsageError, match=r"wav.scp, row 1: a command, which is not run"):
+        list(layout_rows(tmp_path) or ())
+
+
+def test_ted_lium_is_read_by_its_stm(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "sph" / "Talk_2010.wav", 0, 4.0)
+    save(tmp_path / "test" / "sph" / "Other.wav", 1, 2.0)
+    for split in ("train", "test"):
+        (tmp_path / split / "stm").mkdir()
+    (tmp_path / "train" / "stm" / "Talk_2010.stm").write_text(
+        ";; a comment\n"
+        "Talk_2010 1 Talk_2010 0.5 1.5 <NA> oh well\n"
+        "Talk_2010 1 inter_segment_gap 1.5 2 <o,,unknown> ignore_time_segment_in_scoring\n"
+        "Talk_2010 1 Talk_2010 2.0 3.75 <o,f0,male> yes (2) <unk>\n"
+    )
+    (tmp_path / "test" / "stm" / "Other.stm").write_text("Other A ann 0 2 no\n")
+    told = [(r.path, r.start, r.end, r.text, r.speaker, r.split) for r in layout_rows(tmp_path) or ()]
+    assert told == [
+        ("test/sph/Other.wav", 0.0, 2.0, "no", "ann", "test"),
+        ("train/sph/Talk_2010.wav", 0.5, 1.5, "oh well", "Talk_2010", "train"),
+        ("train/sph/Talk_2010.wav", 2.0, 3.75, "yes (2) <unk>", "Talk_2010", "train"),
+    ]
+    assert prepare(tmp_path, tmp_path / "out")["audit"]["rejected"] == 0
+    (tmp_path / "test" / "sph" / "Other.wav").unlink()
+    with pytest.raises(UsageError, match=r"Other\.stm: no audio of that name"):
+        list(layout_rows(tmp_path) or ())

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from w2v2.data.audio import FORMATS, MOST_CHANNELS
-from w2v2.data.sources import Row, existing, nfc, utterance_id
+from w2v2.data.names import existing, nfc, speaker_name, utterance_id
+from w2v2.data.records import csv_records, key, records
+from w2v2.data.sources import Row
 from w2v2.data.splits import named_split
 from w2v2.errors import UsageError
 from w2v2.files import whole
@@ -37,10 +36,10 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None, audio: Pat
         UsageError: no such column, a row that lacks one, a value that cannot be; with the row's number.
     """
     columns = _mapping(columns, COLUMNS)
-    names = {column: _key(columns.get(column, column)) for column in COLUMNS}
+    names = {column: key(columns.get(column, column)) for column in COLUMNS}
     needed = [names[column] for column in COLUMNS if column == "path" or column in columns]
     present: dict[str, str] = {}
-    for line, record in _json_records(table) if table.suffix.lower() == ".jsonl" else _csv_records(table):
+    for line, record in records(table):
         if not present:
             if missing := [name for name in needed if name not in record]:
                 raise UsageError(
@@ -65,21 +64,6 @@ def _mapping(columns: Mapping[str, str] | None, known: Sequence[str]) -> Mapping
         if column not in known:
             raise UsageError(f"`columns` {column}=...: expected one of {', '.join(known)} before the =")
     return columns or {}
-
-
-def _key(name: str) -> str:
-    """A column's name as it is compared."""
-    return nfc(name.strip()).casefold()
-
-
-def _record(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Values by the names of their columns, each of which there is once."""
-    record: dict[str, Any] = {}
-    for name, value in pairs:
-        if _key(name) in record:
-            raise ValueError(f"two columns {name.strip()!r}: rename or remove one")
-        record[_key(name)] = value
-    return record
 
 
 def _table_row(where: str, line: int, values: dict[str, Any], names: Mapping[str, str]) -> Row:
@@ -143,17 +127,12 @@ def as_text(value: Any) -> str | None:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def speaker_name(speaker: str | None) -> str | None:
-    """One spelling for each: 1.0 is what becomes of 1 in a column with gaps."""
-    return nfc(re.sub(r"^(\d+)\.0$", r"\1", (speaker or "").strip())) or None
-
-
 def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
     """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``.
 
     An utterance may be named by its file, too. One with an empty role is in no split.
     """
-    for line, row in _csv_records(path):
+    for line, row in csv_records(path):
         if not {"role", "utt"} <= row.keys():
             raise UsageError(f"{path} needs the columns role and utt, got {', '.join(row)}")
         name, role = row["utt"].strip(), row["role"].strip()
@@ -161,58 +140,6 @@ def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
             if (split := named_split(role)) is None:
                 raise UsageError(f"{path}, row {line}: expected train, dev, valid or test as role, got {role!r}")
             yield utterance_id(name) if os.path.splitext(name)[1].lower() in FORMATS else nfc(name), split
-
-
-def _csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Row number, from 1, and fields of each row; those that a short row lacks are missing."""
-    commas = table.suffix.lower() == ".csv"
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        # Tab-separated corpora such as Common Voice have bare quotation marks in their sentences.
-        rows = (
-            csv.reader(file, skipinitialspace=True, strict=True)
-            if commas
-            else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        )
-        line = 0
-        try:
-            header = next(rows, None)
-            if header is None:
-                raise UsageError(f"{table} is empty: expected a line with the names of the columns")
-            width = len(header)
-            while header and not header[-1].strip():
-                header.pop()
-            _record((name, "") for name in header)
-            for line, row in enumerate(rows, 1):
-                if surplus := row[width:] or [field for field in row[len(header) :] if field.strip()]:
-                    raise ValueError(
-                        f"{len(row)} fields for {len(header)} columns, {surplus[0]!r} is in none; "
-                        f"write what holds a {'comma in quotation marks' if commas else 'tab with a blank'}"
-                    )
-                if any("," in field.partition("\n")[2] for field in row if commas):
-                    raise ValueError("a quotation mark opens and closes only lines later; close it, or double it")
-                if any(field.strip() for field in row):
-                    yield line, _record(zip(header, row, strict=False))
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{table} cannot be read as a table in UTF-8: {error}") from None
-        except csv.Error as error:
-            hint = "; is a quotation mark left open?" if commas else ""
-            raise UsageError(f"{table}, row {line + 1}: cannot be read: {error}{hint}") from None
-        except ValueError as error:
-            raise UsageError(f"{table}, row {line}: {error}") from None
-
-
-def _json_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open("rb") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text, object_pairs_hook=_record)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{table}, row {line}: expected a JSON object, got {error}") from None
-            if not isinstance(record, dict):
-                raise UsageError(f"{table}, row {line}: expected a JSON object, got {type(record).__name__}")
-            yield line, record
 
 
 def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int, config: str | None) -> Iterator[Row]:

@@ -148,7 +148,9 @@ def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConf
     finding.rate, finding.channels, finding.total, finding.channel = file.rate, file.channels, file.frames, part.channel
     start = part.start or 0.0
     if start < 0 or (part.end is not None and part.end <= start):
-        finding.add("empty", f"from {start:g} s to {'the end' if part.end is None else f'{part.end:g} s'}: no such part")
+        finding.add(
+            "empty", f"from {start:g} s to {'the end' if part.end is None else f'{part.end:g} s'}: no such part"
+        )
         return
     finding.first = round(start * file.rate)
     if part.channel is not None and part.channel > file.channels:

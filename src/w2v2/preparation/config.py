@@ -55,6 +55,8 @@ class PrepareConfig:
     """Labelled subsets of train: ``10m``, ``1h``, ``10h``, or ``NAME=FILE`` with an utterance id on each line."""
     columns: tuple[str, ...] = ()
     """Names of a table's columns, such as ``text=sentence``."""
+    audio_folder: str = ""
+    """Folder that a table's paths are relative to, such as Common Voice's ``clips``; empty: the table's own."""
     speaker: str = ""
     """Regular expression on the relative path, whose first group is the speaker."""
     hf_config: str = ""
@@ -85,6 +87,10 @@ class PrepareConfig:
                 raise UsageError(f"`labelled` NAME=FILE needs a name of letters and digits, got {subset!r}")
             if listed and not Path(file).is_file():
                 raise UsageError(f"no file {file}: `labelled` NAME=FILE needs one of utterance ids")
+        if self.audio_folder and not Path(self.audio_folder).is_dir():
+            raise UsageError(
+                f"no folder {self.audio_folder}: `audio_folder` needs the one that a table's paths start in"
+            )
         if self.splits and not Path(self.splits).is_file():
             raise UsageError(f"no file {self.splits}: `splits` needs a table with the columns utt and role")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lhotse import MonoCut
 
-from w2v2.data.sources import nfc
+from w2v2.data.names import nfc
 from w2v2.data.splits import SPLITS, choose_labelled
 from w2v2.errors import JobError, Show, UsageError
 from w2v2.preparation.config import PrepareConfig, minutes_of

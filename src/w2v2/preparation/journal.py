@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from w2v2.data.sources import Row, utterance_id
+from w2v2.data.names import utterance_id
+from w2v2.data.sources import Row
 from w2v2.errors import JobError
 from w2v2.preparation.findings import REJECTING, Finding, Part
 

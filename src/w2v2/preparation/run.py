@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from w2v2.data.layouts import layout_rows
 from w2v2.data.sources import Row, folder_rows, locate
 from w2v2.data.splits import SCHEMA
 from w2v2.data.storage import is_remote
@@ -157,11 +159,15 @@ def _enter(journal: Journal, source: str, out: Path, options: dict[str, Any], sh
             journal.put("options", json.dumps(options))  # now, so that no other dataset goes on from here
             show("read", 0.0)
     elif path.is_dir():
-        root = path
-        journal.enter(_stamped(root, folder_rows(root, options["speaker"] or None)))
+        root, passed_over = path, Counter[str]()
+        rows = layout_rows(root) or folder_rows(root, options["speaker"] or None, passed_over)
+        journal.enter(_stamped(root, rows))
+        journal.put("passed_over", json.dumps(dict(passed_over.most_common())))
     elif path.suffix.lower() in TABLES and path.exists():
         root = path.parent
-        journal.enter(_stamped(root, table_rows(path, columns)))
+        audio = Path(options["audio_folder"]).absolute() if options["audio_folder"] else None
+        root = audio or root
+        journal.enter(_stamped(root, table_rows(path, columns, audio)))
     elif path.exists():
         raise UsageError(f"cannot read {path}: expected a folder, or a table ending in {', '.join(TABLES)}")
     else:
@@ -207,7 +213,9 @@ def _write_audit(journal: Journal, out: Path) -> dict[str, Any]:
             for reason in line["reasons"]:
                 reasons[reason] += 1
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return {**status, "reasons": reasons}
+    unlisted = int(journal.value("SELECT count(*) FROM rows WHERE done AND part IS NULL"))
+    passed_over = json.loads(journal.get("passed_over") or "{}")
+    return {**status, "unlisted": unlisted, "passed_over": passed_over, "reasons": reasons}
 
 
 def _refuse_findings(counts: dict[str, Any], out: Path) -> None:
@@ -219,6 +227,11 @@ def summary_table(summary: dict[str, Any]) -> list[str]:
     """Lines that tell a person what came out."""
     counts = summary["audit"]
     lines = [f"{counts['ok']} ok, {counts['warned']} with a warning, {counts['rejected']} rejected"]
+    if unlisted := counts.get("unlisted"):
+        lines.append(f"{unlisted} of these are in no split: the list of splits does not name them")
+    if passed_over := counts.get("passed_over"):
+        endings = ", ".join(f"{count} {ending}" for ending, count in passed_over.items())
+        lines.append(f"{sum(passed_over.values())} files passed over: {endings}")
     lines += [f"  {reason:20} {count:8}" for reason, count in counts["reasons"].items() if count]
     for name, split in summary.get("splits", {}).items():
         lines.append(
