@@ -248,3 +248,84 @@ def test_ted_lium_is_read_by_its_stm(tmp_path: Path) -> None:
     (tmp_path / "test" / "sph" / "Other.wav").unlink()
     with pytest.raises(UsageError, match=r"Other\.stm: no audio of that name"):
         list(layout_rows(tmp_path) or ())
+
+
+# --- Once more --------------------------------------------------------------------------------------------------------
+
+
+def again(source: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return prepare(source, out, PrepareConfig(**options))
+
+
+def test_what_has_changed_since_is_told_and_the_corpus_left_alone(tmp_path: Path) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    for i in range(3):
+        save(root / "ann" / f"{i}.wav", i).with_suffix(".txt").write_text("OH")
+    first = again(root, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert again(root, out) == json.loads(json.dumps(first))
+    (root / "notes.pdf").write_text("no part of it")
+    again(root, out)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            again(root, out)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+    (root / "ann" / "0.txt").write_text("WELL")
+    refused("changed are some of its recordings and transcripts; prepare into another folder")
+    (root / "ann" / "0.txt").write_text("OH")
+    again(root, out)
+    save(root / "ann" / "3.wav", 3)
+    (root / "ann" / "1.wav").unlink()
+    refused("1 new and 1 gone of its recordings")
+    (root / "ann" / "3.wav").unlink()
+    save(root / "ann" / "1.wav", 1)
+    refused("some of its recordings")  # other audio under the same name
+    again(root, tmp_path / "other")
+    (root / "splits.tsv").write_text("utt\trole\nann_0\ttrain\n")
+    with pytest.raises(UsageError, match=r"changed are .*splits\.tsv"):
+        again(root, tmp_path / "other")
+
+
+def test_a_table_that_has_changed_since_is_told(tmp_path: Path) -> None:
+    for i in range(2):
+        save(tmp_path / f"{i}.wav", i)
+    table = tmp_path / "t.csv"
+    table.write_text("path,text,speaker\n0.wav,OH,a\n1.wav,OH,b\n")
+    again(table, tmp_path / "out")
+    table.write_text("path,text,speaker\n0.wav,OH,a\n1.wav,OH,c\n")
+    with pytest.raises(UsageError, match="some of its recordings"):
+        again(table, tmp_path / "out")
+    table.unlink()
+    assert again(table, tmp_path / "out")["audit"]["ok"] == 2  # nothing to compare with
+
+
+# --- Lists of splits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [["ann_0", "ann_1", "ann_2"], ["ann/0.wav", "ann/1.wav", "ann/2.wav"]])
+def test_a_list_of_splits_is_read_whole_or_refused(tmp_path: Path, ids: list[str]) -> None:
+    for i in range(4):
+        save(tmp_path / "in" / "ann" / f"{i}.wav", i)
+    listed = tmp_path / "in" / "splits.tsv"
+    rows = zip(ids, ("training", "Validation", " test "), strict=True)
+    listed.write_text("Utt \trole\n" + "".join(f"{name}\t{role}\n" for name, role in rows))
+    summary = prepare(tmp_path / "in", tmp_path / "out")
+    assert {name: len(split) for name, split in read_corpus(tmp_path / "out").items()} == {
+        "train": 1, "valid": 1, "test": 1,
+    }  # fmt: skip
+    assert summary["audit"]["unlisted"] == 1 and "1 of these are in no split" in " ".join(summary_table(summary))
+    listed.write_text(f"utt\trole\n{ids[0]}\ttrain\n{ids[1]}\tpretrain\n")
+    with pytest.raises(UsageError, match=r"row 2: expected train, dev, valid or test as role, got 'pretrain'"):
+        prepare(tmp_path / "in", tmp_path / "other")
+
+
+def test_what_a_list_of_splits_names_in_vain_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(2):
+        save(tmp_path / f"{i}.wav", i)
+    (tmp_path / "splits.tsv").write_text("utt\trole\n0\ttrain\n1\tdev\n2\tdev\n7\ttrain\n")
+    prepare(tmp_path, tmp_path / "out")
+    assert [m for m in caplog.messages if "in vain" in m] == [
+        "the list of splits names 2 of 4 utterances in vain, such as 2: there is no such recording"
+    ]

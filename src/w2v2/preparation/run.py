@@ -6,10 +6,12 @@ Everything that is done is kept: a preparation that was killed goes on with the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
@@ -73,6 +75,7 @@ def prepare(
     work = out / ".prepare"
     if finished := _finished(out, options):
         shutil.rmtree(work, ignore_errors=True)
+        _refuse_changes(finished, source, out, options)
         log.info("%s is prepared already", out)
         if strict:
             _refuse_findings(finished["audit"], out)
@@ -84,6 +87,7 @@ def prepare(
         _audit(journal, root, config.audit, executor, jobs, show)
         table = Path(config.splits) if config.splits else root / "splits.tsv"
         listed = listed_splits(table) if config.splits or table.exists() else ()
+        sources = _sources(journal, root, options)
         settle(journal, listed, {"valid": config.valid_share, "test": config.test_share}, config.seed)
         counts, content = _write_audit(journal, out), journal.content_hash()
         if strict:
@@ -92,6 +96,7 @@ def prepare(
 
         splits = CorpusWriter(journal, root, out, config, executor, jobs).write(content, show)
     summary = {"schema": SCHEMA, "source": source, "options": options, "content_hash": content, "audit": counts}
+    summary["sources"] = sources
     write_json(out / "corpus.json", summary | {"splits": splits})
     shutil.rmtree(work)
     return summary | {"splits": splits}
@@ -109,6 +114,39 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no unfinished preparation; choose another folder")
     return None
+
+
+def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: dict[str, Any]) -> None:
+    """Refuse a source that is another one than when the corpus was made of it, and say what has changed."""
+    if "sources" not in finished or source.startswith(HF) or not Path(source).exists():
+        log.info("%s is not compared with its source", out)
+        return
+    with tempfile.TemporaryDirectory() as folder, open_journal(Path(folder, "journal.sqlite")) as journal:
+        root = _enter(journal, source, out, options, quiet)
+        now, before = _sources(journal, root, options), finished["sources"]
+        if now == before:
+            return
+        changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
+        if now[_ROWS] != before[_ROWS]:
+            with (out / "audit.jsonl").open("rb") as lines:
+                told = ((line["path"], line.get("row", 0)) for line in map(json.loads, lines))
+                new, gone = journal.differences(told)
+            changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
+    raise UsageError(
+        f"{out} holds the corpus of what {source} was before: changed are {', '.join(changed)}; prepare into another "
+        "folder, or remove this one"
+    )
+
+
+_ROWS = "its recordings and transcripts"
+
+
+def _sources(journal: Journal, root: Path, options: dict[str, Any]) -> dict[str, str]:
+    """A hash of each thing that a corpus is made of: its rows with the state of their files, and lists."""
+    lists = [options["splits"] or str(root / "splits.tsv")]
+    lists += [subset.partition("=")[2] for subset in options["labelled"] if "=" in subset]
+    hashes = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists if Path(path).is_file()}
+    return {_ROWS: journal.source_hash(), **hashes}
 
 
 def _same(one: Any, other: Any) -> bool:
