@@ -62,7 +62,7 @@ def folder_rows(root: Path, speaker: str | None = None, passed_over: Counter[str
         UsageError: a loop of links, a name that is not UTF-8, a folder or a transcript that cannot be read.
     """
     pattern = compile_speaker(speaker)
-    tops = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    tops = [name for name in os.listdir(root) if name[0] != "." and os.path.isdir(os.path.join(root, name))]
     numbered = all(named_split(name) for name in tops)
     for path, text in folder_texts(root, passed_over):
         if isinstance(text, UsageError):

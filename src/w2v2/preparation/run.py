@@ -95,11 +95,10 @@ def prepare(
         from w2v2.preparation.corpus import CorpusWriter  # late: it needs lhotse, which needs torch
 
         splits = CorpusWriter(journal, root, out, config, executor, jobs).write(content, show)
-    summary = {"schema": SCHEMA, "source": source, "options": options, "content_hash": content, "audit": counts}
-    summary["sources"] = sources
-    write_json(out / "corpus.json", summary | {"splits": splits})
+    head = {"schema": SCHEMA, "source": source, "options": options, "sources": sources, "content_hash": content}
+    write_json(out / "corpus.json", summary := head | {"audit": counts, "splits": splits})
     shutil.rmtree(work)
-    return summary | {"splits": splits}
+    return summary
 
 
 def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -108,7 +107,7 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if path.exists():
         with contextlib.suppress(ValueError):  # not JSON, and so not of ours
             corpus = json.loads(path.read_bytes())
-            if isinstance(corpus, dict) and corpus.get("schema") == SCHEMA and _same(corpus.get("options"), options):
+            if isinstance(corpus, dict) and corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
@@ -149,8 +148,10 @@ def _sources(journal: Journal, root: Path, options: dict[str, Any]) -> dict[str,
     return {_ROWS: journal.source_hash(), **hashes}
 
 
-def _same(one: Any, other: Any) -> bool:
-    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
+def _other(old: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Names of options that differ; one that there was not before had its default."""
+    old, options = asdict(PrepareConfig()) | old, json.loads(json.dumps(options))
+    return [name for name in options if json.loads(json.dumps(old.get(name))) != options[name]]
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def _begin(source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
         with open_journal(out / ".prepare" / "journal.sqlite") as journal:
             if (begun := journal.get("options")) is not None:
                 old = json.loads(begun)
-                if changed := [name for name in options if not _same(old.get(name), options[name])]:
+                if changed := _other(old, options):
                     raise UsageError(
                         f"{out} holds an unfinished preparation with other options ({', '.join(changed)}): finish it "
                         "with those, or choose another folder"
