@@ -1,6 +1,10 @@
 """Tables, transcripts and names as users have them: read as they are meant, or refused; nothing cut or made up."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -248,6 +252,42 @@ def test_ted_lium_is_read_by_its_stm(tmp_path: Path) -> None:
     (tmp_path / "test" / "sph" / "Other.wav").unlink()
     with pytest.raises(UsageError, match=r"Other\.stm: no audio of that name"):
         list(layout_rows(tmp_path) or ())
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="needs another locale")
+def test_a_corpus_made_in_another_locale_is_one_for_all(tmp_path: Path) -> None:
+    locale = "de_DE.ISO-8859-1"
+    done = subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", tmp_path / locale], capture_output=True)
+    if done.returncode:
+        pytest.skip("no sources of locales")
+    for i, name in enumerate(("Jürgen", "Élise")):
+        save(tmp_path / "in" / name / f"{name}.wav", i).with_suffix(".txt").write_text("ÜBEL", encoding="utf-8")
+    command = [sys.executable, "-m", "w2v2.cli.main", "prepare", tmp_path / "in", tmp_path / "out", "--jobs", "2"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONUTF8", "LC_ALL")}
+    subprocess.run(command, env=variables | {"LOCPATH": str(tmp_path), "LC_ALL": locale}, check=True)
+    told = {(u.id, u.text, u.speaker) for split in read_corpus(tmp_path / "out").values() for u in split.utterances()}
+    assert told == {("Jürgen", "ÜBEL", "Jürgen"), ("Élise", "ÜBEL", "Élise")}
+
+
+def test_a_folder_of_hugging_face_is_prepared_as_a_folder(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "train" / "a.wav")
+    with pytest.raises(UsageError, match="is a folder of audio: prepare it as such, without hf:"):
+        prepare(f"hf:{tmp_path / 'in'}", tmp_path / "out")
+
+
+def test_one_recording_is_told_to_be_too_few_and_a_long_transcript_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "a.wav", 0, 61).with_suffix(".txt").write_text("OH WELL " * 60)
+    os.mkfifo(save(tmp_path / "x" / "b.wav", 1).with_suffix(".txt"))
+    with pytest.raises(UsageError, match=r"b\.txt is not a regular file"):
+        prepare(tmp_path, tmp_path / "out")
+    (tmp_path / "x" / "b.txt").unlink()
+    (tmp_path / "x" / "b.wav").unlink()
+    prepare(tmp_path, tmp_path / "out")
+    (line,) = findings(tmp_path / "out")
+    assert line["reasons"] == ["too_long"] and "w2v2 align" in line["detail"]
+    assert "there is no split valid: it takes two recordings, to hold one out" in caplog.messages
 
 
 # --- Once more --------------------------------------------------------------------------------------------------------

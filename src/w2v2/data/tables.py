@@ -13,7 +13,7 @@ from typing import Any
 from w2v2.data.audio import FORMATS, MOST_CHANNELS
 from w2v2.data.names import existing, nfc, speaker_name, utterance_id
 from w2v2.data.records import csv_records, key, records
-from w2v2.data.sources import Row
+from w2v2.data.sources import Row, audio_paths
 from w2v2.data.splits import named_split
 from w2v2.errors import UsageError
 from w2v2.files import whole
@@ -155,6 +155,8 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
     Raises:
         UsageError: ``datasets`` is not installed, or there is no such dataset or column.
     """
+    if Path(name).is_dir() and next(audio_paths(Path(name)), None):
+        raise UsageError(f"{name} is a folder of audio: prepare it as such, without hf:; metadata.csv in it is read")
     try:
         import datasets
     except ImportError:

@@ -117,6 +117,8 @@ def _metadata(path: Path) -> Iterator[tuple[str, str]]:
 
 def read_text(path: Path) -> str | UsageError:
     """A file of UTF-8 text, without what is around it, or what is wrong with it."""
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        return UsageError(f"{path} is not a regular file; remove it")
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:

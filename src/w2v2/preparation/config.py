@@ -18,6 +18,8 @@ class AuditConfig:
 
     max_seconds: Annotated[float, Range(1)] = 30.0
     """Recordings without a transcript are cut to at most this, at quiet points, seconds."""
+    max_transcribed_seconds: Positive = 60.0
+    """``too_long``: recordings with a transcript above this, seconds; those cannot be cut without knowing where."""
     silent_db: float = -60.0
     """``silent``: root mean square without the mean, dB of full scale, below this."""
     max_clipped: float = 1e-5

@@ -85,9 +85,9 @@ def prepare(
         if executor is None:
             executor = stack.enter_context(local_executor(jobs))
         _audit(journal, root, config.audit, executor, jobs, show)
-        table = Path(config.splits) if config.splits else root / "splits.tsv"
-        listed = listed_splits(table) if config.splits or table.exists() else ()
-        sources = _sources(journal, root, options)
+        table = _splits(options)
+        listed = listed_splits(table) if config.splits or (table.exists() and not source.startswith(HF)) else ()
+        sources = _sources(journal, options)
         settle(journal, listed, {"valid": config.valid_share, "test": config.test_share}, config.seed)
         counts, content = _write_audit(journal, out), journal.content_hash()
         if strict:
@@ -121,8 +121,8 @@ def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: d
         log.info("%s is not compared with its source", out)
         return
     with tempfile.TemporaryDirectory() as folder, open_journal(Path(folder, "journal.sqlite")) as journal:
-        root = _enter(journal, source, out, options, quiet)
-        now, before = _sources(journal, root, options), finished["sources"]
+        _enter(journal, source, out, options, quiet)
+        now, before = _sources(journal, options), finished["sources"]
         if now == before:
             return
         changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
@@ -140,9 +140,15 @@ def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: d
 _ROWS = "its recordings and transcripts"
 
 
-def _sources(journal: Journal, root: Path, options: dict[str, Any]) -> dict[str, str]:
+def _splits(options: dict[str, Any]) -> Path:
+    """The list that is named, or the source's."""
+    source = Path(options["source"])
+    return Path(options["splits"] or (source if source.is_dir() else source.parent) / "splits.tsv")
+
+
+def _sources(journal: Journal, options: dict[str, Any]) -> dict[str, str]:
     """A hash of each thing that a corpus is made of: its rows with the state of their files, and lists."""
-    lists = [options["splits"] or str(root / "splits.tsv")]
+    lists = [str(_splits(options))]
     lists += [subset.partition("=")[2] for subset in options["labelled"] if "=" in subset]
     hashes = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists if Path(path).is_file()}
     return {_ROWS: journal.source_hash(), **hashes}

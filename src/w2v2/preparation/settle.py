@@ -109,6 +109,8 @@ def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
         for group in (speaker, "path"):
             count = journal.value(f"SELECT count(DISTINCT {group}) FROM kept WHERE part = 'train'")
             if count < 2:
+                if group == "path":
+                    log.warning("there is no split %s: it takes two recordings, to hold one out", split)
                 continue
             held = min(max(1, round(wanted / left * count)), count - 1)  # a share of all that there were
             journal.db.execute(
