@@ -1,5 +1,7 @@
 """Greedy decoding against a frame-by-frame rule, beam search against all paths enumerated, times against frames."""
 
+import codecs
+import gzip
 import itertools
 import logging
 import math
@@ -24,7 +26,7 @@ from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy, Hypothesis
 from w2v2.decoding.hot_words import Phrases
-from w2v2.decoding.kneser_ney import estimate
+from w2v2.decoding.kneser_ney import estimate, read_sentences
 from w2v2.decoding.ngram import NGram
 from w2v2.errors import JobError, UsageError
 from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
@@ -339,6 +341,20 @@ def test_a_last_word_needs_no_boundary_and_a_decoder_can_be_used_again(lm: Path,
             times = word_times(found, SMALL, float)
             assert [(w.text, w.end) for w in times] == [("A", 0.5), ("AB", 4.5)]  # frames of a second each
             assert [(c.text, c.end) for c in times[1].characters] == [("A", 2.5), ("B", 4.5)]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_byte_order_mark_is_no_word_of_an_lm_a_lexicon_or_a_text(
+    tmp_path: Path, lm: Path, lexicon: Path, suffix: str
+) -> None:
+    marked = [tmp_path / f"{path.name}{suffix}" for path in (lm, lexicon)]
+    for path, source in zip(marked, (lm, lexicon), strict=True):
+        with (gzip.open if suffix else open)(path, "wb") as file:
+            file.write(codecs.BOM_UTF8 + source.read_bytes())
+    assert list(read_sentences([marked[1]])) == [line.split() for line in lexicon.read_text().splitlines()]
+    log_probs = random_log_probs(0, 6)
+    expected = make_decoder(SMALL, lm=lm, lexicon=lexicon)(log_probs)
+    assert make_decoder(SMALL, lm=marked[0], lexicon=marked[1])(log_probs) == expected
 
 
 def test_a_word_cut_short_by_the_beam_is_left_out(tmp_path: Path) -> None:

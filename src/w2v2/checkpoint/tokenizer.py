@@ -198,7 +198,7 @@ def read_dictionary(task_state: Any, path: Path) -> Vocabulary:
 
 def _read_symbols(path: Path) -> tuple[str, ...]:
     """Return the labels of a file with a label and its count on each line."""
-    rows = [line.rstrip().rpartition(" ") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line.rstrip().rpartition(" ") for line in path.read_text(encoding="utf-8-sig").splitlines()]
     for symbol, space, count in rows:
         if not symbol or not count.isdigit():
             raise UsageError(f"{path} must have a label and a count on each line, got {symbol + space + count!r}")

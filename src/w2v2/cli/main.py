@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit code 0: done; 1: it failed; 2: the call or the input has to be put right; 130: interrupted."""
     # oneDNN keeps 1024 primitives, one for each length of a crop: a third of a small model's memory, and no time saved.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    if argv is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # Names of files would be read in the locale's encoding, and written so into what others are to read.
+        python = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execve(sys.executable, python, {**os.environ, "PYTHONUTF8": "1"})
     _speak_utf8()
     code, message = _run(sys.argv[1:] if argv is None else list(argv))
     with contextlib.suppress(BrokenPipeError):

@@ -50,6 +50,8 @@ class Prepare:
     """Labelled subsets of train: 10m 1h 10h, or NAME=FILE of ids."""
     columns: Annotated[tuple[str, ...], default("as they are called", "[FIELD=NAME ...]")] = ()
     """Names of a table's columns, such as path=file text=sentence."""
+    audio_folder: Annotated[str, default("that of the table", "DIR")] = ""
+    """Folder that a table's paths are relative to, such as Common Voice's clips."""
     speaker: Annotated[str, default("none", "REGEX")] = ""
     """Regular expression on the path; its first group is the speaker."""
     hf_config: Annotated[str, default("none", "NAME")] = ""
@@ -70,7 +72,7 @@ class Prepare:
 
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]
-        names += ["audit", "labelled", "columns"]
+        names += ["audit", "labelled", "columns", "audio_folder"]
         config = PrepareConfig(**{name: getattr(self, name) for name in names})
         source: str | Path = self.source
         if self.download:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import copy
+import gzip
 import logging
 import math
+import shutil
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -232,10 +237,23 @@ def _is_binary(lm: Path) -> bool:
         return file.read(len(_KENLM_BINARY)) == _KENLM_BINARY
 
 
+@contextlib.contextmanager
+def _without_mark(lm: Path) -> Iterator[Path]:
+    """The file, or a copy without the byte order mark that KenLM takes for a word."""
+    with (gzip.open if lm.suffix == ".gz" else open)(lm, "rb") as file, tempfile.NamedTemporaryFile() as bare:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            yield lm
+            return
+        shutil.copyfileobj(file, bare)
+        bare.flush()
+        yield Path(bare.name)
+
+
 def _load(lm: Path, words: list[str], asked: int) -> KenLM:
     """The LM, whose words have the numbers of ``words``; so many of them, the first, it is expected to know."""
     try:
-        model = KenLM(str(lm), Dictionary([*words, UNKNOWN]))
+        with _without_mark(lm) as path:
+            model = KenLM(str(path), Dictionary([*words, UNKNOWN]))
     except RuntimeError as error:
         raise UsageError(f"{lm} is not an LM: {str(error).splitlines()[-1]}; expected ARPA or a KenLM binary") from None
     nothing = model.start(True)

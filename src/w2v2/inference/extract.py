@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, mix_down, resample
-from w2v2.data.sources import folder_rows, utterance_id
+from w2v2.data.names import utterance_id
+from w2v2.data.sources import folder_rows
 from w2v2.errors import UsageError, public
 from w2v2.files import whole
 from w2v2.inference.recognizer import normalize_waveform

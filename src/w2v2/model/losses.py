@@ -103,7 +103,9 @@ def feature_penalty(features: Tensor, frames: Sequence[int], counts: Sequence[in
         features: (B, T, C), or packed.
         frames, counts: frames and targets of each utterance.
     """
-    weights = torch.cat([torch.full((n,), count / n) for count, n in zip(counts, frames, strict=True)])
+    weights = torch.cat(
+        [torch.full((n,), count / n, dtype=torch.float32) for count, n in zip(counts, frames, strict=True)]
+    )
     with torch.autocast(features.device.type, enabled=False):
         return features.float().square().mean(-1).flatten() @ to_device(weights, features.device)
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from w2v2.data.sources import Row, utterance_id
+from w2v2.data.names import utterance_id
+from w2v2.data.sources import Row
 from w2v2.errors import JobError, public
 from w2v2.preparation.findings import REJECTING, Finding, Part
 
@@ -130,6 +131,22 @@ class Journal:
             if not keep_old:
                 self.db.execute("DELETE FROM rows WHERE seen != ?", (seen,))
             self.db.execute("DELETE FROM reasons WHERE row NOT IN (SELECT id FROM rows WHERE done)")
+
+    def source_hash(self) -> str:
+        """Of all rows as they were entered, with the state of their files."""
+        total = hashlib.sha256()
+        for row in self.db.execute("SELECT path, line, stamp, speaker, split FROM rows ORDER BY path, line"):
+            total.update(repr(row).encode())
+        return total.hexdigest()
+
+    def differences(self, others: Iterable[tuple[str, int]]) -> tuple[int, int]:
+        """Rows that are not among others, as (path, row number), and others that are not among the rows."""
+        self.db.execute("CREATE TEMP TABLE others (path TEXT, line INTEGER)")
+        self.db.executemany("INSERT INTO others VALUES (?, ?)", others)
+        pairs = ("rows", "others"), ("others", "rows")
+        query = "SELECT count(*) FROM (SELECT path, line FROM {} EXCEPT SELECT path, line FROM {})"
+        new, gone = (int(self.value(query.format(*pair))) for pair in pairs)
+        return new, gone
 
     def last_line(self) -> int:
         """The highest row number that was entered; 0: none."""

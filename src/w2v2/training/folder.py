@@ -13,22 +13,17 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
-from w2v2.checkpoint.native import CONFIG, VOCABULARY
+from w2v2.checkpoint.native import CONFIG, VOCABULARY, WEIGHTS
 from w2v2.data.corpora import Splits, describe
 from w2v2.errors import UsageError
 from w2v2.files import write_json
 from w2v2.serial import differences, load_config, read_json, save_config, to_dict
 from w2v2.training.config import RunConfig
-from w2v2.training.resume import checkpoint_files, step_of
+from w2v2.training.resume import WARM_START, can_resume, checkpoint_files, step_of
 
 METRICS, TENSORBOARD = "metrics.csv", "tensorboard"
-_BEGUN = (CONFIG, "environment.json", VOCABULARY, METRICS, TENSORBOARD, "best", "checkpoints")
+_BEGUN = (CONFIG, "environment.json", VOCABULARY, METRICS, TENSORBOARD, WARM_START, "best", "checkpoints")
 """What a run writes before its first checkpoint."""
-
-
-def can_resume(out: Path) -> bool:
-    """Whether a run folder holds a checkpoint."""
-    return bool(checkpoint_files(out))
 
 
 @rank_zero_only
@@ -37,8 +32,9 @@ def clear_begun(out: Path) -> None:
     entries = list(out.iterdir()) if out.is_dir() else []
     if any(path.name not in _BEGUN and not re.fullmatch(r"\.\w+\.partial(\.\w+)?", path.name) for path in entries):
         return
-    best = out / "best" / "best.json"
-    if best.exists() and read_json(best)["step"] >= read_json(out / CONFIG)["train"]["checkpoint_every"]:
+    best, warm = out / "best" / "best.json", out / WARM_START / WEIGHTS
+    every = read_json(out / CONFIG)["train"]["checkpoint_every"] if best.exists() else 0
+    if warm.exists() or (best.exists() and read_json(best)["step"] >= every):
         return  # its checkpoints were there, and somebody took them away
     for path in entries:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -50,7 +46,7 @@ def check_folder(out: Path, resume: bool, max_steps: int) -> None:
     if resume:
         if not can_resume(out):
             raise UsageError(f"nothing to resume in {out}: expected a file in {out / 'checkpoints'}")
-        done = step_of(checkpoint_files(out)[0])
+        done = max(map(step_of, checkpoint_files(out)), default=0)
         if done > max_steps:
             raise UsageError(f"{out} has done {done} steps, `train.max_steps` is {max_steps}; give {done} or more")
     elif out.exists() and any(out.iterdir()):

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _NAME = "step={:08d}.ckpt"
 _ASKS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]  # not all systems
+WARM_START = "warm_start"
+"""Folder in a run folder: the run that the warm start is."""
 
 
 class AtomicIO(CheckpointIO):
@@ -63,6 +65,11 @@ class AtomicIO(CheckpointIO):
 def checkpoint_files(folder: Path) -> list[Path]:
     """Checkpoints of a run folder, newest first."""
     return sorted((folder / "checkpoints").glob("step=*.ckpt"), reverse=True)
+
+
+def can_resume(out: Path) -> bool:
+    """Whether a run folder holds a checkpoint, be it of the warm start."""
+    return bool(checkpoint_files(out) or checkpoint_files(out / WARM_START))
 
 
 def step_of(path: Path) -> int:

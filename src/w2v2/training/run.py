@@ -32,7 +32,7 @@ from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
-from w2v2.training.resume import AtomicIO, Checkpoints, newest_good
+from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.training.sharding import transformer_blocks, whole_weights
 from w2v2.training.task import NormalizedTask
 
@@ -51,13 +51,19 @@ def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> d
 def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, out: Path, resume: bool) -> None:
     """Run a task to its last step, with everything a run folder holds; weights are saved at the end.
 
+    A run that is to be resumed and has no checkpoint yet begins.
+
     Raises:
         StoppedError: a signal asked for the end, and everything is saved.
     """
     train, optim = config.train, config.optim
     max_steps = config.max_steps
     metrics = CSVMetrics(out / METRICS)
-    last = _take_up(out, data, metrics, max_steps) if resume else None
+    last = None
+    if resume and checkpoint_files(out):
+        last = _take_up(out, data, metrics, max_steps)
+    else:
+        metrics.resume_at(-1)
     checkpoints = Checkpoints(out, config, max_steps)
     pretraining = isinstance(config, PretrainConfig)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
