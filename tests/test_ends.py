@@ -21,6 +21,7 @@ from w2v2.data.loader import dead_workers_named
 from w2v2.errors import JobError, UsageError
 from w2v2.training.config import FinetuneConfig, PretrainConfig, RunConfig
 from w2v2.training.folder import clear_begun
+from w2v2.training.resume import Checkpoints
 from w2v2.training.run import _failures_named, check_run, check_world
 
 ROOT = Path(__file__).parents[1]
@@ -134,13 +135,14 @@ def test_no_recipe_pins_the_cpu(kind: type[RunConfig]) -> None:
         assert recipes.load_recipe(name, kind).train.accelerator == "auto"
 
 
-def test_no_memory_is_one_line_that_says_what_to_lower() -> None:
-    with pytest.raises(JobError, match=r"out of memory.*`data.batch_seconds`") as caught, _failures_named():
+def test_no_memory_is_one_line_that_says_what_to_lower(tmp_path: Path) -> None:
+    unasked = Checkpoints(tmp_path, recipes.tiny(), 1)
+    with pytest.raises(JobError, match=r"out of memory.*`data.batch_seconds`") as caught, _failures_named(unasked):
         torch.empty(1 << 55)
     assert "\n" not in str(caught.value)
-    with pytest.raises(JobError, match="out of memory"), _failures_named():
+    with pytest.raises(JobError, match="out of memory"), _failures_named(unasked):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
-    with pytest.raises(RuntimeError, match="shape") as other, _failures_named():
+    with pytest.raises(RuntimeError, match="shape") as other, _failures_named(unasked):
         raise RuntimeError("shape")
     assert type(other.value) is RuntimeError
 

@@ -140,10 +140,16 @@ class Checkpoints(pl.Callback):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            name = signal.Signals(number).name
-            raise StoppedError(number, f"{name} again: ended at once; go on from the last checkpoint with `resume`")
+            raise KeyboardInterrupt  # which nobody on the way takes for a mere error
         self.signal = number
         log.warning("%s: saving after this step; once more to end at once", signal.Signals(number).name)
+
+    def interruption(self) -> BaseException:
+        """What ended the run at once, where Lightning has made an exit code of it."""
+        if not self.signal:
+            return KeyboardInterrupt()
+        name = signal.Signals(self.signal).name
+        return StoppedError(self.signal, f"{name} again: ended at once; go on from the last checkpoint with `resume`")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -95,7 +95,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             logger=[metrics, board, *_wandb(config, out)],
             callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
         )
-        with _failures_named():
+        with _failures_named(checkpoints):
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
             if trainer.global_step % train.val_every:
                 trainer.validate(task, data, verbose=False)
@@ -116,12 +116,12 @@ def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: 
 
 
 @contextlib.contextmanager
-def _failures_named() -> Iterator[None]:
+def _failures_named(checkpoints: Checkpoints) -> Iterator[None]:
     """What ends training from without, as one line; workers end with it.
 
     Raises:
         JobError: no memory, or a data worker that was killed.
-        KeyboardInterrupt: of which Lightning makes an exit code.
+        KeyboardInterrupt, StoppedError: of which Lightning has made an exit code.
     """
     try:
         with dead_workers_named():
@@ -135,7 +135,7 @@ def _failures_named() -> Iterator[None]:
             "choose `train.activation_checkpointing` True; go on with `resume`"
         ) from error
     except SystemExit as stop:
-        raise KeyboardInterrupt from stop
+        raise checkpoints.interruption() from stop
     finally:
         stop_workers()
 
