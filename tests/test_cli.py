@@ -15,7 +15,7 @@ from w2v2.cli.main import main
 
 NANO = [
     "--train.max-steps", "2", "--train.log-every", "1", "--train.val-every", "2", "--train.checkpoint-every", "2",
-    "--model.n-layer", "1", "--model.n-embd", "48", "--model.ffn-dim", "48",
+    "--model.n-layer", "1", "--model.n-embd", "48", "--model.ffn-dim", "48", "--warm-start.updates", "1",
 ]  # fmt: skip
 
 

@@ -31,7 +31,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def small(command: str) -> list[str]:
     words = shlex.split(command, comments=True)
-    return words + shlex.split(SHRINK.get(words[1], "")) if words[0] == "w2v2" else words
+    if words[0] != "w2v2":
+        return words
+    if words[1] == "pretrain" and "--init-from" not in words:
+        words = [*words, "--warm-start.updates", "1"]
+    return words + shlex.split(SHRINK.get(words[1], ""))
 
 
 def start(words: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

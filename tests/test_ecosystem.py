@@ -42,6 +42,8 @@ def nano() -> PretrainConfig:
     config.model.conv_channels, config.model.conv_norm = (8, 8, 16, 16, 16, 32, 32), "group:8"
     config.model.n_entries, config.model.codebook_dim, config.model.similarity_dim = 16, 8, 16
     config.data.batch_seconds, config.data.max_seconds, config.data.num_workers = 5.0, 3.0, 0
+    config.warm_start.updates, config.model.conv_gradient_scale, config.model.neighbourhood = 0, 0.1, 0
+    config.loss_weights = {"contrastive": 1.0, "diversity": 0.25, "feature_penalty": 10.0}
     return config
 
 

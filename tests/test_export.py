@@ -44,7 +44,7 @@ NANO = [
 SHAPE = [
     "--model.n-layer", "2", "--model.n-embd", "48", "--model.ffn-dim", "48", "--model.normalize-audio", "True",
     "--model.pos-conv-groups", "4", "--model.pos-conv-kernel", "16", "--data.batch-seconds", "5",
-    "--data.max-seconds", "3",
+    "--data.max-seconds", "3", "--warm-start.updates", "1",
 ]  # fmt: skip
 LENGTHS = (9_999, 16_000, 20_480, 33_333, 100_001)  # none of those that the export itself is checked at
 

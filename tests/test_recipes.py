@@ -39,7 +39,8 @@ def commands(name: str) -> list[list[str]]:
 
 def thin(config: PretrainConfig) -> list[str]:
     norm = "layer" if config.model.conv_norm == "layer" else "group:16"
-    return [*shlex.split(THIN), "--model.conv-norm", norm]
+    warm = ["--warm-start.updates", "1"] if config.warm_start.updates else []
+    return [*shlex.split(THIN), "--model.conv-norm", norm, *warm]
 
 
 @pytest.mark.parametrize("name", recipe_names(PretrainConfig))

@@ -52,6 +52,9 @@ def nano(**train) -> PretrainConfig:
     config.model.n_entries, config.model.codebook_dim, config.model.similarity_dim = 32, 16, 32
     config.model.num_distractors = 20
     config.data.batch_seconds, config.data.max_seconds = 4.0, 2.0
+    config.warm_start.updates, config.model.conv_gradient_scale, config.model.neighbourhood = 0, 0.1, 0
+    config.loss_weights = {"contrastive": 1.0, "diversity": 0.25, "feature_penalty": 10.0}
+    config.model.mask_prob, config.model.gumbel_decay = 0.65, 0.25 ** (1 / 1_800)
     config.optim.schedule.warmup_steps, config.optim.schedule.total_steps = 10, 100
     settings = {"log_every": 1, "val_every": 5, "checkpoint_every": 5, "max_steps": 10} | train
     for name, value in settings.items():
@@ -300,6 +303,7 @@ def test_every_pretraining_recipe_trains_two_steps_when_shrunk(name: str, corpus
     model.conv_norm = "layer" if model.conv_norm == "layer" else "group:16"
     model.codebook_dim = 16
     config.data, config.train = small.data, small.train
+    config.warm_start.updates = min(1, config.warm_start.updates)
     pretrain(config, read_corpus(corpus), tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(column(tmp_path / "run", "train/loss"))))
 

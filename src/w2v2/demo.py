@@ -11,6 +11,8 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +20,41 @@ import numpy as np
 import torch
 
 from w2v2 import recipes
+from w2v2.checkpoint.native import WEIGHTS, read_native
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
+from w2v2.decoding.decoder import make_decoder
+from w2v2.decoding.greedy import Decoder, Greedy
+from w2v2.decoding.kneser_ney import estimate
 from w2v2.errors import UsageError
+from w2v2.evaluation.probe import probe
 from w2v2.evaluation.scoring import Tally
 from w2v2.files import write_json
-from w2v2.inference.recognizer import Recognizer
+from w2v2.inference.recognizer import Recognizer, load_recognizer
 from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
+from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
 from w2v2.synthetic.corpus import synthesize
 from w2v2.synthetic.speakers import SyntheticConfig
 from w2v2.text.spelling import normalize_text
-from w2v2.training.config import PretrainConfig
+from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.finetune import finetune, transcripts
+from w2v2.training.finetune import finetune
 from w2v2.training.pretrain import evaluate_pretrained, pretrain
+from w2v2.training.resume import WARM_START
 
 log = logging.getLogger(__name__)
 
-LABELLED_MINUTES = 10.0
+LABELLED_MINUTES, PROBE_MINUTES = 10.0, 20.0
+ARMS = ("finetuned", "warm_start_only", "scratch")
 _MARK = "demo.json"
-_OWN = ("pretrain", "finetuned", "scratch", "manifest")
+_OWN = ("pretrain", *ARMS, "manifest")
 
 
 def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float = 2.0, shrink: float = 1.0) -> Path:
-    """Run the demo and leave its results in a folder.
+    """Run the demo, and return the path of its report.
 
     Args:
         out: ``summary.json``, ``report.html``, and a run folder per stage go here. The results of an earlier demo are
@@ -53,9 +63,6 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         seed: of everything random.
         hours: synthetic training audio.
         shrink: divides the number of updates of each stage; 1 is the demo, more is for a look at the machinery.
-
-    Returns:
-        Path of the report.
 
     Raises:
         UsageError: ``out`` holds something else, or ``data`` cannot be used.
@@ -70,43 +77,101 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     with _stage("prepare", seconds):
         prepare(data, out / "manifest")
         splits = read_corpus(out / "manifest")
+        split = "test" if "test" in splits else "valid"
     with _stage("pretrain", seconds):
         config = _scaled(recipes.tiny(), seed, shrink)
         pretrained = pretrain(config, splits, out / "pretrain")
         assert isinstance(pretrained, Wav2Vec2ForPretraining)
         figures = evaluate_pretrained(out / "pretrain", splits, "valid")
+    with _stage("probe", seconds):
+        known = _probe(pretrained, splits, split, data)
     labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
     with _stage("finetune", seconds):
-        tuned = finetune(
-            _scaled(recipes.tiny_ctc(), seed, shrink), labelled, out / "finetuned", init_from=out / "pretrain"
-        )
-    with _stage("scratch", seconds):
-        scratch = finetune(_scaled(recipes.tiny_ctc_scratch(), seed, shrink), labelled, out / "scratch")
+        _finetune_all(out, labelled, seed, shrink)
     with _stage("evaluate", seconds):
-        split = "test" if "test" in splits else "valid"
-        rows = _hypotheses({"finetuned": tuned, "scratch": scratch}, labelled, split)
+        rows = _hypotheses(out, splits, split)
         write_json(out / "hypotheses.json", _spread(rows, 10))
         _write_codebook(out, pretrained, splits, config)
         _write_example(out, splits, config)
-    rates = {arm: _rates(rows, arm) for arm in ("finetuned", "scratch")}
+    rates = {arm: _rates(rows, arm) for arm in ARMS}
     names = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
     summary = {
-        "schema": 1,
+        "schema": 2,
         "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in names}},
+        "warm_start": _warm_start(out, splits),
+        "probe": known,
         **rates,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "peak_memory_gib": _peak_memory_gib(),
         "command": f"w2v2 demo {source} --seed {seed} --shrink {shrink:g}",
         "test_split": split,
-        "labelled_minutes": sum(cut.duration for cut in labelled["train"]) / 60,
+        "labelled_minutes": labelled["train"].seconds / 60,
         "data": describe(splits),
     }
     write_json(out / "summary.json", summary)
-    log.info(
-        "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% from scratch",
-        100 * rates["finetuned"]["cer"], 100 * rates["scratch"]["cer"],
-    )  # fmt: skip
+    _tell(rows, rates)
     return write_demo_report(out)
+
+
+def _tell(rows: list[dict[str, str]], rates: dict[str, Any]) -> None:
+    """What came of it, in figures and in some sentences, to the log."""
+    for row in _spread(rows, 3):
+        log.info("spoken:       %s", row["reference"])
+        for arm, name in (("finetuned", "pretrained"), ("scratch", "from scratch")):
+            log.info("%-13s %s", f"{name}:", row[arm])
+            if f"{arm}_trigram" in row:
+                log.info("%-13s %s", "  + trigram:", row[f"{arm}_trigram"])
+    log.info(
+        "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% warm start alone, %.1f %% from scratch",
+        *(100 * rates[arm]["cer"] for arm in ("finetuned", "warm_start_only", "scratch")),
+    )
+
+
+def _probe(model: Wav2Vec2, splits: Splits, split: str, data: Path) -> dict[str, Any] | None:
+    """Accuracies on phones of log-mel and of the best layers, from one frame and from five; None: no labels."""
+    if not any(data.rglob("*.phones.ctm")):
+        return None
+    rows = probe(model, splits, split, data, minutes=PROBE_MINUTES)["rows"]
+    kinds = {"log_mel": "log-mel", "random": "random", "pretrained": "model"}
+    return {
+        name: {
+            count: max(row[f"phones_{count}"] for row in rows if row["features"] == kind) for count in ("one", "five")
+        }
+        for name, kind in kinds.items()
+    }
+
+
+def _warm_start(out: Path, splits: Splits) -> dict[str, float]:
+    """How long the stage took, by its file of metrics, and what it explains of the validation spectra."""
+    folder = out / "pretrain" / WARM_START
+    seconds = (folder / WEIGHTS).stat().st_mtime - (folder / "environment.json").stat().st_mtime
+    return {"seconds": seconds, "r2": evaluate_pretrained(folder, splits, "valid")["r2"]}
+
+
+def _finetune_all(out: Path, labelled: Splits, seed: int, shrink: float) -> None:
+    """All arms, in two processes of one thread each: it is quicker, and no arm has more of the machine."""
+    tuned, scratch = _scaled(recipes.tiny_ctc(), seed, shrink), _scaled(recipes.tiny_ctc_scratch(), seed, shrink)
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_one_thread)
+    with pool:
+        jobs = [
+            pool.submit(_finetune, "scratch", scratch, labelled, out, None),
+            pool.submit(_finetune, "finetuned", tuned, labelled, out, out / "pretrain"),
+            pool.submit(_finetune, "warm_start_only", tuned, labelled, out, out / "pretrain" / WARM_START),
+        ]
+        for job in jobs:
+            job.result()
+
+
+def _one_thread() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+
+
+def _finetune(arm: str, config: FinetuneConfig, labelled: Splits, out: Path, start: Path | None) -> None:
+    if start is not None:
+        config.adopt_architecture(read_native(start).config)
+    finetune(config, labelled, out / arm, init_from=start)
+    log.info("%s: done", arm)
 
 
 def _claim(out: Path) -> None:
@@ -123,8 +188,9 @@ def _scaled(config: Any, seed: int, shrink: float) -> Any:
     """A recipe with the demo's seed, all its lengths divided by ``shrink``."""
     config.train.seed = seed
     schedule, train = config.optim.schedule, config.train
+    warm = getattr(config, "warm_start", None)
     for owner, name in (
-        (schedule, "total_steps"), (schedule, "warmup_steps"),
+        (warm, "updates"), (schedule, "total_steps"), (schedule, "warmup_steps"),
         (train, "log_every"), (train, "val_every"), (train, "checkpoint_every"),
     ):  # fmt: skip
         if hasattr(owner, name):
@@ -141,27 +207,53 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     log.info("%s: %.0f s", name, seconds[name])
 
 
-def _hypotheses(models: dict[str, Recognizer], splits: Splits, split: str) -> list[dict[str, str]]:
-    """Reference and each model's hypothesis for every transcribed utterance of a split."""
-    encode = models["finetuned"].vocabulary.encode
-    data = SpeechDataModule({split: splits[split]}, recipes.tiny_ctc().data, encode=encode, normalize=False)
-    hypotheses = {name: transcripts(model, data.eval_dataloader(split)) for name, model in models.items()}
+def _hypotheses(out: Path, splits: Splits, split: str) -> list[dict[str, str]]:
+    """Reference and hypotheses of each arm, greedy and with the trigram, of every transcribed utterance of a split."""
+    models = {arm: load_recognizer(out / arm / "best") for arm in ARMS}
+    searches = _trigram(out, splits, models["finetuned"])
     rows = []
-    for utterance in splits[split].utterances():
-        text, name = normalize_text(utterance.text or ""), utterance.id
-        if text and all(name in by_id for by_id in hypotheses.values()):
-            heard = {model: by_id[name] for model, by_id in hypotheses.items()}
-            rows.append({"id": name, "speaker": utterance.speaker or "", "reference": text, **heard})
+    for cut in splits[split]:
+        text = normalize_text(cut.supervisions[0].text or "")
+        if not text:
+            continue
+        audio = torch.from_numpy(load_audio(cut))
+        row = {"id": cut.id, "speaker": cut.supervisions[0].speaker or "", "reference": text}
+        for arm, model in models.items():
+            log_probs = model.emissions([audio])[0]
+            row[arm] = Greedy(model.vocabulary)(log_probs).text
+            if searches is not None and arm != "warm_start_only":
+                row[f"{arm}_trigram"] = searches(log_probs).text
+        rows.append(row)
     return rows
 
 
+def _trigram(out: Path, splits: Splits, model: Recognizer) -> Decoder | None:
+    """A beam search over the words of all training transcripts, weighed by their trigram; None: not installed."""
+    texts = [normalize_text(text).split() for _, _, text in splits["train"].transcripts(0.0) if text]
+    estimate(texts, 3).save(out / "trigram.arpa")
+    try:
+        return make_decoder(model.vocabulary, lm=out / "trigram.arpa")
+    except UsageError as error:
+        log.warning("no trigram: %s", error)
+        return None
+
+
 def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
-    """Error rates of one model, and an interval over speakers where there are enough."""
-    tally = Tally()
-    for row in rows:
-        tally.add(row["reference"], row[arm], speaker=row["speaker"])
-    found = tally.summary()
-    return {"wer": found["wer"], "cer": found["cer"], "cer_interval": found["characters"]["interval"]}
+    """Error rates of one model, greedy and with the trigram, and an interval over speakers where there are enough."""
+    summaries = {}
+    for name in (arm, f"{arm}_trigram"):
+        tally = Tally()
+        for row in rows:
+            if name in row:
+                tally.add(row["reference"], row[name], speaker=row["speaker"])
+        if tally.all.utterances:
+            summaries[name] = tally.summary()
+    greedy, trigram = summaries[arm], summaries.get(f"{arm}_trigram")
+    rates = {"wer": greedy["wer"], "cer": greedy["cer"]}
+    if arm == "warm_start_only":
+        return rates
+    beside = {"wer_trigram": trigram["wer"] if trigram else None, "cer_interval": greedy["characters"]["interval"]}
+    return rates | beside
 
 
 def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from w2v2.checkpoint.contents import Checkpoint, blank_model, check_finite, check_fit
 from w2v2.errors import UsageError
 from w2v2.files import whole
+from w2v2.model.warm_start import SpectralConfig
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.serial import from_dict, read_json, save_config
 
@@ -30,7 +31,7 @@ def read_native(folder: Path) -> Checkpoint:
             model's, another number of labels than of outputs.
     """
     values, where = read_json(folder / CONFIG), folder / WEIGHTS
-    config = from_dict(values.get("model", values), Wav2Vec2Config)
+    config = from_dict(values.get("model", values), (Wav2Vec2Config, SpectralConfig))
     tensors = read_safetensors(where)
     checkpoint = Checkpoint(source=folder, config=config, state={})
     n_outputs = next((len(tensor) for name, tensor in tensors.items() if name.startswith("lm_head.")), 0)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -18,6 +18,9 @@ from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError
+
+if TYPE_CHECKING:
+    from w2v2.model.wav2vec2 import Wav2Vec2
 
 log = logging.getLogger("w2v2")
 
@@ -65,6 +68,14 @@ class Evaluate(Decoding):
     """Folder of results, replaced."""
     against: Annotated[Path | None, default("none", "DIR")] = None
     """Results of another system on the same utterances, a folder as of --out, to test."""
+    probe: bool = False
+    """Phones and speakers that a linear classifier tells from each layer, beside log-mel, MFCC and random weights."""
+    labels: Annotated[Path | None, default("--data", "DIR")] = None
+    """Of --probe: folder of phones with times, *.ctm or *.TextGrid."""
+    layers: tuple[int, ...] = ()
+    """Of --probe: blocks from 1, 0 the convolutions; none: all."""
+    minutes: float = 20.0
+    """Of --probe: labelled audio of either split."""
     batch_seconds: float = 87.5
     """Audio in a batch at most, s."""
     num_workers: Workers = 2
@@ -82,7 +93,13 @@ class Evaluate(Decoding):
 
         splits = read_corpus(self.data, training=False)
         choose_split(splits, self.split, self.data)
-        if isinstance(load(self.model), Recognizer):
+        model = load(self.model)
+        if self.probe:
+            self._probe(splits, model.model if isinstance(model, Recognizer) else model)
+            return
+        if of_probe := [f"`{name}`" for name in named if name in ("labels", "layers", "minutes")]:
+            raise UsageError(f"{of_probe[0]} needs `probe`: add it, or leave {of_probe[0]} out")
+        if isinstance(model, Recognizer):
             if self.tune is None and "trials" in named:
                 raise UsageError("`trials` is of `tune` SPLIT; name a split to tune on")
             self._warn(one_split=len(splits) == 1)
@@ -94,6 +111,17 @@ class Evaluate(Decoding):
                 f"{self.model} has no CTC head, so {', '.join(needless)} cannot be used; name a run of 'w2v2 finetune'"
             )
         sys.stdout.write(json.dumps(evaluate_pretrained(self.model, splits, self.split), indent=2) + "\n")
+
+    def _probe(self, splits: Splits, model: Wav2Vec2) -> None:
+        from w2v2.evaluation.probe import probe
+        from w2v2.evaluation.table import probe_table
+
+        with progress("probe") as show:
+            labels = self.labels or Path(self.data)
+            layers = self.layers or None
+            results = probe(model, splits, self.split, labels, layers=layers, show=show, minutes=self.minutes)
+        lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
+        sys.stdout.write("\n".join(lines) + "\n")
 
     def _recognizer(self, splits: Splits, named: Collection[str]) -> None:
         from w2v2.evaluation.evaluate import evaluate_model

@@ -36,7 +36,7 @@ class _Run:
 
     def prepared(self, config: Any) -> tuple[Path, bool]:
         """The folder to run in, and whether to go on with what is there, once the configuration has been checked."""
-        from w2v2.training.run import can_resume
+        from w2v2.training.resume import can_resume
 
         if self.data:
             config.data.sources = self.data

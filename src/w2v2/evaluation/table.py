@@ -31,6 +31,24 @@ def evaluation_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def probe_table(found: dict[str, Any]) -> list[str]:
+    """Lines to read, from what ``probe`` returns."""
+    told = "{scored:,} frames of {voices} voices, {classes} phones; trained on {train:,} of {others}".format(
+        classes=len(found["classes"]),
+        voices=found["speakers"]["scored"],
+        others=found["speakers"]["train"],
+        **found["frames"],
+    )
+    lines = [f"{'accuracy':20}{'1 frame':>10}{'5 frames':>10}{'speaker':>10}"]
+    for row in found["rows"]:
+        name = row["features"] if row["layer"] is None else f"{row['features']}, layer {row['layer']}"
+        cells = (row["phones_one"], row["phones_five"], row["speakers"])
+        lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>10}" for cell in cells))
+    if found["codes"] is not None:
+        lines.append("codes: purity {purity:.3f}, {information:.3f} of the phones' entropy".format(**found["codes"]))
+    return [told, "", *lines]
+
+
 def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["wer"])[:10]
 

@@ -32,7 +32,7 @@ def forward_flops(config: ContrastiveConfig, seconds: float) -> dict[str, float]
         "linears": config.n_layer * 2 * (4 * d * d + 2 * d * config.ffn_dim) * frames,
         "attention": config.n_layer * 4 * frames * frames * d,
         "positional": 2 * config.pos_conv_kernel * (d // config.pos_conv_groups) * d * frames,
-        "rest": 2 * fan_in * d * frames + 2 * heads * masked,
+        "rest": 2 * (fan_in * d + _neighbourhood_weights(config)) * frames + 2 * heads * masked,
     }
     return {name: value / seconds for name, value in total.items()}
 
@@ -44,6 +44,12 @@ def _objective_weights(config: ContrastiveConfig, masked: float) -> float:
     target = config.n_embd if config.target_features == "projected" else config.conv_channels[-1]
     projection = codes * space if config.similarity_dim is not None else 0
     return target * config.n_groups * config.n_entries + config.n_embd * space + masked * space + projection
+
+
+def _neighbourhood_weights(config: ContrastiveConfig) -> int:
+    """Multiplications for each frame: targets and head."""
+    width = config.n_embd + config.neighbourhood * config.conv_channels[-1]
+    return config.neighbourhood_dim * width if config.neighbourhood else 0
 
 
 def training_flops(config: Wav2Vec2Config, seconds: float) -> float | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.errors import Count, Positive, ShareBelowOne, UsageError
+from w2v2.errors import Count, Positive, ShareBelowOne, UsageError, Whole
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
@@ -24,10 +24,12 @@ from w2v2.model.masking import (
     slices,
     utterance_generators,
 )
+from w2v2.model.neighbourhood import Neighbourhood
 from w2v2.model.objective import SSLOutput
 from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
 from w2v2.model.precision import low_precision
 from w2v2.model.quantizer import GumbelVectorQuantizer, QuantizerOutput, gumbel_temperature, perplexity
+from w2v2.model.transformer import take
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
 
 
@@ -46,6 +48,11 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
             self.project_q = nn.Linear(code_dim, config.similarity_dim)
         self.out_linear = nn.Linear(config.n_embd, config.similarity_dim or code_dim)
         init_weights(self.quantizer)
+        self.neighbourhood: Neighbourhood | None = None
+        if config.neighbourhood:
+            shape = config.conv_channels[-1], config.n_embd, config.neighbourhood, config.neighbourhood_dim
+            self.neighbourhood = Neighbourhood(*shape)
+            self.feature_projection.norm.requires_grad_(False)  # as the convolutions: the targets are made of both
 
     def draw(self, batch: Utterances, step_key: StepKey | None = None) -> ContrastiveDraws:
         """Draw masks, distractors and layers for a batch, on the host.
@@ -80,13 +87,13 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         frames, packed = self.frame_lengths(audio, lengths)
         features = self.feature_encoder(audio, lengths if packed else None)  # (B, T, C), or packed (1, sum of T, C)
         normalised, projected = self.feature_projection(features, packed)  # C, D wide
-        x = self.contextualize(
-            self.feature_projection.dropout(projected),
-            packed,
-            covered=draws.covered,
-            keep_layers=draws.keep_layers,
-            rows=Rows(draws.masked, draws.counts),
-        )
+        rows, beside = Rows(draws.masked, draws.counts), {}
+        x = self.feature_projection.dropout(projected)
+        wanted = None if self.neighbourhood else rows
+        x = self.contextualize(x, packed, covered=draws.covered, keep_layers=draws.keep_layers, rows=wanted)
+        if self.neighbourhood is not None:
+            error = self.neighbourhood(x, normalised, draws.masked, frames, draws.counts, packed)
+            beside["neighbourhood"], x = error, take(x, rows)
         with low_precision(x, self.out_linear) as (x, out_linear):
             context = out_linear(x.squeeze(0))  # (1, M, D) -> (M, P)
 
@@ -111,6 +118,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
                 "contrastive": contrastive.loss,
                 **({"diversity": _total(diversity)} if diversity else {}),
                 "feature_penalty": feature_penalty(features, frames, draws.counts),
+                **beside,
             },
             metrics={
                 "contrastive": contrastive.loss.detach().double(),
@@ -231,6 +239,11 @@ class ContrastiveConfig(Wav2Vec2Config):
     """Its lower bound (``latent_temp[1]``)."""
     gumbel_decay: Positive = 0.999995
     """Its factor per optimiser step (``latent_temp[2]``)."""
+    neighbourhood: Whole = 0
+    """Frames around each, itself among them, whose conv features it has to tell: odd, 9 in ``tiny``; 0: none, as in the
+    paper. For convolutions that are warm and frozen (``model/neighbourhood.py``)."""
+    neighbourhood_dim: Count = 120
+    """Principal components of these features that are told."""
     sub_batch_seconds: Positive | None = 87.5
     """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of
     masked frames are taken: a batch that fills a larger GPU has the objective of the published one (``max_tokens`` 1.4M
@@ -241,6 +254,8 @@ class ContrastiveConfig(Wav2Vec2Config):
         super().check()
         if self.target_features not in ("projected", "encoder"):
             raise UsageError(f"`model.target_features` must be 'projected' or 'encoder', got {self.target_features!r}")
+        if self.neighbourhood and self.neighbourhood % 2 == 0:
+            raise UsageError(f"`model.neighbourhood` must be odd, or 0, got {self.neighbourhood}")
 
     def build(self) -> Wav2Vec2ForPretraining:
         """The pretraining model, freshly initialised from torch's global generator."""

@@ -13,9 +13,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.native import VOCABULARY
-from w2v2.data.batch import Batch, Fits
+from w2v2.data.batch import Fits
 from w2v2.data.corpora import Splits
-from w2v2.decoding.greedy import Greedy
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.inference.recognizer import Recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
@@ -155,14 +154,3 @@ def finetune(
     fit_task(FinetuneTask(start.model, start.vocabulary, config), data, config, out, resume)
     merge_lora(start.model)
     return Recognizer(start.model, start.vocabulary)
-
-
-def transcripts(recognizer: Recognizer, batches: Iterable[Batch]) -> dict[str, str]:
-    """Greedy hypothesis of each utterance of a loader, by id."""
-    hypotheses: dict[str, str] = {}
-    device = next(recognizer.model.parameters()).device
-    decoder = Greedy(recognizer.vocabulary)
-    for batch in batches:
-        emissions = recognizer.batch_emissions(batch.audio.to(device), batch.lengths.tolist())
-        hypotheses |= {name: decoder(row).text for name, row in zip(batch.ids, emissions, strict=True)}
-    return hypotheses

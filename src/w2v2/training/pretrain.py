@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,21 +12,27 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from w2v2.checkpoint.contents import Checkpoint
-from w2v2.checkpoint.native import CONFIG, read_native
+from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_native
 from w2v2.data.batch import Batch
 from w2v2.data.corpora import Splits
+from w2v2.data.loader import stop_workers
 from w2v2.errors import UsageError
 from w2v2.model.masking import Draws
 from w2v2.model.objective import SSLModel, SSLOutput
+from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
 from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.optim import OptimConfig
+from w2v2.training.resume import WARM_START, can_resume, checkpoint_files
 from w2v2.training.run import check_run, fit_task, start_folder, validate_task
 from w2v2.training.task import NormalizedTask, Sums, step_seed, unequal_lengths
 
 log = logging.getLogger(__name__)
+
+_BASIS_FRAMES = 16_000
+"""Of which the basis of the auxiliary loss is taken: 320 s."""
 
 SSLBatch = tuple[Tensor, list[int] | None, Draws]
 """Audio (B, S) and draws on the device; valid samples of each utterance, None when all are S."""
@@ -48,6 +55,7 @@ def pretrain(
         UsageError: settings that cannot work, a folder that holds another run, weights that do not fit.
     """
     check_run(config, splits, out, resume)
+    _check_stack(config, init_from, resume)
     data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
     start = None
     if init_from is not None:
@@ -60,14 +68,64 @@ def pretrain(
     if start is not None:
         _start_from(start, model)
     start_folder(out, config, splits, resume)
+    if config.warm_start.updates and not (resume and checkpoint_files(out)):
+        _take_stack(_warm_start(config, splits, out / WARM_START, resume), model)
+    if isinstance(model, Wav2Vec2ForPretraining) and not (resume and checkpoint_files(out)):
+        _fit_neighbourhood(model, data)
     task = PretrainTask(objective, config.optim, config.loss_weights, config.train.seed)
     fit_task(task, data, config, out, resume)
     return model
 
 
+def _check_stack(config: PretrainConfig, init_from: Path | None, resume: bool) -> None:
+    """Refuse to warm up what is trained, and to freeze what is not."""
+    if init_from is not None and config.warm_start.updates and not resume:
+        raise UsageError(
+            f"`warm_start.updates` {config.warm_start.updates} would undo the convolutions of `init_from`; set it to 0"
+        )
+    if not (config.model.conv_gradient_scale or config.warm_start.updates or init_from or resume):
+        raise UsageError(
+            "`model.conv_gradient_scale` 0 freezes convolutions that are random; set it to 0.1, as published, or give "
+            "`warm_start.updates`, such as 600, or `init_from`"
+        )
+
+
+def _warm_start(config: PretrainConfig, splits: Splits, out: Path, resume: bool) -> Wav2Vec2:
+    """What the stage before the run makes; a finished one is read."""
+    if resume and (out / WEIGHTS).exists():
+        return read_native(out).build()
+    rank_zero_only(log.info)("warm start: %d updates on the spectrum", config.warm_start.updates)
+    return pretrain(config.warm_start_run(), splits, out, resume=resume and can_resume(out))
+
+
+def _take_stack(warm: Wav2Vec2, model: Wav2Vec2) -> None:
+    """Copy the convolutions and the norm after them."""
+    model.feature_encoder.load_state_dict(warm.feature_encoder.state_dict())
+    model.feature_projection.norm.load_state_dict(warm.feature_projection.norm.state_dict())
+
+
+@torch.no_grad()
+def _fit_neighbourhood(model: Wav2Vec2ForPretraining, data: SpeechDataModule) -> None:
+    """Take the basis of the auxiliary loss from the first training batches, unless the model came with one."""
+    if model.neighbourhood is None or model.neighbourhood.basis.any():
+        return
+    stacks: list[Tensor] = []
+    for batch in data.train_dataloader():
+        if batch.ids:
+            normalised, _ = model.feature_projection(model.feature_encoder(batch.audio))
+            stacks.append(model.neighbourhood.stack(normalised))
+        if sum(map(len, stacks)) >= _BASIS_FRAMES:
+            break
+    stop_workers()
+    model.neighbourhood.fit(torch.cat(stacks)[:_BASIS_FRAMES])
+
+
 def _start_from(start: Checkpoint, model: Wav2Vec2) -> None:
     if type(start.config) is type(model.config):
-        start.fill(model)
+        # The auxiliary loss is the recipe's: without it its tensors are left, and where it is new it starts afresh.
+        fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("neighbourhood.")}
+        given = {n: t for n, t in start.state.items() if n in fresh or not n.startswith("neighbourhood.")}
+        replace(start, state=fresh | given).fill(model)
         return
     start.fill_encoder(model)
     rank_zero_only(log.warning)(

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 
 _NAME = "step={:08d}.ckpt"
+WARM_START = "warm_start"
+"""Folder in a run folder: the run that the warm start is."""
 
 
 class AtomicIO(CheckpointIO):
@@ -62,6 +64,11 @@ class AtomicIO(CheckpointIO):
 def checkpoint_files(folder: Path) -> list[Path]:
     """Checkpoints of a run folder, newest first."""
     return sorted((folder / "checkpoints").glob("step=*.ckpt"), reverse=True)
+
+
+def can_resume(out: Path) -> bool:
+    """Whether a run folder holds a checkpoint, be it of the warm start."""
+    return bool(checkpoint_files(out) or checkpoint_files(out / WARM_START))
 
 
 def step_of(path: Path) -> int:

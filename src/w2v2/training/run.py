@@ -34,7 +34,7 @@ from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
-from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
+from w2v2.training.resume import AtomicIO, Checkpoints, can_resume, checkpoint_files, newest_good
 from w2v2.training.sharding import transformer_blocks, whole_weights
 from w2v2.training.task import NormalizedTask
 
@@ -52,6 +52,8 @@ def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> d
 
 def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, out: Path, resume: bool) -> None:
     """Run a task to its last step, with everything a run folder holds; weights are saved at the end.
+
+    A run that is to be resumed and has no checkpoint yet begins.
 
     Raises:
         StoppedError: a signal asked for the end, and everything is saved.
@@ -90,7 +92,9 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
         )
         last = None
-        if resume:
+        if not (resume and checkpoint_files(out)):
+            metrics.resume_at(-1)
+        else:
             last, saved = newest_good(out)
             data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
             metrics.resume_at(saved["global_step"])
@@ -124,11 +128,6 @@ def _slurm() -> list[SLURMEnvironment]:
 def is_first_process() -> bool:
     """Whether this process is the one that writes, of however many there are."""
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
-
-
-def can_resume(out: Path) -> bool:
-    """Whether a run folder holds a checkpoint."""
-    return bool(checkpoint_files(out))
 
 
 def _wandb(config: RunConfig, out: Path) -> list[Logger]:

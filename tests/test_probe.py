@@ -1,0 +1,122 @@
+"""The probe on planted labels, on tones whose phone is their pitch, and on labels that cannot be used."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_train import nano
+
+from w2v2.checkpoint.native import CONFIG, save_weights
+from w2v2.cli.main import main
+from w2v2.evaluation.phones import Phone, read_labels
+from w2v2.evaluation.probe import share_correct, train_linear
+from w2v2.serial import save_config
+
+PITCHES = {"a": 300.0, "e": 900.0, "i": 2500.0, "o": 5000.0}
+
+
+def test_features_that_hold_the_label_give_one_and_noise_gives_chance() -> None:
+    rng = torch.Generator().manual_seed(0)
+    classes = torch.randint(4, (4000,), generator=rng)
+    around = torch.arange(4000)[:, None]
+    planted = torch.nn.functional.one_hot(classes, 4).half()
+    noise = torch.randn(4000, 16, generator=rng).half()
+    for x, low, high in ((planted, 1.0, 1.0), (noise, 0.2, 0.3)):
+        classify = train_linear(x, around[:2000], classes[:2000], 4, 0)
+        assert low <= share_correct(classify, x, around[2000:], classes[2000:]) <= high
+    # What only the frame before tells is told by five frames of context, and by one no better than by chance.
+    late, five = planted.roll(1, 0), (torch.arange(4000)[:, None] + torch.arange(-2, 3)).clamp(0, 3999)
+    scores = []
+    for context in (around, five):
+        classify = train_linear(late, context[:2000], classes[:2000], 4, 0, epochs=40)
+        scores.append(share_correct(classify, late, context[2000:], classes[2000:]))
+    assert scores[0] < 0.35 and scores[1] > 0.99
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three voices to train on and one to test on, four utterances each of tones of 200 ms, with CTM files."""
+    root, rng = tmp_path_factory.mktemp("tones"), np.random.default_rng(0)
+    for voice, split in enumerate(["train-a", "train-a", "train-a", "test-a", "dev-a"], 1):
+        folder = root / split / str(voice) / "1"
+        folder.mkdir(parents=True)
+        lines, texts = [], []
+        for i in range(4):
+            name, t, parts = f"{voice}-1-{i:04d}", np.arange(3200) / 16_000, []
+            for k, phone in enumerate(rng.choice(list(PITCHES), 15)):
+                parts.append(np.sin(2 * np.pi * PITCHES[phone] * t) * 0.3)
+                lines.append(f"{name} 1 {0.2 * k:.2f} 0.2 {phone}\n")
+            audio = np.concatenate(parts) + 0.01 * rng.standard_normal(48_000)
+            soundfile.write(folder / f"{name}.flac", audio, 16_000)
+            texts.append(f"{name} TONES\n")
+        (folder / f"{voice}-1.phones.ctm").write_text("".join(lines))
+        (folder / f"{voice}-1.trans.txt").write_text("".join(texts))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, config = tmp_path_factory.mktemp("probe"), nano()
+    torch.manual_seed(0)
+    save_config(config, folder / CONFIG)
+    save_weights(config.model.build(), folder)
+    return folder
+
+
+def test_phones_that_are_pitches_are_told_and_what_is_written_is_documented(
+    tones: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"schema", "split", "classes", "frames", "speakers", "rows", "codes"}
+    assert sorted(found["classes"]) == list("aeio") and found["speakers"] == {"train": 3, "scored": 1}
+    rows = {(row["features"], row["layer"]): row for row in found["rows"]}
+    assert set(rows) == {("log-mel", None), ("MFCC", None), *((n, i) for n in ("model", "random") for i in range(3))}
+    assert rows["log-mel", None]["phones_one"] > 0.9 and rows["log-mel", None]["speakers"] < 0.6
+    assert 0 < found["codes"]["information"] <= found["codes"]["purity"] * 2
+    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tones), "--layers", "2"]) == 0
+    table = capsys.readouterr().out
+    assert "log-mel" in table and "model, layer 2" in table and "layer 1" not in table
+
+
+def test_a_text_grid_says_the_same_as_a_ctm(tmp_path: Path) -> None:
+    (tmp_path / "x.TextGrid").write_text(
+        'File type = "ooTextFile"\nObject class = "TextGrid"\nxmin = 0\nxmax = 1\ntiers? <exists>\nsize = 2\nitem []:\n'
+        'item [1]:\nclass = "IntervalTier"\nname = "words"\nxmin = 0\nxmax = 1\nintervals: size = 1\nintervals [1]:\n'
+        'xmin = 0\nxmax = 1\ntext = "HI"\nitem [2]:\nclass = "IntervalTier"\nname = "phones"\nxmin = 0\nxmax = 1\n'
+        'intervals: size = 3\nintervals [1]:\nxmin = 0\nxmax = 0.25\ntext = "HH"\nintervals [2]:\nxmin = 0.25\n'
+        'xmax = 0.75\ntext = "AY1"\nintervals [3]:\nxmin = 0.75\nxmax = 1\ntext = "sil"\n'
+    )
+    grid = read_labels(tmp_path)
+    assert grid == {"x": [Phone("HH", 0.0, 0.25), Phone("AY", 0.25, 0.75)]}
+    (tmp_path / "x.TextGrid").rename(tmp_path / "x.txt")
+    (tmp_path / "a.ctm").write_text("x 1 0.25 0.5 AY1\n;; comment\nx 1 0 0.25 HH\nx 1 0.75 0.25 sil\n")
+    assert read_labels(tmp_path) == grid
+
+
+def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
+    tones: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(lines: str, *more: str) -> str:
+        labels = tmp_path / "labels"
+        labels.mkdir(exist_ok=True)
+        (labels / "a.ctm").write_text(lines)
+        assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(labels), *more]) == 2
+        out, err = capsys.readouterr()
+        message = err.strip().splitlines()[-1]
+        assert not out and "Traceback" not in err
+        return message
+
+    good = "1-1-0000 1 0 1 a\n4-1-0000 1 0 1 a\n"
+    assert "phone 'a' of 4-1-0000, 2 to 4 s, leaves its audio of 3 s" in refused(good + "4-1-0000 1 2 2 a\n")
+    assert "phones in no class: q" in refused(good + "4-1-0000 1 1 1 q\n")
+    assert "--layers must be 0 to 2, the blocks of this model, got 7" in refused(good, "--layers", "7")
+    assert "no utterance of split 'test' has phones in --labels" in refused("1-1-0000 1 0 1 a\n")
+    assert "a.ctm, line 1: expected utterance, channel" in refused("nonsense\n")
+    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tmp_path / "none")]) == 2
+    assert "no labels in" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data", str(tones), "--layers", "1"]) == 2
+    assert "--layers needs --probe" in capsys.readouterr().err
