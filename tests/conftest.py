@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,3 +90,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("recipe") / "nano.py"
     path.write_text(NANO)
     return f"{path}:nano"
+
+
+def override(config: Any, words: list[str], prog: str) -> Any:
+    """A configuration with settings as of the command line."""
+    from w2v2.cli.options import Settings, parse
+
+    return parse(Settings[type(config)], words, prog, default=config)

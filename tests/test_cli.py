@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             ["tiny", "--train.max-step", "2"],
             "Unrecognized options: --train.max-step, 2; did you mean --train.max-steps",
         ),
-        (["--train.max-steps", "5", "tiny"], "put --train.max-steps 5 last, or write --train.max-steps=5"),
+        (["--train.max-steps", "-5", "tiny"], "--train.max-steps must be 1 or more, got -5"),
         (["--train.max-steps=two", "tiny"], "Error parsing --train.max-steps"),
         (["tiny", "--train.max-steps", "5", "--train.max-steps", "-1"], "--train.max-steps must be 1 or more, got -1"),
         (["tiny", "--train.max-steps", "two"], "Error parsing --train.max-steps"),
@@ -172,6 +174,42 @@ def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys
         line = refuse(capsys, "finetune", "tiny_ctc", "--data", str(corpus), "--minutes", minutes)
         assert f"--minutes must be more than 0, got {minutes}" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_goes_away_ends_a_verb_quietly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "w2v2.cli.main"]
+    for words in (["--help"], ["pretrain", "small", "--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run([*command, *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "w2v2: failed: [Errno 28] No space left on device\n")
+
+
+def test_the_version_and_a_missing_or_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"w2v2 {version('w2v2')}\n"
+    assert "expected a verb, one of demo, prepare" in refuse(capsys)
+    assert "no verb 'trian': expected one of demo" in refuse(capsys, "trian")
+    assert "name the audio: files" in refuse(capsys, "transcribe", "model")
+    assert "name the file to write" in refuse(capsys, "lm")
+
+
+def test_bash_completes_verbs_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tyro-print-completion", "bash"]) == 0
+    script = tmp_path / "w2v2"
+    script.write_text(capsys.readouterr().out)
+    for words, expected in (
+        ("w2v2 pre", "pretrain"),
+        ("w2v2 pretrain --train.max-steps-l", "--train.max-steps-left-out"),
+    ):
+        ask = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}; COMP_LINE='{words}'; "
+        ask += "COMP_POINT=${#COMP_LINE}; $(complete -p w2v2 | sed 's/.* -F \\([^ ]*\\).*/\\1/'); echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert expected in done.stdout.split(), done
 
 
 def test_help_answers_without_torch_and_lists_recipes_and_settings() -> None:

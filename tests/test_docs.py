@@ -5,10 +5,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from conftest import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -33,29 +33,34 @@ def small(command: str) -> list[str]:
     words = shlex.split(command, comments=True)
     if words[0] != "w2v2":
         return words
-    shrunk = [*words, *shlex.split(SHRINK.get(words[1], ""))]
-    if words[1] == "pretrain" and "--init-from" not in words:
-        shrunk += ["--warm-start.updates", "1"]
-    return [str(Path(sys.executable).parent / "w2v2"), *shrunk[1:]]
+    warm = ["--warm-start.updates", "1"] if words[1] == "pretrain" and "--init-from" not in words else []
+    return words + shlex.split(SHRINK.get(words[1], "")) + warm
+
+
+def start(words: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    if words[0] == "w2v2":
+        return run(words[1:], folder, env=env)
+    return subprocess.run(words, cwd=folder, env=os.environ | env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "my_speech", {"train-clean-100": 4, "dev-clean": 1, "test-clean": 1})
     shutil.copytree(tmp_path / "my_speech", tmp_path / "LibriSpeech")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1"}
     ran = 0
     for language, text in blocks(page):
         if language == "python" and text.startswith("# "):  # a file to write, named in its first line
             (tmp_path / text.split("\n")[0].removeprefix("# ")).write_text(text)
             continue
         if language == "python":
-            commands = [[sys.executable, "-c", text]]
+            done = [run(None, tmp_path, script=text, env=env)]
         else:
             lines = text.replace("\\\n", " ").splitlines()
-            commands = [small(line) for line in lines if line.strip() and not line.startswith(("make ", "git ", "cd "))]
-        for command in commands:
-            done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            shown = [line for line in lines if line.strip() and not line.startswith(("make ", "git ", "cd "))]
+            done = [start(small(line), tmp_path, env) for line in shown]
+        for process in done:
+            command = " ".join(map(str, process.args))
+            assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}"
             ran += 1
     assert ran or page.name not in ("README.md", "extending.md")

@@ -360,9 +360,9 @@ def test_without_the_hub_s_client_there_is_no_card_and_a_licence_is_refused(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = weights(tmp_path / "run", ContrastiveConfig)
-    monkeypatch.setattr("w2v2.cli.export.find_spec", lambda name: None)
+    monkeypatch.setattr("w2v2.cli.convert.find_spec", lambda name: None)
     assert main(["export", str(run), str(tmp_path / "out"), "--to", "torch", "--license", "mit"]) == 2
-    assert "pip install 'w2v2[hf]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "pip install huggingface_hub" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(["export", str(run), str(tmp_path / "out"), "--to", "torch"]) == 0
     assert "without a model card" in caplog.text and not (tmp_path / "out" / "README.md").exists()
 

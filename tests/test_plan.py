@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import utterances
+from conftest import override, utterances
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2v2 import recipes
 from w2v2.cli.main import main
-from w2v2.cli.options import override
 from w2v2.errors import UsageError
 from w2v2.model.flops import expected_coverage, forward_flops, peak_flops, training_flops, utilisation
 from w2v2.model.pretraining import ContrastiveConfig
@@ -330,10 +329,10 @@ def test_a_file_of_the_folder_is_not_taken_for_the_package(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--gpus", "0"], "--gpus must be more than 0"),
+        (["--gpus", "0"], "--gpus must be 1 or more"),
         (["--train.max-step", "2"], "Unrecognized options: --train.max-step"),
         (["--data", "nowhere"], "nowhere"),
-        (["--model.n-head", "5"], "must be a multiple of n-head"),
+        (["--model.n-head", "5"], "must be a multiple of --model.n-head"),
     ],
 )
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:

@@ -77,7 +77,7 @@ def test_phones_that_are_pitches_are_told_and_what_is_written_is_documented(
     assert set(rows) == {("log-mel", None), ("MFCC", None), *((n, i) for n in ("model", "random") for i in range(3))}
     assert rows["log-mel", None]["phones_one"] > 0.9 and rows["log-mel", None]["speakers"] < 0.6
     assert 0 < found["codes"]["information"] <= found["codes"]["purity"] * 2
-    assert main(["evaluate", str(run), "--data", str(tones), "--probe", str(tones), "--layers", "2"]) == 0
+    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tones), "--layers", "2"]) == 0
     table = capsys.readouterr().out
     assert "log-mel" in table and "model, layer 2" in table and "layer 1" not in table
 
@@ -104,7 +104,7 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
         labels = tmp_path / "labels"
         labels.mkdir(exist_ok=True)
         (labels / "a.ctm").write_text(lines)
-        assert main(["evaluate", str(run), "--data", str(tones), "--probe", str(labels), *more]) == 2
+        assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(labels), *more]) == 2
         out, err = capsys.readouterr()
         message = err.strip().splitlines()[-1]
         assert not out and "Traceback" not in err
@@ -114,9 +114,9 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
     assert "phone 'a' of 4-1-0000, 2 to 4 s, leaves its audio of 3 s" in refused(good + "4-1-0000 1 2 2 a\n")
     assert "phones in no class: q" in refused(good + "4-1-0000 1 1 1 q\n")
     assert "--layers must be 0 to 2, the blocks of this model, got 7" in refused(good, "--layers", "7")
-    assert "no utterance of split 'test' has phones in --probe" in refused("1-1-0000 1 0 1 a\n")
+    assert "no utterance of split 'test' has phones in --labels" in refused("1-1-0000 1 0 1 a\n")
     assert "a.ctm, line 1: expected utterance, channel" in refused("nonsense\n")
-    assert main(["evaluate", str(run), "--data", str(tones), "--probe", str(tmp_path / "none")]) == 2
+    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tmp_path / "none")]) == 2
     assert "no labels in" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data", str(tones), "--layers", "1"]) == 2
-    assert "--layers needs --probe" in capsys.readouterr().err
+    assert "--layers is of --probe" in capsys.readouterr().err

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import override
 
 from w2v2 import recipes
 from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
-from w2v2.cli.options import override
 from w2v2.model.quantizer import gumbel_temperature
 from w2v2.recipes import recipe_names
 from w2v2.serial import load_config, save_config

@@ -278,7 +278,7 @@ def test_a_step_divides_the_sum_of_all_losses_by_all_its_masked_frames(accumulat
     model.train()
     targets = []
     for i, batch in enumerate(batches):
-        draws = model.draw(batch, (SEED, 0))
+        draws = model.draw(batch, (SEED, 0, 0))
         torch.manual_seed(step_seed(SEED, 0, 0, i))
         out = model(batch.audio, draws, batch.lengths.tolist(), step=0)
         (out.losses["contrastive"] + 0.1 * out.losses["diversity"] + 10 * out.losses["feature_penalty"]).backward()

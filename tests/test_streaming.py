@@ -379,7 +379,7 @@ def lies_in(crop: np.ndarray, whole: np.ndarray) -> bool:
 @pytest.mark.parametrize("kind", ["files", "flac", "wav"])
 def test_audio_of_every_rate_is_that_of_the_source_whole(source: Path, corpora: dict[str, Path], kind: str) -> None:
     for cut in read_corpus(corpora[kind])["train"]:
-        got, whole = SpeechDataset()[0, rows_of([cut])].audio[0].numpy(), reference(source, cut.id)
+        got, whole = SpeechDataset()[(0, 0), rows_of([cut])].audio[0].numpy(), reference(source, cut.id)
         if cut.id[0] in "12":
             np.testing.assert_array_equal(got, whole)
         else:  # 16 bits are kept, also of what resampling puts above full scale
@@ -388,7 +388,7 @@ def test_audio_of_every_rate_is_that_of_the_source_whole(source: Path, corpora: 
 
 def test_opus_shards_hold_the_utterances_in_their_length(source: Path, corpora: dict[str, Path]) -> None:
     for cut in read_corpus(corpora["opus"])["train"]:
-        got, whole = SpeechDataset()[0, rows_of([cut])].audio[0].numpy(), reference(source, cut.id)
+        got, whole = SpeechDataset()[(0, 0), rows_of([cut])].audio[0].numpy(), reference(source, cut.id)
         assert len(got) == len(whole)
         assert np.corrcoef(got, whole)[0, 1] > 0.5  # noise, so little more can be asked
 
@@ -400,7 +400,7 @@ def test_crops_from_shards_are_those_from_the_files_sample_by_sample(corpora: di
     dataset = SpeechDataset(seed=1, max_seconds=1.5, same_length=True)
     for epoch in range(3):
         for cuts in (files[:3], files[3:6], files[6:]):
-            one, two = dataset[epoch, rows_of(cuts)], dataset[epoch, rows_of(shards[cut.id] for cut in cuts)]
+            one, two = dataset[(epoch, 0), rows_of(cuts)], dataset[(epoch, 0), rows_of(shards[cut.id] for cut in cuts)]
             assert not one.bad and one.audio.shape == (len(cuts), 24_000)
             assert_same([one], [two])
 
@@ -430,7 +430,7 @@ def test_a_crop_of_a_long_remote_file_asks_for_its_part_alone(tmp_path: Path, ki
         splits = read_corpus(prepared(table, tmp_path / "out"))
         cuts = sorted(splits["train"], key=lambda cut: cut.start)
         server.log.clear()
-        batch = SpeechDataset(max_seconds=2.0, same_length=True)[0, rows_of(cuts[-1:])]
+        batch = SpeechDataset(max_seconds=2.0, same_length=True)[(0, 0), rows_of(cuts[-1:])]
         assert 0 < server.bytes < path.stat().st_size / 4
     assert lies_in(batch.audio[0].numpy(), samples[100 * RATE : 140 * RATE].astype(np.float32) / 32_768)
 
@@ -696,7 +696,9 @@ def peak_of_a_pass(split: Split) -> tuple[int, int]:
 
 
 def test_planning_a_pass_takes_no_more_memory_for_more_rows(tmp_path: Path) -> None:
-    (small, few), (big, many) = (peak_of_a_pass(many_rows(tmp_path, rows, 100)) for rows in (2_000, 16_000))
+    splits = [many_rows(tmp_path, rows, 100) for rows in (2_000, 16_000)]
+    # How far the reading thread is when a window is planned is chance; what a pass needs is the least of some.
+    (small, few), (big, many) = (min(peak_of_a_pass(split) for _ in range(5)) for split in splits)
     assert (few, many) == (2_000, 16_000)  # of which two windows are held
     assert big < 1.3 * small
     assert big < 16_000 * 200  # less than their lines alone would take

@@ -99,7 +99,7 @@ def export_onnx(
         raise UsageError(f"error rates need a CTC model; {source} is a pretraining run")
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if missing:
-        raise UsageError(f"an ONNX export needs {', '.join(missing)}: pip install 'w2v2[onnx]'")
+        raise UsageError(f"an ONNX export needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime")
     with _exporting():
         program = torch.onnx.export(
             Graph(model),

@@ -66,7 +66,10 @@ def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> 
         "device": "cpu",
     }
     if theirs is None:
-        return certificate | {"compared_with": None, "why_not": "transformers is not installed: pip install 'w2v2[hf]'"}
+        return certificate | {
+            "compared_with": None,
+            "why_not": "transformers is not installed: pip install transformers",
+        }
     # GroupNorm's statistics are over padding too in transformers: an utterance's numbers depend on its batch.
     invariant = checkpoint.config.conv_norm == "layer"
     model, other = checkpoint.build(), _load(theirs, class_name(checkpoint.kind))
@@ -121,7 +124,7 @@ def _load(folder: Path, name: str) -> nn.Module:
     except ImportError as error:
         raise UsageError(
             "comparing with transformers, which every conversion from or to Hugging Face does, needs it: "
-            "pip install 'w2v2[hf]'"
+            "pip install transformers"
         ) from error
     with _quiet(transformers):
         model, info = getattr(transformers, name).from_pretrained(

@@ -1,31 +1,43 @@
 """The ``w2v2`` command: parses a verb, runs it, and makes one line and an exit code of what goes wrong.
 
-The verbs are in ``verbs/``. Heavy imports live inside them, so that ``--help`` answers at once.
+Only the module of the chosen verb is imported, and heavy imports live inside ``run`` where they can, so that ``--help``
+answers at once.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import io
-import itertools
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any, Union
 
-from w2v2.cli import convert as exchange
-from w2v2.cli import evaluate as results
-from w2v2.cli import export
-from w2v2.cli import extract as features
-from w2v2.cli import lm as language
-from w2v2.cli import prepare as data
-from w2v2.cli import train as training
-from w2v2.cli import transcribe as transcription
-from w2v2.cli.options import Run, as_options
+from tyro.conf import subcommand
+
+from w2v2.cli.options import as_options, named_options, parse, parse_run
 from w2v2.errors import JobError, StoppedError, UsageError
 
-log = logging.getLogger("w2v2")
+VERBS = {
+    "demo": ("evaluate", "the whole road offline: synthesise, prepare, pretrain, fine-tune, evaluate, report"),
+    "prepare": ("prepare", "check every recording of a source of audio, and write its manifests, or shards to stream"),
+    "pretrain": ("train", "self-supervised pretraining"),
+    "finetune": ("train", "CTC fine-tuning, of a pretrained encoder or from scratch"),
+    "plan": ("plan", "what a pretraining run will take, from some measured steps: time, memory, batch and rate; masks"),
+    "lm": ("lm", "n-gram language model of words from text or a corpus's transcripts: modified Kneser-Ney, as ARPA"),
+    "transcribe": ("transcribe", "recordings of any length to text, subtitles, word times"),
+    "align": ("transcribe", "when each word of a known text is said"),
+    "evaluate": ("evaluate", "WER and CER of a fine-tuned run, how sure, which errors; of a pretraining run its loss"),
+    "report": ("evaluate", "one self-contained HTML page of a run"),
+    "extract": ("extract", "hidden states, codes or pooled vectors of recordings, a file for each"),
+    "convert": ("convert", "a model to or from Hugging Face's or fairseq's format, certified to compute the same"),
+    "export": ("convert", "a model for use without this package, checked against the original"),
+}
+"""What each does, and the module that has it as a class."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,28 +45,101 @@ def main(argv: Sequence[str] | None = None) -> int:
     # oneDNN keeps 1024 primitives, one for each length of a crop: a third of a small model's memory, and no time saved.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     _speak_utf8()
-    argv = sys.argv[1:] if argv is None else argv
-    args, rest = _parser().parse_known_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
+    code, message = _run(sys.argv[1:] if argv is None else list(argv))
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(message)
+    left = _reader_left()
+    return code or (141 if left else 0)
+
+
+def _run(argv: list[str]) -> tuple[int, str]:
+    """Exit code, and what to say beside it."""
+    kind: Any = None
     try:
-        if rest and not args.overrides:
-            raise UsageError(f"unknown arguments {' '.join(rest)}; see 'w2v2 {args.verb} --help'")
-        _refuse_early_settings(argv, rest)
-        args.run(args, rest)
+        try:
+            if not argv or argv[0].startswith("-"):
+                _without_verb(argv)
+            else:
+                kind = _verb(argv[0])
+                _log_as(kind)
+                _parse(kind, argv).run(named_options(argv))
+        except SystemExit as stop:
+            if stop.code:  # of help there is none
+                raise
+        sys.stdout.flush()
+        return 0, ""
     except UsageError as error:
-        sys.stderr.write(f"w2v2: error: {as_options(_last_line(error), args)}\n")
-        return 2
+        return 2, f"w2v2: error: {as_options(_last_line(error), kind)}\n"
     except StoppedError as stop:
-        sys.stderr.write(f"w2v2: {as_options(str(stop), args)}\n")
-        return stop.exit_code
+        return stop.exit_code, f"w2v2: {as_options(str(stop), kind)}\n"
     except (JobError, OSError) as error:
-        sys.stderr.write(f"w2v2: failed: {as_options(_last_line(error), args)}\n")
-        return 1
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141, ""
+        return 1, f"w2v2: failed: {as_options(_last_line(error), kind)}\n"
     except KeyboardInterrupt:
-        sys.stderr.write("w2v2: interrupted\n")
-        return 130
-    return 0
+        return 130, "w2v2: interrupted\n"
+
+
+def _without_verb(argv: list[str]) -> None:
+    if argv[:1] == ["--version"]:
+        sys.stdout.write(f"w2v2 {version('w2v2')}\n")
+    elif argv[:1] in (["-h"], ["--help"]):
+        lines = ["usage: w2v2 VERB ...", "", "wav2vec 2.0: from raw audio to a trusted transcript", ""]
+        lines += [f"  {name:12}{text}" for name, (_, text) in VERBS.items()]
+        lines += ["", "w2v2 VERB --help                       what a verb takes, with units and defaults"]
+        lines += ["w2v2 --version                         which version this is"]
+        lines += ["w2v2 --tyro-print-completion SHELL     completions for bash, zsh, fish or tcsh"]
+        sys.stdout.write("\n".join(lines) + "\n")
+    elif argv and argv[0].startswith("--tyro-"):
+        verbs: Any = Union[tuple(Annotated[_verb(name), subcommand(name)] for name in VERBS)]  # noqa: UP007
+        parse(verbs, argv, "w2v2")
+    else:
+        given = f", got {argv[0]}" if argv else ""
+        raise UsageError(f"expected a verb, one of {', '.join(VERBS)}{given}; see 'w2v2 --help'")
+
+
+def _verb(name: str) -> Any:
+    if name not in VERBS:
+        raise UsageError(f"no verb {name!r}: expected one of {', '.join(VERBS)}; see 'w2v2 --help'")
+    return getattr(import_module(f"w2v2.cli.{VERBS[name][0]}"), name.capitalize() if name != "lm" else "LM")
+
+
+def _parse(kind: Any, argv: list[str]) -> Any:
+    read = parse_run if "config" in kind.__dataclass_fields__ else parse
+    return read(kind, argv[1:], f"w2v2 {argv[0]}", description=VERBS[argv[0]][1])
+
+
+def _log_as(kind: Any) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(kind))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("w2v2").setLevel(logging.INFO)
+
+
+class _Lines(logging.Formatter):
+    """Lines of the log, with settings spelled as options."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__("%(message)s")
+        self.kind = kind
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message."""
+        return as_options(super().format(record), self.kind)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads standard output any more, as of ``w2v2 ... | head``; then nothing more is written there."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file, or closed
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python would complain as it ends
+    return left
 
 
 def _speak_utf8() -> None:
@@ -62,19 +147,6 @@ def _speak_utf8() -> None:
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
-
-
-def _refuse_early_settings(argv: Sequence[str], rest: Sequence[str]) -> None:
-    """argparse, which knows no settings, may have taken the value of one for the model or recipe that follows it."""
-    at = -1
-    for word, left in itertools.zip_longest(rest, rest[1:]):
-        if word.startswith("--") and "=" not in word:
-            at = argv.index(word, at + 1)
-            value = argv[at + 1] if at + 1 < len(argv) else "--"
-            if value != left and not value.startswith("--"):
-                raise UsageError(
-                    f"settings follow the other arguments: put {word} {value} last, or write {word}={value}"
-                )
 
 
 def _last_line(error: Exception) -> str:
@@ -85,23 +157,6 @@ def _last_line(error: Exception) -> str:
 def _name(error: Exception) -> str:
     kind = type(error)
     return f"{kind.__qualname__}: " if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}: "
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="w2v2", description="wav2vec 2.0: from raw audio to a trusted transcript", allow_abbrev=False
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, run: Run, text: str, *, overrides: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
-        # Otherwise a setting such as --beam-size, mistyped, may be taken for the beginning of an option.
-        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, **kwargs)
-        sub.set_defaults(run=run, overrides=overrides, parser=sub)
-        return sub
-
-    for group in (data, training, language, transcription, results, features, exchange, export):
-        group.add(verb)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,80 +1,78 @@
-"""A recipe and the command line's overrides of its leaves become one typed configuration."""
+"""The words of a verb become its fields; what goes wrong there, and settings in messages, spelled as its options."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+
+import tyro
+from tyro.conf import AvoidSubcommands, FlagConversionOff, FlagCreatePairsOff, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from w2v2.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from w2v2.data.config import DataConfig
-
 
 T = TypeVar("T")
 
 
-Run = Callable[[argparse.Namespace, list[str]], None]
+class Verb(Protocol):
+    """A dataclass of what a verb takes: a field is an option or an argument, its docstring the help."""
+
+    def run(self, named: Collection[str]) -> None:
+        """Do it; ``named`` are the options that the command line names, as fields: ``train.max_steps``."""
 
 
-AddVerb = Callable[..., argparse.ArgumentParser]
-"""(name, what runs it, what it does, further arguments of a parser; ``overrides=True``: settings may follow)."""
+Settings = Annotated[T, arg(name=""), FlagConversionOff, AvoidSubcommands]
+"""A configuration whose leaves are options of the verb."""
+File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")]
+Device = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: cuda if there is one)")]
+Workers = Annotated[int, arg(name="workers")]
+
+REQUIRED = "(required)"
 
 
-def configure(args: argparse.Namespace, rest: list[str], kind: type[T], *, need_data: bool = True) -> T:
-    """The recipe, with the shape of the model that the run starts from, if any, and the command line's overrides."""
-    from w2v2.recipes import load_recipe, recipe_names
-
-    names = ", ".join(recipe_names(kind))
-    if args.recipe is None:
-        if args.help:
-            args.parser.epilog = f"Recipes: {names}. {args.parser.epilog}"
-            args.parser.print_help()
-            raise SystemExit(0)
-        raise UsageError(f"name a recipe: one of {names}, or FILE.py:FUNCTION")
-    config: Any = load_recipe(args.recipe, kind)
-    if getattr(args, "init_from", None) is not None:
-        from w2v2.checkpoint.formats import read
-
-        config.adopt_architecture(read(args.init_from).config)
-    if args.help:
-        args.parser.print_help()
-        rest = ["--help"]
-    config = override(config, rest, f"w2v2 {args.verb} {args.recipe}")
-    if args.data is not None:
-        config.data.sources = tuple(args.data)
-    if need_data and not config.data.sources:
-        raise UsageError("name the audio with --data DIR: a prepared corpus, or a folder of audio")
-    done: T = config
-    return done
+def default(what: str, metavar: str) -> Any:
+    """What help says of an option whose default is not one value."""
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {what})")
 
 
-def override(config: T, args: Sequence[str], prog: str) -> T:
-    """Set leaves of a configuration from arguments such as ``--train.max-steps 100``.
+def optional_value(without: str, *choices: str) -> Any:
+    """An option that may have a value, one of ``choices``, and is ``without`` where it stands alone."""
+
+    def read(words: list[str]) -> str:
+        if len(words) > 1 or not {*words} <= {*choices}:
+            raise ValueError(f"expected {', '.join(choices)} or nothing, got {' '.join(words)}")
+        return words[0] if words else without
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )
+
+
+def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
+    """An instance from the words of a command line; ``options`` are further ones of ``tyro.cli``.
 
     Raises:
-        UsageError: an unknown field, or a value of another type.
+        UsageError: what is wrong with them, in one line.
+        SystemExit: help was asked for and printed.
     """
-    import tyro
-
-    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    said = io.StringIO()
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(type(config), default=config, args=list(args), config=markers, prog=prog)
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=list(argv), prog=prog, config=(FlagCreatePairsOff,), **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(_one_line(said.getvalue())) from None
+        raise UsageError(_one_line(box.getvalue())) from None
 
 
 def _one_line(box: str) -> str:
@@ -87,55 +85,55 @@ def _one_line(box: str) -> str:
     return f"{problem}; did you mean {hints[0]}?" if "Unrecognized" in problem and hints else problem
 
 
-def as_options(message: str, args: argparse.Namespace) -> str:
+def parse_run(kind: Any, argv: Sequence[str], prog: str, description: str) -> Any:
+    """The same of a verb with a recipe, whose settings are the defaults, in the shape of a model to start from."""
+    from w2v2.recipes import load_recipe, recipe_names
+
+    config_kind = kind.__dataclass_fields__["config"].default_factory
+    names = recipe_names(config_kind)
+    description += f". Recipes: {', '.join(names)}; with RECIPE, this lists its settings as they are in it."
+    name = next((word for word in argv if word in names or ".py:" in word), None)  # where settings stand before it
+    config = config_kind() if name is None else load_recipe(name, config_kind)
+    words = list(argv) if name is None else [word for word in argv if word not in ("-h", "--help")]
+    first, _ = parse(kind, words, prog, description=description, default=kind(config=config), return_unknown_args=True)
+    if not first.recipe:
+        raise UsageError(f"name a recipe: one of {', '.join(names)}, or FILE.py:FUNCTION")
+    config = load_recipe(first.recipe, config_kind)
+    init_from = getattr(first, "init_from", None)
+    if init_from is not None:
+        from w2v2.checkpoint.formats import read
+
+        config.adopt_architecture(read(init_from).config)
+    return parse(kind, argv, f"{prog} {first.recipe}", description=description, default=kind(config=config))
+
+
+def named_options(argv: Sequence[str]) -> list[str]:
+    """Fields that the options of a command line name, in their order."""
+    return [word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")]
+
+
+def as_options(message: str, verb: Any) -> str:
     """The message with its settings, fields in backticks, spelled as the options of the verb that runs.
 
-    A field such as ``data.num_workers`` is the option whose ``dest`` is its last name, if the verb has one, otherwise
-    that of its full name, if settings can follow the verb.
+    A field such as ``data.num_workers`` is the verb's field of its last name, if it has one, otherwise, if the verb
+    takes a recipe's settings, that of its whole name.
     """
-    names: dict[str, str] = {
-        action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings
-    }
+    options = _options(verb) if dataclasses.is_dataclass(verb) else {}
 
     def spell(field: re.Match[str]) -> str:
-        dotted = f"--{field[1].replace('_', '-')}" if args.overrides else field[0]
-        return names.get(field[1].rpartition(".")[2], dotted)
+        dotted = f"--{field[1].replace('_', '-')}" if "config" in options else field[0]
+        return options.get(field[1].rpartition(".")[2], dotted)
 
     return re.sub(r"`([a-z]\w*(?:\.\w+)*)`", spell, message)
 
 
-def run_folder(args: argparse.Namespace) -> Path:
-    """Where a run goes: ``--out``, or a new name under ``runs``."""
-    if args.out is not None:
-        return Path(args.out)
-    name = Path(args.recipe.rpartition(":")[0]).stem if ":" in args.recipe else args.recipe
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def reading(**given: Any) -> DataConfig:
-    """How a verb reads a corpus whole, from its options; those that are None are as they are by default.
-
-    Raises:
-        UsageError: impossible numbers.
-    """
-    from w2v2.data.config import DataConfig
-
-    config = DataConfig(**{name: value for name, value in given.items() if value is not None})
-    config.check()
-    return config
-
-
-def place(model: torch.nn.Module, device: str | None) -> None:
-    """Move a model to the device of ``--device``; None: to a GPU if there is one.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    import torch
-
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(name)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used: {reason}; expected cpu, or what is there") from None
+def _options(kind: Any) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for field, hint in get_type_hints(kind, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        name = next((mark.name for mark in marks if getattr(mark, "name", None) is not None), field)
+        if name == "" and field != "config":
+            options |= _options(hint.__origin__)
+        elif Positional not in marks:
+            options[field] = f"--{name.replace('_', '-')}"
+    return options

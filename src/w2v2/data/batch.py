@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ class Batch:
     """Utterance ids."""
     epochs: list[int]
     """How many times each utterance has come before: what crops and masks are drawn by."""
+    place: tuple[int, int] = (0, 0)
+    """(epoch, which batch of it), the same for all ranks' batches of a step."""
+    draws: Any = None
+    """What the model drew for it, if it did so in the worker."""
     targets: Tensor | None = None
     """(B, U) int64 labels, padded with zeros."""
     target_lengths: Tensor | None = None
@@ -51,9 +56,18 @@ class Batch:
     bad: dict[str, str] = field(default_factory=dict)
     """Utterances that could not be read and are left out: what was wrong, by id. B may be 0."""
 
+    def pin_memory(self) -> Batch:
+        """The same with all that goes to a device where it can be copied from without waiting; the loader calls it."""
+        pinned = {
+            name: value.pin_memory()
+            for name in ("audio", "targets", "draws")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **pinned)
+
 
 class SpeechDataset(Dataset[Batch]):
-    """Turns (epoch, utterances), which a sampler chose, into a :class:`Batch`.
+    """Turns (place, utterances), which a sampler chose, into a :class:`Batch`.
 
     Args:
         seed: of the crops.
@@ -61,6 +75,7 @@ class SpeechDataset(Dataset[Batch]):
         same_length: crop all to the shortest of the batch, at an own random place each, as pretraining wants.
         normalize: whether each whole utterance gets zero mean and unit variance, before it is cropped.
         encode: transcript -> labels, for targets.
+        draw: batch -> its ``draws``.
     """
 
     def __init__(
@@ -71,17 +86,18 @@ class SpeechDataset(Dataset[Batch]):
         same_length: bool = False,
         normalize: bool = False,
         encode: Encode | None = None,
+        draw: Callable[[Batch], Any] | None = None,
     ) -> None:
         self.seed, self.max_seconds, self.same_length = seed, max_seconds, same_length
-        self.normalize, self.encode = normalize, encode
+        self.normalize, self.encode, self.draw = normalize, encode, draw
 
-    def __getitem__(self, item: tuple[int, list[Row]]) -> Batch:
-        epoch, utterances = item
+    def __getitem__(self, item: tuple[tuple[int, int], list[Row]]) -> Batch:
+        place, utterances = item
         cuts = [row.cut() for row in utterances]
         limit = self.max_seconds or float("inf")
         if self.same_length:
             limit = min(limit, min(cut.duration for cut in cuts))
-        epochs = [(cut.custom or {}).get("pass", epoch) for cut in cuts]
+        epochs = [(cut.custom or {}).get("pass", place[0]) for cut in cuts]
         rows: list[FloatArray] = []
         offsets: list[int] = []
         good: list[int] = []
@@ -112,6 +128,7 @@ class SpeechDataset(Dataset[Batch]):
             offsets=torch.tensor(offsets, dtype=torch.long),
             ids=[cuts[i].id for i in good],
             epochs=[epochs[i] for i in good],
+            place=place,
             texts=[supervision.text for supervision in said],
             speakers=[supervision.speaker for supervision in said],
             bad=bad,
@@ -120,6 +137,8 @@ class SpeechDataset(Dataset[Batch]):
             labels = [torch.tensor(self.encode(text or ""), dtype=torch.long) for text in batch.texts]
             batch.targets = torch.nn.utils.rnn.pad_sequence(labels or [lengths], batch_first=True)[: len(labels)]
             batch.target_lengths = torch.tensor([len(row) for row in labels], dtype=torch.long)
+        if self.draw is not None and good:
+            batch.draws = self.draw(batch)
         return batch
 
     def _load(self, cut: MonoCut, epoch: int, limit: float, data: bytes | None) -> tuple[float, FloatArray]:

@@ -60,7 +60,7 @@ class ContainerFile:
 
     def __init__(self, file: BinaryIO, container: str, rates: tuple[int, int], most_channels: int, name: str) -> None:
         if importlib.util.find_spec("av") is None:
-            raise AudioError(f"{container} needs PyAV: pip install 'w2v2[m4a]'")
+            raise AudioError(f"{container} needs PyAV: pip install av")
         self.file, self.format = file, container
         self.process = _process()
         size = file.seek(0, os.SEEK_END)

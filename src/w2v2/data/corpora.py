@@ -262,6 +262,17 @@ def _prepared(location: str, description: str) -> Splits:
     return splits
 
 
+def choose_split(splits: Splits, name: str, corpus: str, setting: str = "split") -> Split:
+    """The split that a setting names.
+
+    Raises:
+        UsageError: the corpus has no such split.
+    """
+    if name not in splits:
+        raise UsageError(f"`{setting}` must be one of {', '.join(splits)}, which {corpus} has; got {name!r}")
+    return splits[name]
+
+
 def describe(splits: Splits) -> dict[str, dict[str, float | str]]:
     """Size of each split: hours, utterances, speakers, utterances with a transcript; and a hash of its content."""
     return {

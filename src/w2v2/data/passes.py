@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections import Counter
-from itertools import chain, islice
+from itertools import islice
 
 from w2v2.data.batch import Fits
 from w2v2.data.config import DataConfig
@@ -58,9 +58,10 @@ class Passes:
             )
 
     def count(self, enough: int) -> int:
-        """Usable utterances, counted no further than to so many."""
-        rows = chain.from_iterable(piece.rows() for piece in self.split.pieces)
-        return sum(1 for _ in islice((row for row in rows if not self._fault(row)), enough))
+        """The most usable utterances of a pass, counted no further than to so many."""
+        pieces = (piece for piece in self.split.pieces for _ in range(math.ceil(piece.weight)))
+        rows = (row for piece in pieces for row in piece.rows() if not self._fault(row))
+        return sum(1 for _ in islice(rows, enough))
 
     def _fault(self, row: Row) -> str:
         if row.seconds < self.config.min_seconds and not row.utterance().unreadable:

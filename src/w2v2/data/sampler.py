@@ -41,7 +41,7 @@ class Position:
 
 
 class EpochSampler:
-    """Yields (epoch, rows) of one rank's batches; the epoch travels beside the rows to any worker.
+    """Yields ((epoch, number in it), rows) of one rank's batches; where they stand travels with them to any worker.
 
     What is in a batch, and when it comes, depends on the split, the seed, the epoch and the number of ranks, not on the
     number of workers. Every utterance of a pass goes to exactly one rank, and all ranks get as many batches.
@@ -95,13 +95,13 @@ class EpochSampler:
             del self.windows[0]
         return self.windows[0] if self.windows else Position(self.epoch)
 
-    def __iter__(self) -> Iterator[tuple[int, list[Row]]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], list[Row]]]:
         skip, self.skip = self.skip, 0
         start, self.start = self.start, None
         if start is None or start.epoch != self.epoch or start.steps > skip:
             start = Position(self.epoch)
-        for step in islice(self._steps(start), skip - start.steps, None):
-            yield self.epoch, step[self.rank]
+        for number, step in enumerate(islice(self._steps(start), skip - start.steps, None), skip):
+            yield (start.epoch, number), step[self.rank]
 
     def _steps(self, start: Position) -> Iterator[list[list[Row]]]:
         """Steps of a pass from a window on, while a thread reads the next one."""

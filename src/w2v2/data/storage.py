@@ -179,7 +179,7 @@ def _s3(timeout: float) -> Any:
     try:
         from s3fs import S3FileSystem
     except ImportError as error:
-        raise UsageError("reading s3://... needs s3fs: pip install 'w2v2[s3]'") from error
+        raise UsageError("reading s3://... needs s3fs: pip install s3fs") from error
 
     class CheckedS3(S3FileSystem):
         async def _cat_file(self, path: str, start: int | None = None, end: int | None = None) -> Any:
@@ -259,7 +259,7 @@ def _meaning(location: str, error: BaseException) -> BaseException:
     """What an error means to a reader of ``location``; a ``_TransientError`` if it may pass."""
     # fsspec and s3fs put one of Python's errors above the one that knows what happened.
     error = error.__cause__ if type(error).__module__ == "builtins" and error.__cause__ else error
-    # By name, since botocore is there only with w2v2[s3].
+    # By name, since botocore is there only with s3fs.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     line = " ".join(str(error).split()) or type(error).__name__
     if "ClientResponseError" in kinds and not error.__cause__:

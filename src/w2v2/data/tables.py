@@ -155,7 +155,7 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
     try:
         import datasets
     except ImportError:
-        raise UsageError("Hugging Face datasets need: pip install 'w2v2[hf]'") from None
+        raise UsageError("Hugging Face datasets need: pip install datasets") from None
     try:
         parts = datasets.load_dataset(name, config, streaming=True)
     except (ValueError, OSError) as error:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from w2v2.decoding.config import BeamConfig
-from w2v2.decoding.greedy import Decoder, Greedy
+from w2v2.decoding.greedy import Decoder, Greedy, Hypothesis
 from w2v2.errors import UsageError
 from w2v2.text.vocabulary import Vocabulary
+
+
+@runtime_checkable
+class TunableDecoder(Protocol):
+    """A beam search, whose weights can be tuned."""
+
+    config: BeamConfig
+
+    def __call__(self, log_probs: Tensor) -> Hypothesis:
+        """Decode (T, labels)."""
+
+    def tuned(self, config: BeamConfig) -> TunableDecoder:
+        """The same with other weights."""
 
 
 def make_decoder(
@@ -36,5 +52,5 @@ def make_decoder(
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("flashlight"):
             raise
-        raise UsageError("beam search needs flashlight-text: pip install 'w2v2[beam]'") from None
+        raise UsageError("beam search needs flashlight-text: pip install flashlight-text") from None
     return make_beam(vocabulary, beam or BeamConfig(), lm=lm, lexicon=lexicon, hot_words=hot_words)

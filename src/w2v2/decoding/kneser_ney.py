@@ -3,20 +3,96 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from w2v2.decoding.ngram import NO_PROBABILITY, SPECIAL, START, UNKNOWN, Floats, Ints, NGram, encode, ngram_starts
+from w2v2.decoding.ngram import (
+    NO_PROBABILITY,
+    ORDERS,
+    SPECIAL,
+    START,
+    UNKNOWN,
+    Floats,
+    Ints,
+    NGram,
+    Score,
+    encode,
+    is_arpa,
+    ngram_starts,
+    open_text,
+)
 from w2v2.errors import UsageError
+from w2v2.text.spelling import normalize_text
 
 log = logging.getLogger(__name__)
 
 
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 """Where the counts define none; those of KenLM's ``lmplz --discount_fallback``."""
+
+
+def learn(
+    out: Path,
+    texts: Sequence[Path] = (),
+    corpora: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    keep_case: bool = False,
+    order: int = 3,
+    prune: Sequence[int] = (),
+    held_out: Path | None = None,
+) -> tuple[NGram, Score]:
+    """Write a language model of files of text and of transcripts as ARPA; see ``read_sentences`` and ``estimate``.
+
+    Returns:
+        The model, and its score on the text that is held out, without any on what it was learnt from.
+
+    Raises:
+        UsageError: nothing to learn from, a file that is not to be replaced, an order that beam search cannot read.
+    """
+    if not texts and not corpora:
+        raise UsageError(f"nothing to learn {out} from: name files of text before it, or a corpus with `data`")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"cannot write {out}: expected the name of a file in a folder that exists")
+    if out.exists() and not is_arpa(out):
+        raise UsageError(f"{out} exists and is no ARPA file to replace; name the file to write last, or remove it")
+    if order not in ORDERS:
+        raise UsageError(f"`order` must be {min(ORDERS)} to {max(ORDERS)}, which beam search can read, got {order}")
+    model = estimate(read_sentences(texts, corpora, split=split, keep_case=keep_case), order, prune)
+    tested, spoken = ([held_out], ()) if held_out else (texts, corpora)
+    score = model.score(read_sentences(tested, spoken, split=split, keep_case=keep_case))
+    model.save(out)
+    return model, score
+
+
+def read_sentences(
+    texts: Iterable[Path], corpora: Iterable[str] = (), *, split: str | None = None, keep_case: bool = False
+) -> Iterator[list[str]]:
+    """Words of each line and transcript that has any, in upper case unless it is kept.
+
+    Args:
+        texts: a sentence a line, in LibriSpeech's ``*.trans.txt`` after its id; gzipped if the name ends in .gz.
+        corpora: whose transcripts of a split to read; None: of ``train``, or of the only one that there is.
+    """
+
+    def words(text: str) -> list[str]:
+        return (text if keep_case else normalize_text(text)).split()
+
+    for path in texts:
+        with open_text(path) as file:
+            with_ids = path.name.removesuffix(".gz").endswith(".trans.txt")
+            yield from filter(None, (words(line.partition(" ")[2] if with_ids else line) for line in file))
+    for corpus in corpora:
+        from w2v2.data.corpora import choose_split, read_corpus  # late: text alone needs no lhotse
+
+        splits = read_corpus(corpus, training=False)
+        name = split or (next(iter(splits)) if len(splits) == 1 else "train")
+        cuts = choose_split(splits, name, corpus)
+        yield from filter(None, (words(u.text or "") for u in cuts.utterances()))
 
 
 @dataclass

@@ -8,29 +8,34 @@ utterance whose reference is empty adds insertions; recordings that cannot be re
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import jiwer
 
-from w2v2.errors import Show, UsageError
+from w2v2.data.config import DataConfig
+from w2v2.data.corpora import Split, Splits, choose_split
+from w2v2.data.loader import whole_utterances
+from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import TunableDecoder, make_decoder
+from w2v2.decoding.greedy import Decoder
+from w2v2.errors import Show, UsageError, quiet
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
+from w2v2.evaluation.tuning import tune_on
 from w2v2.files import whole, write_text
-from w2v2.inference.recognizer import NOT_FINITE
+from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from w2v2.data.batch import Batch
-    from w2v2.decoding.config import BeamConfig
-    from w2v2.decoding.greedy import Decoder
-    from w2v2.evaluation.tuning import EmissionCache, Tuning
-    from w2v2.inference.recognizer import Recognizer
+
+
+log = logging.getLogger(__name__)
 
 
 SCHEMA = 2
@@ -104,41 +109,82 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
     return tally
 
 
-def tune_weights(
-    recognizer: Recognizer,
-    make: Callable[[BeamConfig], Decoder],
-    batches: Iterable[Batch],
-    references: Mapping[str, str],
-    cache: EmissionCache,
+def evaluate_model(
+    model: Path,
+    splits: Splits,
+    split: str = "test",
     *,
-    start: BeamConfig,
-    trials: int,
-    progress: Show,
-) -> Tuning:
-    """``tuning.tune`` on utterances whose log-probabilities are computed where the cache lacks them.
+    corpus: str = "",
+    lm: Path | None = None,
+    lexicon: Path | None = None,
+    hot_words: Sequence[str] = (),
+    beam: BeamConfig | None = None,
+    tune: str | None = None,
+    trials: int = 64,
+    out: Path | None = None,
+    against: Path | None = None,
+    data: DataConfig | None = None,
+    device: str | None = None,
+    show: Show = quiet,
+) -> dict[str, Any]:
+    """Error rates of a fine-tuned model on a split of a corpus, kept in a folder: all that ``w2v2 evaluate`` does.
 
     Args:
-        batches: as for ``evaluate``; not asked for any where the cache has all.
-        references: text of each utterance that has one, as the vocabulary spells it.
+        model: run folder, or folder of weights.
+        splits: of ``read_corpus``; ``corpus`` is its name, for the record.
+        lm, lexicon, hot_words, beam: of ``make_decoder``.
+        tune: split to tune the weights of LM and words on, with so many ``trials``.
+        out: folder of results; None: RUN/evaluation/SPLIT.
+        against, show: as in ``run_evaluation``; stage ``evaluate``, and those of ``tune_on``.
+        data: how the corpus is read.
+        device: as in ``place``.
+
+    Returns what ``evaluation.json`` holds. Raises as ``choose_split``, ``make_decoder``, ``run_evaluation``.
     """
+    data = data or DataConfig()
+    data.check()
+    scored = choose_split(splits, split, corpus)
+    tuned_on = None if tune is None else choose_split(splits, tune, corpus, "tune")
+    if against is not None:
+        hypotheses_file(against)
+    recognizer = load_recognizer(model)
+    place(recognizer.model, device)
+    decoder = make_decoder(recognizer.vocabulary, lm=lm, lexicon=lexicon, hot_words=hot_words, beam=beam)
+    if tuned_on is not None:
+        if not isinstance(decoder, TunableDecoder) or (lm is None and lexicon is None):
+            raise UsageError("`tune` looks for weights of an LM and of words; name one with `lm`, or a `lexicon`")
+        _refuse_scored(tune, tuned_on, scored)
+        tuning = tune_on(recognizer, decoder, tuned_on, data, model, trials=trials, show=show)
+        decoder = decoder.tuned(tuning.best)
+        log.info("%s", "\n".join(tuning.table()[:6]))
+    files = {name: None if path is None else str(path) for name, path in (("lm", lm), ("lexicon", lexicon))}
+    asked = {**files, "hot_words": tuple(hot_words), "tuned_on": tune}
+    settings = {**asked, **asdict(decoder.config)} if isinstance(decoder, TunableDecoder) else {}
+    return run_evaluation(
+        recognizer,
+        decoder,
+        _watched(whole_utterances(split, scored, data), scored.seconds, show),
+        out or model / "evaluation" / split,
+        {"run": str(model), "data": corpus, "split": split, "decoder": settings},
+        against=against,
+    )
 
-    lacking = {name for name in references if name not in cache}
 
-    def missing() -> Iterator[tuple[str, Tensor]]:
-        done = 0
-        for batch in batches:
-            wanted = [i for i, name in enumerate(batch.ids) if name in lacking]
-            lengths = batch.lengths.tolist()
-            rows = recognizer.emissions([batch.audio[i, : lengths[i]] for i in wanted])
-            yield from zip((batch.ids[i] for i in wanted), rows, strict=True)
-            done += len(wanted)
-            progress("emissions", done / len(lacking))
+def _refuse_scored(name: str | None, tuned_on: Split, scored: Split) -> None:
+    ids = {u.id for u in scored.utterances()}
+    shared = sum(u.id in ids for u in tuned_on.utterances())
+    if shared:
+        raise UsageError(
+            f"`tune` {name} is what is scored, {shared} utterances of it; tune on others than those of `split`"
+        )
 
-    from w2v2.evaluation.tuning import tune
 
-    if lacking:
-        cache.fill(missing())
-    return tune(make, cache, references, start=start, trials=trials, progress=progress)
+def _watched(batches: Iterable[Batch], seconds: float, show: Show) -> Iterator[Batch]:
+    heard = 0.0
+    for batch in batches:
+        yield batch
+        heard += batch.lengths.sum().item() / SAMPLE_RATE
+        show("evaluate", min(1.0, heard / seconds))
 
 
 def run_evaluation(

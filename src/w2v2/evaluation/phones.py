@@ -49,7 +49,7 @@ def read_labels(folder: Path) -> Labels:
     if not (ctm or grids):
         raise UsageError(
             f"no labels in {folder}: expected phones with times, *.ctm or *.TextGrid; name the folder that has them by "
-            "`probe`"
+            "`labels`"
         )
     rows = [row for path in ctm for row in _ctm(path)] + [row for path in grids for row in _grid(path)]
     labels: Labels = {}

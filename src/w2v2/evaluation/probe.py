@@ -150,7 +150,7 @@ def _spread(split: Split, labelled: dict[str, Any], minutes: float, seed: int, n
         if cut.id in labelled:
             by_voice.setdefault(_speaker(cut), []).append(cut)
     if not by_voice:
-        raise UsageError(f"no utterance of split {name!r} has phones in `probe`; expected ids as in the corpus")
+        raise UsageError(f"no utterance of split {name!r} has phones in `labels`; expected ids as in the corpus")
     chosen = []
     for voice, cuts in sorted(by_voice.items()):
         left = 60 * minutes / len(by_voice)

@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from w2v2.checkpoint.native import WEIGHTS
+from w2v2.data.config import DataConfig
+from w2v2.data.corpora import Split
+from w2v2.data.loader import whole_utterances
 from w2v2.decoding.config import BeamConfig
+from w2v2.decoding.decoder import TunableDecoder
 from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole, write_json
+from w2v2.inference.recognizer import Recognizer
 
 LM_WEIGHTS, WORD_SCORES = (0.0, 5.0), (-5.0, 5.0)
 """Where weights are looked for (paper, appendix B)."""
@@ -84,7 +89,7 @@ def tune(
     """
     start = start or BeamConfig()
     if trials < 1:
-        raise UsageError(f"tuning needs 1 trial or more, got {trials}")
+        raise UsageError(f"`trials` must be 1 or more, got {trials}")
     made: list[Trial] = []
     for weights in _proposals(start, trials, seed, made):
         made.append(_trial(make, replace(start, lm_weight=weights[0], word_score=weights[1]), emissions, references))
@@ -130,6 +135,43 @@ def _trial(
     if not any(said):
         raise UsageError("no word in the transcripts to tune with; tune on a split that is transcribed")
     return Trial(config.lm_weight, config.word_score, jiwer.wer(said, found), jiwer.cer(said, found))
+
+
+def tune_on(
+    recognizer: Recognizer,
+    decoder: TunableDecoder,
+    split: Split,
+    data: DataConfig,
+    folder: Path,
+    *,
+    trials: int = 64,
+    show: Show = quiet,
+) -> Tuning:
+    """``tune`` on a split, whose log-probabilities are computed where the folder of a model does not keep them yet.
+
+    Args:
+        data: how the split is read.
+        folder: of the model; they are kept in ``emissions`` below it.
+    """
+    key = weights_key(folder)
+    cache = EmissionCache(folder / "emissions" / f"{split.audio}-{key[:16]}", key)
+    spoken = ((u.id, u.text) for u in split.utterances())
+    references = {name: recognizer.vocabulary.normalize(text) for name, text in spoken if text is not None}
+    lacking = {name for name in references if name not in cache}
+
+    def missing() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for batch in whole_utterances("tune", split, data):
+            wanted = [i for i, name in enumerate(batch.ids) if name in lacking]
+            lengths = batch.lengths.tolist()
+            rows = recognizer.emissions([batch.audio[i, : lengths[i]] for i in wanted])
+            yield from zip((batch.ids[i] for i in wanted), rows, strict=True)
+            done += len(wanted)
+            show("emissions", done / len(lacking))
+
+    if lacking:
+        cache.fill(missing())
+    return tune(decoder.tuned, cache, references, start=decoder.config, trials=trials, progress=show)
 
 
 class EmissionCache:

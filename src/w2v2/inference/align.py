@@ -7,16 +7,18 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError
+from w2v2.data.sources import folder_texts
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import Recognizer
-from w2v2.inference.recordings import Failure, Source
+from w2v2.inference.recordings import Failure, Source, source_of
 from w2v2.inference.transcribe import Layout, transcribe
 from w2v2.inference.transcripts import Transcript
 from w2v2.text.vocabulary import Vocabulary
@@ -164,3 +166,44 @@ def align(
         return align_labels(log_probs, ids, recognizer.vocabulary)
 
     return next(transcribe(recognizer, [source], decoder, layout=layout, batch_size=batch_size, stretch=math.inf))
+
+
+def find_texts(audio: str, text: str | None) -> list[tuple[Source, str | UsageError]]:
+    """Recordings and what is said in them, or why that is not known.
+
+    Args:
+        audio: a file, URL or ``-``; or a folder with transcripts, as ``prepare`` reads it.
+        text: words that are said in a file, or a file of them; None for a folder.
+    """
+    if not os.path.isdir(audio):
+        if text is None:
+            raise UsageError(f"name the text of {audio}: the words, or a file of them")
+        return [(source_of(audio), _read_text(text))]
+    if text is not None:
+        raise UsageError(
+            f"{audio} is a folder, whose transcripts lie beside the audio; name a file, or leave the text out"
+        )
+    transcripts = list(folder_texts(Path(audio)))
+    expected = "expected *.trans.txt, or a .txt beside each recording"
+    if not any(words is not None for _, words in transcripts):
+        raise UsageError(f"no transcripts in {audio}: {expected}")
+    pairs: list[tuple[Source, str | UsageError]] = []
+    for below, words in transcripts:
+        path = os.path.join(audio, below)
+        pairs.append((Source(path, path, below), UsageError(f"no transcript: {expected}") if words is None else words))
+    return pairs
+
+
+def _read_text(text: str) -> str:
+    """The words themselves, or what a file of that name holds."""
+    expected = "expected the words that are said, or a file of them"
+    if os.path.isdir(text):
+        raise UsageError(f"{text} is a folder; {expected}")
+    if not os.path.isfile(text):
+        if text.endswith(".txt") or (os.sep in text and len(text.split()) == 1):
+            raise UsageError(f"no such file: {text}; {expected}")
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{text} is not UTF-8 text; convert it") from None

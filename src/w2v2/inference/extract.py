@@ -10,6 +10,7 @@ From Python::
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,11 +33,15 @@ from w2v2.model.wav2vec2 import Wav2Vec2
 
 if TYPE_CHECKING:
     from w2v2.data.batch import Batch
-
+    from w2v2.data.config import DataConfig
 
 Features = dict[str, Tensor]
 """Of one utterance, on the host: ``layer_I`` (T, D) float32, ``codes`` (T, G) int64, ``times`` (T,) float64, seconds of
 each frame's middle (``Wav2Vec2Config.frame_seconds``); pooled, ``layer_I`` (D,) alone."""
+
+
+INDEX = "index.jsonl"
+"""Of a folder of features: a line of JSON for each utterance."""
 
 
 FORMATS = {"safetensors": ".safetensors", "numpy": ".npz"}
@@ -119,7 +124,7 @@ def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
 _NOT_FINITE = "samples that are not finite"
 
 
-_CUT_IT = "cut it with 'w2v2 prepare', or raise --max-seconds"
+_CUT_IT = "cut it with 'w2v2 prepare', or raise `max_seconds`"
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,17 @@ def read_files(items: Iterable[Item], max_seconds: float) -> Iterator[Item]:
             yield replace(item, fault=str(error))
 
 
-def corpus_items(batches: Iterable[Batch], source: str, max_seconds: float) -> Iterator[Item]:
-    """Utterances of a loader (``data/datamodule.py: whole_utterances``)."""
+def read_split(corpus: str, name: str, data: DataConfig, max_seconds: float) -> tuple[Iterator[Item], int]:
+    """Utterances of a split of a corpus, and how many."""
+    from w2v2.data.corpora import choose_split, read_corpus  # late: files alone need no lhotse
+    from w2v2.data.loader import whole_utterances
+
+    data.check()
+    split = choose_split(read_corpus(corpus, training=False), name, corpus)
+    return _items(whole_utterances(name, split, data), corpus, max_seconds), len(split)
+
+
+def _items(batches: Iterable[Batch], source: str, max_seconds: float) -> Iterator[Item]:
     for batch in batches:
         for name, audio, count in zip(batch.ids, batch.audio, batch.lengths.tolist(), strict=True):
             audio = audio[:count]
@@ -181,13 +195,23 @@ class Wanted:
 def extract_files(
     model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float = 60.0
 ) -> Iterator[dict[str, Any]]:
-    """Write a file of features for each item into a folder, some items at a time.
+    """Write a file of features for each item into a folder, some items at a time, and ``INDEX`` of them.
 
     Yields:
-        A row for each: ``id``, ``source``, ``file``, ``seconds`` and ``frames``, or ``error`` in place of these three.
+        A row of the index for each: ``id``, ``source``, ``file``, ``seconds`` and ``frames``, or ``error`` in place of
+        these three.
     """
     check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     out.mkdir(parents=True, exist_ok=True)
+    with (out / INDEX).open("w", encoding="utf-8") as index:
+        for row in _rows(model, items, out, wanted, batch_seconds):
+            index.write(json.dumps(row, ensure_ascii=False) + "\n")
+            yield row
+
+
+def _rows(
+    model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float
+) -> Iterator[dict[str, Any]]:
     taken: set[str] = set()
     waiting: list[Item] = []
     for item in items:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2v2.checkpoint.formats import read
 from w2v2.decoding.greedy import Greedy
@@ -113,3 +113,17 @@ def load_recognizer(path: str | PathLike[str]) -> Recognizer:
             "a pretrained encoder has to be fine-tuned first"
         )
     return recognizer
+
+
+def place(model: nn.Module, device: str | None) -> None:
+    """Move a model to a device; None: to a GPU if there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"`device` {name} cannot be used: {reason}; expected cpu, or what is there") from None

@@ -45,7 +45,7 @@ def contrastive_logits(
         vectors = F.normalize(torch.cat([context, targets]).float(), dim=-1, eps=1e-8)
         c, q = (unpack(x[None], counts) for x in vectors.chunk(2))
         cosine = torch.bmm(c, q.mT) / temperature  # (B, N, P), (B, P, N) -> (B, N, N)
-        others = unpack(distractors[None], counts)  # (B, N, K)
+        others = unpack(distractors[None], counts).long()  # (B, N, K)
         positive = cosine.diagonal(dim1=1, dim2=2).unsqueeze(-1)
         negatives = cosine.gather(2, others)
         row_codes = unpack(codes[None], counts)  # (B, N, G)
@@ -103,7 +103,9 @@ def feature_penalty(features: Tensor, frames: Sequence[int], counts: Sequence[in
         features: (B, T, C), or packed.
         frames, counts: frames and targets of each utterance.
     """
-    weights = torch.cat([torch.full((n,), count / n) for count, n in zip(counts, frames, strict=True)])
+    weights = torch.cat(
+        [torch.full((n,), count / n, dtype=torch.float32) for count, n in zip(counts, frames, strict=True)]
+    )
     with torch.autocast(features.device.type, enabled=False):
         return features.float().square().mean(-1).flatten() @ to_device(weights, features.device)
 

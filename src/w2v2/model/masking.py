@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-StepKey = tuple[int, int]
-"""(seed, optimiser step) of a training step."""
+StepKey = tuple[int, ...]
+"""The seed, and what tells an optimiser step from the others, such as (epoch, which step of it)."""
 
 
 class Utterances(Protocol):
@@ -123,10 +123,10 @@ def sample_distractors(count: int, num_distractors: int, rng: torch.Generator) -
         rng: host generator.
 
     Returns:
-        (N, K) int64 indices into the utterance's masked frames; row t never holds t.
+        (N, K) int32 indices into the utterance's masked frames; row t never holds t.
     """
-    drawn = torch.randint(count - 1, (count, num_distractors), generator=rng)
-    return drawn + (drawn >= torch.arange(count)[:, None])
+    drawn = torch.randint(count - 1, (count, num_distractors), generator=rng, dtype=torch.int32)
+    return drawn.add_(drawn >= torch.arange(count, dtype=torch.int32)[:, None])
 
 
 def sample_layers(n_layer: int, layer_drop: float, step_key: StepKey | None) -> tuple[bool, ...] | None:
@@ -153,14 +153,20 @@ class Draws:
     keep_layers: tuple[bool, ...] | None = None
     """Which transformer blocks run; None for all."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        """The same draws with their tensors on a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+    def to(self, device: torch.device | str) -> Self:
+        """The same draws with their tensors on a device; a copy from pinned memory is not waited for."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same draws with their tensors in pinned memory."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """A tensor that stands for two things is moved once."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {key: move(tensor) for key, tensor in {id(tensor): tensor for tensor in tensors.values()}.items()}
+        changes: dict[str, Any] = {name: moved[id(tensor)] for name, tensor in tensors.items()}
+        return replace(self, **changes)
 
 
 @dataclass(kw_only=True)
@@ -173,7 +179,7 @@ class ContrastiveDraws(Draws):
     counts: tuple[int, ...]
     """Masked frames of each utterance, on the host; they sum to M."""
     distractors: Tensor
-    """(M, K) int64: for each masked frame, positions among its own utterance's masked frames."""
+    """(M, K) int32: for each masked frame, positions among its own utterance's masked frames."""
     n_frames: int
     """All frames of the batch."""
     sub_batches: tuple[int, ...] = ()

@@ -44,7 +44,7 @@ class Rows:
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else x
 
 
 def starts_of(lengths: Iterable[int]) -> list[int]:

@@ -73,7 +73,7 @@ class RayExecutor(Executor):
         try:
             import ray
         except ImportError:
-            raise UsageError("`ray` needs Ray: pip install 'w2v2[ray]'") from None
+            raise UsageError("`ray` needs Ray: pip install ray") from None
         try:
             ray.init(address, log_to_driver=False)
         except (ConnectionError, ValueError) as error:

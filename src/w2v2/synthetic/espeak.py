@@ -1,6 +1,6 @@
 """Clean speech with the times of words and phones from espeak-ng.
 
-espeak-ng is GPL-3: it is an optional extra (`pip install 'w2v2[synth]'`), called through ctypes only.
+espeak-ng is GPL-3: it is an optional extra (`pip install espeakng-loader`), called through ctypes only.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def espeak_paths() -> tuple[str, str]:
     try:
         import espeakng_loader
     except ImportError:
-        raise UsageError("synthetic speech needs espeak-ng: pip install 'w2v2[synth]'") from None
+        raise UsageError("synthetic speech needs espeak-ng: pip install espeakng-loader") from None
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 
 

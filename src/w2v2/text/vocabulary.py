@@ -238,7 +238,7 @@ def _sentencepiece() -> Any:
     try:
         import sentencepiece
     except ModuleNotFoundError as error:
-        raise UsageError("pieces need SentencePiece: pip install 'w2v2[pieces]'") from error
+        raise UsageError("pieces need SentencePiece: pip install sentencepiece") from error
     return sentencepiece
 
 
@@ -281,7 +281,7 @@ class Phonemes:
 
 @dataclass(kw_only=True)
 class SentencePieces:
-    """Pieces of words, learned from the transcripts by SentencePiece (``pip install 'w2v2[pieces]'``)."""
+    """Pieces of words, learned from the transcripts by SentencePiece (``pip install sentencepiece``)."""
 
     size: int = 500
     """Pieces at most; fewer where the transcripts do not hold as many."""

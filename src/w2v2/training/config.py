@@ -66,7 +66,7 @@ class TrainConfig:
     """Steps that may be left out because their gradient is not finite, before the run stops; each is traced to a module
     and utterances in the log."""
     wandb: str = ""
-    """Log to this project of Weights & Biases too (``pip install 'w2v2[wandb]'``); empty: only to files."""
+    """Log to this project of Weights & Biases too (``pip install wandb``); empty: only to files."""
 
 
 @dataclass(kw_only=True)

@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = 3
 """Validation utterances shown in the log."""
-
-
 _SHOWN = 100
 """Characters of each there."""
 
@@ -163,27 +161,31 @@ class FinetuneTask(NormalizedTask):
                 groups.setdefault(rate_share(name, self.config.model, self.config.layer_decay), []).append(parameter)
         return [{"params": group, "lr_scale": share} for share, group in groups.items()]
 
+    def draw(self, batch: Batch, *, training: bool) -> Draws | None:
+        """Masks, channels and layers in training; nothing in validation."""
+        if not training:
+            return None
+        return self.model.draw(
+            batch,
+            self.step_key(batch),
+            channel_mask_prob=self.config.channel_mask_prob,
+            channel_mask_length=self.config.channel_mask_length,
+        )
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> CTCBatch | None:
-        """Draw masks on the host in training, then send everything along; None for a batch without utterances."""
+        """Send everything along; None for a batch without utterances."""
         if self.is_empty(batch):
             return None
         assert batch.targets is not None and batch.target_lengths is not None
-        on_device = CTCBatch(
+        draws = self.drawn(batch)
+        return CTCBatch(
             audio=batch.audio.to(device, non_blocking=True),
             lengths=unequal_lengths(batch),
             targets=batch.targets.to(device, non_blocking=True),
             target_lengths=batch.target_lengths,
             texts=batch.texts,
+            draws=None if draws is None else draws.to(device),
         )
-        if self.trainer.training:
-            draws = self.model.draw(
-                batch,
-                (self.seed, self.global_step),
-                channel_mask_prob=self.config.channel_mask_prob,
-                channel_mask_length=self.config.channel_mask_length,
-            )
-            on_device.draws = draws.to(device)
-        return on_device
 
     def _count(self, log_probs: Tensor, frames: list[int], batch: CTCBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss, and everything that is logged as sums."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_start_method
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +17,8 @@ from w2v2.data.corpora import Splits
 from w2v2.data.loader import SpeechLoader, make_loader
 from w2v2.data.passes import Passes
 from w2v2.data.sampler import EpochSampler, Position
+from w2v2.model.masking import Draws
+from w2v2.training.task import NormalizedTask
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -57,6 +62,12 @@ class SpeechDataModule(pl.LightningDataModule):
             name, self.splits[name], self.config, labelled=labelled, shuffle=shuffle, seed=self.seed, fits=self.fits
         )
 
+    def _draw(self, *, training: bool) -> Callable[[Batch], Draws | None] | None:
+        """What the task draws for a batch, in the worker that reads it; None: the task draws when the batch comes."""
+        task = self.trainer.lightning_module if self.trainer is not None else None
+        forked = get_start_method() == "fork"  # elsewhere a worker would get a copy of the whole model
+        return partial(task.draw, training=training) if forked and isinstance(task, NormalizedTask) else None
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, bucketed, without the last partial batches of an epoch's end being lost."""
         pretraining = self.encode is None
@@ -67,6 +78,7 @@ class SpeechDataModule(pl.LightningDataModule):
             same_length=pretraining,
             normalize=self.normalize,
             encode=self.encode,
+            draw=self._draw(training=True),
         )
         # Lightning takes the first batches of a resumed run before it says which pass that is in.
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
@@ -96,5 +108,7 @@ class SpeechDataModule(pl.LightningDataModule):
     def eval_dataloader(self, split: str) -> SpeechLoader:
         """Any split in a fixed order; for pretraining, crops that depend on the utterance id alone."""
         max_seconds = self.config.max_seconds if self.encode is None else None
-        dataset = SpeechDataset(max_seconds=max_seconds, normalize=self.normalize, encode=self.encode)
+        dataset = SpeechDataset(
+            max_seconds=max_seconds, normalize=self.normalize, encode=self.encode, draw=self._draw(training=False)
+        )
         return make_loader(dataset, self._passes(split), self.config, max_seconds)

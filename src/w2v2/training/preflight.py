@@ -98,7 +98,7 @@ def short_batch(config: FinetuneConfig, split: Split, start: Start) -> Batch:
     if not cuts:
         raise UsageError(f"none of the first {LOOKED_AT} utterances of train can be learned; check the transcripts")
     dataset = SpeechDataset(normalize=config.model.normalize_audio, encode=start.vocabulary.encode)
-    batch = dataset[0, [Row(cut.duration, cut.id, cut) for cut in cuts]]
+    batch = dataset[(0, 0), [Row(cut.duration, cut.id, cut) for cut in cuts]]
     if batch.bad:
         raise UsageError(f"cannot read {'; '.join(batch.bad.values())}; repair or remove them")
     return batch

@@ -196,15 +196,20 @@ class PretrainTask(NormalizedTask):
         """The model, as what the task knows of it."""
         return cast(SSLModel[Any], self.model)
 
+    def draw(self, batch: Batch, *, training: bool) -> Draws:
+        """What the objective asks for."""
+        draws: Draws = self.objective.draw(batch, self.step_key(batch) if training else None)
+        return draws
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> SSLBatch | None:
-        """Draw on the host, then send audio and draws along; lengths are only needed on the host.
+        """Send audio and draws along; lengths are only needed on the host.
 
         None, which the trainer skips, stands for a batch without utterances.
         """
         if self.is_empty(batch):
             return None
-        step_key = (self.seed, self.global_step) if self.trainer.training else None
-        draws = self.objective.draw(batch, step_key)
+        draws = self.drawn(batch)
+        assert draws is not None
         return batch.audio.to(device, non_blocking=True), unequal_lengths(batch), draws.to(device)
 
     def _losses(self, batch: SSLBatch) -> tuple[Tensor, SSLOutput, dict[str, Tensor]]:

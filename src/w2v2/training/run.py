@@ -136,7 +136,7 @@ def _wandb(config: RunConfig, out: Path) -> list[Logger]:
     try:
         logger = WandbLogger(project=config.train.wandb, name=out.name, save_dir=out)
     except ModuleNotFoundError as error:
-        raise UsageError("`train.wandb` needs Weights & Biases: pip install 'w2v2[wandb]'") from error
+        raise UsageError("`train.wandb` needs Weights & Biases: pip install wandb") from error
     logger.log_hyperparams(to_dict(config))
     return [logger]
 

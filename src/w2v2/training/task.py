@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from w2v2.checkpoint.native import save_state
 from w2v2.data.batch import Batch
 from w2v2.errors import JobError
+from w2v2.model.masking import Draws
 from w2v2.training.optim import OptimConfig
 from w2v2.training.sharding import shard, whole
 
@@ -136,6 +137,22 @@ class NormalizedTask(pl.LightningModule):
         self.batch_ids = batch.ids
         return batch
 
+    def draw(self, batch: Batch, *, training: bool) -> Draws | None:
+        """What the model draws for a batch, on the host; the loader's workers call it too.
+
+        Depends on the seed, the epoch and place of the batch in it, and its utterances.
+        """
+        raise NotImplementedError
+
+    def drawn(self, batch: Batch) -> Draws | None:
+        """What was drawn in the worker, or is now, for a loader that knows no task."""
+        return batch.draws if batch.draws is not None else self.draw(batch, training=self.trainer.training)
+
+    def step_key(self, batch: Batch) -> tuple[int, int, int]:
+        """Seed, epoch, and the optimiser step of the epoch that a training batch is for."""
+        epoch, number = batch.place
+        return self.seed, epoch, number // self.trainer.accumulate_grad_batches
+
     def record(self, losses: dict[str, Tensor], audio: Tensor) -> None:
         """Keep what names a micro-batch, until its step is known to be finite.
 
@@ -201,12 +218,13 @@ class NormalizedTask(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise the gradient and set the learning rate."""
-        targets = torch.tensor(float(self.step_targets), device=self.device)
-        self.step_targets = 0
+        scale: float | Tensor = 1 / self.step_targets if self.step_targets else float("nan")
         if self.trainer.world_size > 1:
+            targets = torch.full((), float(self.step_targets), device=self.device)  # a kernel, not a copy
             torch.distributed.all_reduce(targets)
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, self.trainer.world_size / targets)
+            scale = self.trainer.world_size / targets
+        self.step_targets = 0
+        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         for group in optimizer.param_groups:
             group["lr"] = self.optim_config.schedule(self.global_step + 1) * group.get("lr_scale", 1.0)
 

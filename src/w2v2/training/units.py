@@ -40,7 +40,7 @@ class Phonemes:
 
 @dataclass(kw_only=True)
 class SentencePieces:
-    """Pieces of words, learned from the transcripts by SentencePiece (``pip install 'w2v2[pieces]'``)."""
+    """Pieces of words, learned from the transcripts by SentencePiece (``pip install sentencepiece``)."""
 
     size: int = 500
     """Pieces at most; fewer where the transcripts do not hold as many."""
