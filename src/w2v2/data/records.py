@@ -27,6 +27,18 @@ def key(name: str) -> str:
     return nfc(name.strip()).casefold()
 
 
+def seconds_of(text: str) -> float:
+    """Seconds that a table names.
+
+    Raises:
+        ValueError: no number, or more than a century.
+    """
+    seconds = float(text)
+    if not abs(seconds) < 3.2e9:
+        raise ValueError(text)
+    return seconds
+
+
 def _record_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Values by the names of their columns, each of which there is once."""
     record: dict[str, Any] = {}
