@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union
 from tyro.conf import subcommand
 
 from w2v2.cli.options import as_options, named_options, parse, parse_run
-from w2v2.errors import JobError, StoppedError, UsageError
+from w2v2.errors import JobError, StoppedError, UsageError, printable
 
 VERBS = {
     "demo": ("evaluate", "the whole road offline: synthesise, prepare, pretrain, fine-tune, evaluate, report"),
@@ -73,13 +73,13 @@ def _run(argv: list[str]) -> tuple[int, str]:
         sys.stdout.flush()
         return 0, ""
     except UsageError as error:
-        return 2, f"w2v2: error: {as_options(_last_line(error), kind)}\n"
+        return 2, f"w2v2: error: {as_options(_one_line(error), kind)}\n"
     except StoppedError as stop:
-        return stop.exit_code, f"w2v2: {as_options(str(stop), kind)}\n"
+        return stop.exit_code, f"w2v2: {as_options(_one_line(stop), kind)}\n"
     except (JobError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141, ""
-        return 1, f"w2v2: failed: {as_options(_last_line(error), kind)}\n"
+        return 1, f"w2v2: failed: {as_options(_one_line(error), kind)}\n"
     except KeyboardInterrupt:
         return 130, "w2v2: interrupted\n"
 
@@ -128,7 +128,10 @@ class _Lines(logging.Formatter):
         self.kind = kind
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message."""
+        """The message; whatever is put into it stays in its line."""
+        if isinstance(record.args, tuple):
+            texts = (str, os.PathLike, BaseException)
+            record.args = tuple(printable(str(arg)) if isinstance(arg, texts) else arg for arg in record.args)
         return as_options(super().format(record), self.kind)
 
 
@@ -136,9 +139,9 @@ def _reader_left() -> bool:
     """Whether nobody reads standard output any more, as of ``w2v2 ... | head``; then nothing more is written there."""
     try:
         output = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a file, or closed
+        poll = select.poll()
+    except (OSError, ValueError, AttributeError):  # not a file, or closed; no such call on Windows
         return False
-    poll = select.poll()
     poll.register(output, 0)
     left = any(event & select.POLLERR for _, event in poll.poll(0))
     if left:
@@ -153,9 +156,11 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _last_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """The message; of one that comes from a data worker, with that worker's traceback, the last line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(_name(error))
+    message = str(error).strip() or type(error).__name__
+    ours = isinstance(error, (UsageError, JobError, StoppedError)) and not message.startswith("Caught ")
+    return printable(message if ours else message.splitlines()[-1].removeprefix(_name(error)))
 
 
 def _name(error: Exception) -> str:

@@ -90,7 +90,7 @@ class Prepare:
                 source,
                 self.out,
                 config,
-                jobs=self.jobs or len(os.sched_getaffinity(0)),
+                jobs=self.jobs or _cores(),
                 strict=self.strict,
                 executor=executor,
                 show=show,
@@ -118,3 +118,8 @@ class Prepare:
         with progress("synthesise") as show:
             synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), show)
         return audio
+
+
+def _cores() -> int:
+    """That this process may use; not every system tells which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from w2v2.data.splits import named_split
 from w2v2.data.storage import is_remote
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, public
 
 _NOBODY = {"audio", "clips", "data", "flac", "mp3", "recordings", "sounds", "speech", "wav", "wavs"}
 """Folders that are surely no speaker's."""
@@ -71,8 +71,8 @@ def split_of(path: str, *, numbered: bool = True) -> str | None:
 
 
 def utterance_id(path: str) -> str:
-    """LibriSpeech's own ids stay; otherwise the relative path without its ending, in one word, in NFC."""
-    *folders, name = nfc(path).split("/")
+    """LibriSpeech's own ids stay; otherwise the relative path without its ending, in one word, in NFC, ``public``."""
+    *folders, name = nfc(public(path)).split("/")
     stem = name.rsplit(".", 1)[0]
     if stem.split("-")[0] in folders:
         return stem

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.decoding.hot_words import HotLabels, HotWords
-from w2v2.decoding.lexicon import Entry, as_lm_writes, read_lexicon, single_words, spell, spelling_of
+from w2v2.decoding.lexicon import Entry, as_lm_writes, phrases_of, read_lexicon, spell, spelling_of
 from w2v2.decoding.ngram import UNKNOWN, arpa_words
 from w2v2.errors import JobError, UsageError
 from w2v2.text.vocabulary import Vocabulary
@@ -94,7 +95,7 @@ class FreeBeam:
 
     def __init__(self, vocabulary: Vocabulary, config: BeamConfig, hot_words: Sequence[str] = ()) -> None:
         self.vocabulary = vocabulary
-        self.hot_words = [spelling_of(word, vocabulary)[:-1] for word in single_words(hot_words, vocabulary)]
+        self.hot_words = [spelling_of(phrase, vocabulary) for phrase in phrases_of(hot_words, vocabulary)]
         self._search(config)
 
     def tuned(self, config: BeamConfig) -> FreeBeam:
@@ -105,6 +106,7 @@ class FreeBeam:
 
     def _search(self, config: BeamConfig) -> None:
         self.config = config
+        self._lock = threading.Lock()  # flashlight's decoder holds one utterance at a time
         vocabulary = self.vocabulary
         self._lm = HotLabels(self.hot_words, config.hot_word_boost, vocabulary) if self.hot_words else ZeroLM()
         options = LexiconFreeDecoderOptions(
@@ -123,7 +125,8 @@ class FreeBeam:
         """Decode (T, labels)."""
         # flashlight begins as if a boundary had just been said; a blank in front makes a boundary at once a label.
         first = _frame(log_probs, self.vocabulary.blank)
-        best = _best(self._decoder, torch.cat([first, log_probs]))
+        with self._lock:
+            best = _best(self._decoder, torch.cat([first, log_probs]))
         return path_hypothesis(torch.tensor(best.tokens[2:-1]), self.vocabulary, best.score)
 
 
@@ -139,7 +142,8 @@ class LexiconBeam:
         hot_words: Sequence[str] = (),
     ) -> None:
         self.vocabulary = vocabulary
-        hot = single_words(hot_words, vocabulary)
+        phrases = [phrase.split() for phrase in phrases_of(hot_words, vocabulary)]
+        hot = list(dict.fromkeys(word for phrase in phrases for word in phrase))
         known = {vocabulary.normalize(entry.word) for entry in lexicon}
         added = [Entry(word, spelling_of(word, vocabulary)) for word in hot if word not in known]
         entries = _without_surplus([*lexicon, *added])
@@ -147,7 +151,10 @@ class LexiconBeam:
         self.spellings = [(numbers.setdefault(e.word, len(numbers)), list(e.spelling)) for e in entries]
         asked = len(numbers.keys() - {entry.word for entry in added})
         self.words = [vocabulary.normalize(word) for word in numbers]
-        self.hot_words = {i for i, word in enumerate(self.words) if word in set(hot)}
+        first = {word: i for i, word in reversed([*enumerate(self.words)])}
+        self.same = [first[word] for word in self.words]
+        """The first word that is spelled as each one."""
+        self.hot_words = [tuple(first[word] for word in phrase) for phrase in phrases]
         self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), asked)
         self._trie: Trie | None = None
         self._search(config)
@@ -160,8 +167,9 @@ class LexiconBeam:
 
     def _search(self, config: BeamConfig) -> None:
         self.config = config
+        self._lock = threading.Lock()  # flashlight's decoder holds one utterance at a time
         if self.hot_words:
-            self._lm = HotWords(self.ngram, config.lm_weight, self.hot_words, config.hot_word_boost)
+            self._lm = HotWords(self.ngram, config.lm_weight, self.same, self.hot_words, config.hot_word_boost)
         else:
             self._lm = self.ngram
         if self._trie is None or self.hot_words:  # what it looks ahead to depends on the weights of hot words alone
@@ -196,7 +204,8 @@ class LexiconBeam:
         assert boundary is not None
         # A boundary after the end, for nothing: otherwise flashlight drops a last word that has none.
         last = _frame(log_probs, boundary) - self.config.silence_score
-        best = _best(self._decoder, torch.cat([log_probs, last]))
+        with self._lock:
+            best = _best(self._decoder, torch.cat([log_probs, last]))
         path = best.tokens[1:-2]
         words = [(frame, word) for frame, word in enumerate(best.words[1:-1]) if word >= 0]
         if best.score < _NEVER / 2:  # no hypothesis ends with a word: what was begun is left out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import sqlite3
@@ -12,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from w2v2.data.names import utterance_id
 from w2v2.data.sources import Row
-from w2v2.errors import JobError
+from w2v2.errors import JobError, public
 from w2v2.preparation.findings import REJECTING, Finding, Part
 
 _SCHEMA = f"""
@@ -67,6 +68,7 @@ class Journal:
         self.db.executescript(_SCHEMA)
         self.db.create_function("share", 1, share_of, deterministic=True)
         self.db.create_function("utterance_id", 1, utterance_id, deterministic=True)
+        self.db.create_function("public", 1, public, deterministic=True)
         self.saved = 0.0
 
     def close(self) -> None:
@@ -256,16 +258,14 @@ def open_journal(path: Path) -> Iterator[Journal]:
         JobError: the disk is full, the file cannot be used, or another process is using it.
     """
     try:
-        with path.with_name("lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobError(f"another preparation is at work in {path.parents[1]}; wait until it is done") from None
+        with FileLock(path.with_name("lock"), timeout=0):
             journal = Journal(path)
             try:
                 yield journal
             finally:
                 journal.close()
+    except Timeout:
+        raise JobError(f"another preparation is at work in {path.parents[1]}; wait until it is done") from None
     except sqlite3.Error as error:
         raise JobError(
             f"cannot go on with {path}: {error}; free space or choose another folder, then run it again"

@@ -25,7 +25,7 @@ from w2v2.data.sources import Row, folder_rows, locate
 from w2v2.data.splits import SCHEMA
 from w2v2.data.storage import is_remote
 from w2v2.data.tables import hf_rows, listed_splits, table_rows
-from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.errors import JobError, Show, UsageError, public, quiet
 from w2v2.files import whole, write_json
 from w2v2.preparation.audit import audit_all
 from w2v2.preparation.config import AuditConfig, PrepareConfig
@@ -257,7 +257,7 @@ def _write_audit(journal: Journal, out: Path) -> dict[str, Any]:
             status[line["status"]] += 1
             for reason in line["reasons"]:
                 reasons[reason] += 1
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(public(json.dumps(line, ensure_ascii=False)) + "\n")
     unlisted = int(journal.value("SELECT count(*) FROM rows WHERE done AND part IS NULL"))
     passed_over = json.loads(journal.get("passed_over") or "{}")
     return {**status, "unlisted": unlisted, "passed_over": passed_over, "reasons": reasons}

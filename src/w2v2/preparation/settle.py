@@ -56,7 +56,7 @@ def _name(journal: Journal) -> None:
     """Names of rows: the utterance id; where two paths share it, the whole path; then the part and the channel."""
     journal.db.execute("UPDATE rows SET name = stem")
     journal.db.execute(
-        """UPDATE rows SET name = replace(replace(path, '/', '_'), ' ', '_') WHERE stem IN
+        """UPDATE rows SET name = replace(replace(public(path), '/', '_'), ' ', '_') WHERE stem IN
         (SELECT stem FROM rows GROUP BY stem HAVING count(DISTINCT path) > 1)"""
     )
     journal.db.execute(
