@@ -119,4 +119,4 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
     assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tmp_path / "none")]) == 2
     assert "no labels in" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data", str(tones), "--layers", "1"]) == 2
-    assert "--layers needs --probe" in capsys.readouterr().err
+    assert "--layers is of --probe" in capsys.readouterr().err

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -48,6 +50,9 @@ REFUSED = {
     "list.jsonl": ('{"path": "a.wav", "text": ["A", "B"]}\n', r"row 1: expected text in 'text', got \['A', 'B'\]"),
     "object.jsonl": ('{"path": "a.wav", "text": {"raw": "A"}}\n', "row 1: expected text in 'text'"),
     "true.jsonl": ('{"path": "a.wav", "speaker": true}\n', "row 1: expected text in 'speaker', got True"),
+    "zero.jsonl": ('{"path": "a\\u0000.wav"}\n', "row 1: expected a path"),
+    "channel.csv": ("path,channel\na.wav," + "9" * 5000 + "\n", "row 1: expected a channel from 1"),
+    "large.jsonl": ('{"path": "a.wav", "end": 1' + "0" * 400 + "}\n", "row 1: expected seconds"),
     "number.jsonl": ('{"path": 12}\n', "row 1: expected a path"),
     "deep.jsonl": ('{"path": ' + "[" * 100_000 + "\n", "row 1: expected a JSON object"),
     "infinite.jsonl": ('{"path": "a.wav", "end": Infinity}\n', "row 1: expected"),
@@ -59,6 +64,48 @@ def test_a_table_that_would_lose_or_invent_something_is_refused(tmp_path: Path, 
     text, message = REFUSED[name]
     with pytest.raises(UsageError, match=message):
         rows(tmp_path / name, text)
+
+
+WHOLE = {
+    "t.csv": b'path,text,speaker,start,end\na.wav,"OH, WELL",1,0,1\nb.wav,NO,2.0,,\n',
+    "t.tsv": b"path\ttext\tspeaker\na.wav\tOH\t1\n",
+    "t.jsonl": b'{"path": "a.wav", "text": "OH", "speaker": 1, "start": 0.5, "end": 1e3}\n',
+    "wav.scp": b"talk talk.wav\n",
+    "segments": b"t1 talk 0.5 1.5\n",
+    "a.stm": b"a 1 ann 0 1 <o,f0> oh\n",
+    "metadata.csv": b"a|OH|OH\n",
+    "metadata.jsonl": b'{"file_name": "a.wav", "text": "OH"}\n',
+    "x.trans.txt": b"a OH\n",
+    "splits.tsv": b"utt\trole\na\ttrain\n",
+}
+PIECES = [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"\t", b"[" * 9999, b"9" * 5000, b"e999", b"-", b"NaN", b"\\ud800"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_tables_are_read_or_refused_in_one_line(tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    (tmp_path / "a.wav").touch()
+    for name, content in WHOLE.items():
+        damaged = content
+        for _ in range(random.randint(1, 4)):
+            place = random.randrange(len(damaged) + 1)
+            damaged = damaged[:place] + random.choice(PIECES) + damaged[place + random.randrange(9) :]
+        folder = tmp_path / name
+        folder.mkdir()
+        for other in ("a.wav", "wav.scp") if name == "segments" else ("a.wav",):
+            (folder / other).write_bytes(WHOLE.get(other, b""))
+        (folder / name).write_bytes(damaged)
+        rows: Iterable[Any]
+        if name.startswith("t."):
+            rows = table_rows(folder / name)
+        else:
+            rows = listed_splits(folder / name) if name == "splits.tsv" else layout_rows(folder) or folder_rows(folder)
+        refusal = ""
+        try:
+            list(rows)
+        except UsageError as error:
+            refusal = str(error)
+        assert "\n" not in refusal
 
 
 @pytest.mark.parametrize(
@@ -181,12 +228,14 @@ def test_what_is_beside_the_audio_and_not_read_is_named_once(tmp_path: Path, cap
     for i in range(3):
         save(tmp_path / "in" / "x" / f"{i}.wav", i)
         (tmp_path / "in" / "x" / f"{i}.TextGrid").write_text("")
+    (tmp_path / "in" / "x" / "x.trans.txt").write_text("0 OH\n1 WELL\n\n5 NO\n")
+    (tmp_path / "in" / "transcripts.txt").write_text("2\tYES\n9\tNO\n")
     (tmp_path / "in" / "video.xyz").write_text("")
     summary = prepare(tmp_path / "in", tmp_path / "out")
-    assert summary["audit"]["passed_over"] == {".TextGrid": 3, ".xyz": 1}
+    assert summary["audit"]["passed_over"] == {".TextGrid": 3, "transcripts without audio": 2, ".xyz": 1}
     (message,) = [message for message in caplog.messages if "transcripts" in message]
     assert message.startswith(f"3 files look like transcripts and are not read, such as {tmp_path / 'in/x/0.TextGrid'}")
-    assert "4 files passed over: 3 .TextGrid, 1 .xyz" in " ".join(summary_table(summary))
+    assert "passed over: 3 .TextGrid, 2 transcripts without audio, 1 .xyz" in " ".join(summary_table(summary))
 
 
 def test_common_voice_keeps_its_clips_in_a_folder(tmp_path: Path) -> None:

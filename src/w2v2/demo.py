@@ -47,7 +47,7 @@ from w2v2.training.resume import WARM_START
 
 log = logging.getLogger(__name__)
 
-LABELLED_MINUTES, PROBE_MINUTES = 10.0, 20.0
+LABELLED_MINUTES, PROBE_MINUTES = 10.0, 10.0
 ARMS = ("finetuned", "warm_start_only", "scratch")
 _MARK = "demo.json"
 _OWN = ("pretrain", *ARMS, "manifest")

@@ -70,12 +70,12 @@ class Evaluate(Decoding):
     """Results of another system on the same utterances, a folder as of --out, to test."""
     probe: bool = False
     """Phones and speakers that a linear classifier tells from each layer, beside log-mel, MFCC and random weights."""
-    labels: Annotated[Path | None, default("--data", "DIR")] = None
-    """Of --probe: folder of phones with times, *.ctm or *.TextGrid."""
-    layers: tuple[int, ...] = ()
-    """Of --probe: blocks from 1, 0 the convolutions; none: all."""
+    labels: Annotated[Path | None, default("that of --data", "DIR")] = None
+    """Folder of phones with times for --probe: *.ctm, *.TextGrid."""
+    layers: Annotated[tuple[int, ...], default("all", "[INT ...]")] = ()
+    """Of --probe: blocks from 1, 0 the convolutions."""
     minutes: float = 20.0
-    """Of --probe: labelled audio of either split."""
+    """Of --probe: labelled audio of either split at most."""
     batch_seconds: float = 87.5
     """Audio in a batch at most, s."""
     num_workers: Workers = 2
@@ -97,8 +97,8 @@ class Evaluate(Decoding):
         if self.probe:
             self._probe(splits, model.model if isinstance(model, Recognizer) else model)
             return
-        if of_probe := [f"`{name}`" for name in named if name in ("labels", "layers", "minutes")]:
-            raise UsageError(f"{of_probe[0]} needs `probe`: add it, or leave {of_probe[0]} out")
+        if given := [f"`{name}`" for name in ("labels", "layers", "minutes") if name in named]:
+            raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
         if isinstance(model, Recognizer):
             if self.tune is None and "trials" in named:
                 raise UsageError("`trials` is of `tune` SPLIT; name a split to tune on")
@@ -116,10 +116,9 @@ class Evaluate(Decoding):
         from w2v2.evaluation.probe import probe
         from w2v2.evaluation.table import probe_table
 
+        labels, layers = self.labels or Path(self.data), self.layers or None
         with progress("probe") as show:
-            labels = self.labels or Path(self.data)
-            layers = self.layers or None
-            results = probe(model, splits, self.split, labels, layers=layers, show=show, minutes=self.minutes)
+            results = probe(model, splits, self.split, labels, layers=layers, minutes=self.minutes, show=show)
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
         sys.stdout.write("\n".join(lines) + "\n")
 

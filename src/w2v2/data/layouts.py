@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from w2v2.data.names import existing, nfc, speaker_name, split_of
+from w2v2.data.records import seconds_of
 from w2v2.data.sources import Row, audio_paths
 from w2v2.data.transcripts import read_text
 from w2v2.errors import UsageError
@@ -33,7 +34,7 @@ def _lines(path: Path, fields: int) -> Iterator[tuple[int, list[str]]]:
 
 def _seconds(where: str, values: list[str]) -> list[float]:
     try:
-        return [float(value) for value in values]
+        return [seconds_of(value) for value in values]
     except ValueError:
         raise UsageError(f"{where}: expected seconds, got {' '.join(values)}") from None
 
@@ -47,11 +48,13 @@ def _kaldi_rows(root: Path) -> Iterator[Row]:
 
     texts, speakers, paths = read("text"), read("utt2spk"), {}
     for number, (recording, *place) in _lines(root / "wav.scp", 2):
-        if not place or place[0].endswith("|"):
-            what = "a command, which is not run: write its output to a file" if place else "no path"
+        if not place or place[0].endswith("|") or "\0" in place[0]:
+            what = "a command, which is not run: write its output to a file" if "|" in "".join(place) else "no path"
             raise UsageError(f"{root / 'wav.scp'}, row {number}: {what}, and name that")
         here = existing(root, place[0])
-        elsewhere = not (root / here).exists() and os.path.exists(here)  # Kaldi's are relative to where it was called
+        elsewhere = not os.path.exists(root / here) and os.path.exists(
+            here
+        )  # Kaldi's are relative to where it was called
         paths[recording] = os.path.abspath(here) if elsewhere else here
     if not (root / "segments").is_file():
         for line, (name, path) in enumerate(paths.items(), 1):

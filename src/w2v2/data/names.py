@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -21,11 +22,11 @@ def nfc(text: str) -> str:
 
 def existing(root: Path, path: str) -> str:
     """The path, in the Unicode form that its file has; as it is where there is none."""
-    if not path.isascii() and not is_remote(path) and not (root / path).exists():
+    if not path.isascii() and not is_remote(path) and not os.path.exists(root / path):
         at = Path("")
         for part in Path(path).parts:
             forms = (part, nfc(part), unicodedata.normalize("NFD", part))
-            at /= next((form for form in forms if (root / at / form).exists()), part)
+            at /= next((form for form in forms if os.path.exists(root / at / form)), part)
         return at.as_posix()
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,9 +23,22 @@ def records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _json_records(table) if table.suffix.lower() == ".jsonl" else csv_records(table)
 
 
+@functools.lru_cache(maxsize=1024)  # once for each row otherwise
 def key(name: str) -> str:
     """A column's name as it is compared."""
     return nfc(name.strip()).casefold()
+
+
+def seconds_of(text: str) -> float:
+    """Seconds that a table names.
+
+    Raises:
+        ValueError: no number, or more than a century.
+    """
+    seconds = float(text)
+    if not abs(seconds) < 3.2e9:
+        raise ValueError(text)
+    return seconds
 
 
 def _record_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -55,7 +69,7 @@ def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
             width = len(header)
             while header and not header[-1].strip():
                 header.pop()
-            _record_of((name, "") for name in header)
+            names = list(_record_of((name, "") for name in header))
             for line, row in enumerate(rows, 1):
                 if surplus := row[width:] or [field for field in row[len(header) :] if field.strip()]:
                     raise ValueError(
@@ -65,7 +79,7 @@ def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 if any("," in field.partition("\n")[2] for field in row if commas):
                     raise ValueError("a quotation mark opens and closes only lines later; close it, or double it")
                 if any(field.strip() for field in row):
-                    yield line, _record_of(zip(header, row, strict=False))
+                    yield line, dict(zip(names, row, strict=False))
         except UsageError:
             raise
         except UnicodeDecodeError as error:

@@ -56,7 +56,8 @@ def folder_rows(root: Path, speaker: str | None = None, passed_over: Counter[str
     Args:
         root: folder; symbolic links are followed.
         speaker: regular expression whose first group, matched in the relative path, is the speaker instead.
-        passed_over: where files are counted, by their endings, that are neither audio nor its transcripts.
+        passed_over: where files are counted, by their endings, that are neither audio nor its transcripts,
+            and transcripts that have no audio.
 
     Raises:
         UsageError: a loop of links, a name that is not UTF-8, a folder or a transcript that cannot be read.
@@ -81,6 +82,7 @@ def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterato
         UsageError: as for ``audio_paths``.
     """
     above: list[Transcripts] = []
+    below: list[Transcripts] = []
     passed_over = Counter() if passed_over is None else passed_over
     unread: list[str] = []
     for folder, names in _walk(str(root), ()):
@@ -96,12 +98,16 @@ def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterato
             yield path, text if text is not None else here.fault
         if here.below:
             above.append(here)
+            below.append(here)
+        else:
+            passed_over["transcripts without audio"] += len(here.texts.keys() - here.used)
         for name in here.unread.values():
             if name not in _ABOUT:
                 ending = os.path.splitext(name)[1]
                 passed_over[ending or name] += 1
                 if ending.lower() in LIKELY:
                     unread.append(os.path.join(folder, name))
+    passed_over["transcripts without audio"] += sum(len(each.texts.keys() - each.used) for each in below)
     if unread:
         log.warning(
             "%d files look like transcripts and are not read, such as %s: expected %s; or prepare a table",

@@ -12,7 +12,7 @@ from typing import Any
 
 from w2v2.data.audio import FORMATS, MOST_CHANNELS
 from w2v2.data.names import existing, nfc, speaker_name, utterance_id
-from w2v2.data.records import csv_records, key, records
+from w2v2.data.records import csv_records, key, records, seconds_of
 from w2v2.data.sources import Row, audio_paths
 from w2v2.data.splits import named_split
 from w2v2.errors import UsageError
@@ -79,21 +79,19 @@ def _table_row(where: str, line: int, values: dict[str, Any], names: Mapping[str
             raise expect(column, "text") from None
 
     given = {column: text for column in values if (text := text_of(column))}
-    if not isinstance(values["path"], str) or "path" not in given:
+    if not isinstance(values["path"], str) or "path" not in given or "\0" in given["path"]:
         raise expect("path", "a path")
     seconds: dict[str, float] = {}
     for column in given.keys() & {"start", "end"}:
         try:
-            seconds[column] = float(given[column])
+            seconds[column] = seconds_of(given[column])
         except ValueError:
             raise expect(column, "seconds") from None
-        if not math.isfinite(seconds[column]):
-            raise expect(column, "seconds")
     split = named_split(given["split"].strip()) if "split" in given else None
     if "split" in given and split is None:
         raise expect("split", "train, dev, valid or test")
     channel = given.get("channel", "1").strip()
-    if not channel.isdecimal() or not 1 <= int(channel) <= MOST_CHANNELS:
+    if not channel.isdecimal() or len(channel) > 9 or not 1 <= int(channel) <= MOST_CHANNELS:
         raise expect("channel", "a channel from 1")
     text = text_of("text")
     try:
@@ -120,11 +118,13 @@ def as_text(value: Any) -> str | None:
     """
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value == math.inf or value == -math.inf:
         raise ValueError(f"expected text, got {value!r}")
-    if math.isnan(value):
-        return None
-    return str(int(value)) if value == int(value) else str(value)
+    return str(value)
 
 
 def listed_splits(path: Path) -> Iterator[tuple[str, str]]:

@@ -41,6 +41,8 @@ class Transcripts:
     folder: Path
     texts: dict[str, str] = field(default_factory=dict)
     """By the name of a recording without its ending, or by its path from here."""
+    used: set[str] = field(default_factory=set)
+    """Those that were asked for."""
     below: bool = False
     """Whether recordings of deeper folders are meant, too."""
     fault: UsageError | None = None
@@ -53,7 +55,9 @@ class Transcripts:
     def __getitem__(self, path: str) -> str | None:
         """The text of a recording, by its path from this folder."""
         path = nfc(path)
-        return self.texts.get(path, self.texts.get(os.path.splitext(os.path.basename(path))[0]))
+        name = path if path in self.texts else os.path.splitext(os.path.basename(path))[0]
+        self.used.add(name)
+        return self.texts.get(name)
 
     def beside(self, name: str) -> str | UsageError | None:
         """The text in a recording's own file, if there is one."""
@@ -93,7 +97,8 @@ def _ids(path: Path) -> Iterator[tuple[str, str]]:
         raise text
     for line in text.split("\n"):
         name, *rest = re.split(r"[ \t]+", line.strip(), maxsplit=1)
-        yield nfc(name), "".join(rest)
+        if name:
+            yield nfc(name), "".join(rest)
 
 
 def _metadata(path: Path) -> Iterator[tuple[str, str]]:

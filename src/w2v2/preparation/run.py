@@ -207,7 +207,7 @@ def _enter(journal: Journal, source: str, out: Path, options: dict[str, Any], sh
         root, passed_over = path, Counter[str]()
         rows = layout_rows(root) or folder_rows(root, options["speaker"] or None, passed_over)
         journal.enter(_stamped(root, rows))
-        journal.put("passed_over", json.dumps(dict(passed_over.most_common())))
+        journal.put("passed_over", json.dumps({what: count for what, count in passed_over.most_common() if count}))
     elif path.suffix.lower() in TABLES and path.exists():
         root = path.parent
         audio = Path(options["audio_folder"]).absolute() if options["audio_folder"] else None
@@ -275,8 +275,7 @@ def summary_table(summary: dict[str, Any]) -> list[str]:
     if unlisted := counts.get("unlisted"):
         lines.append(f"{unlisted} of these are in no split: the list of splits does not name them")
     if passed_over := counts.get("passed_over"):
-        endings = ", ".join(f"{count} {ending}" for ending, count in passed_over.items())
-        lines.append(f"{sum(passed_over.values())} files passed over: {endings}")
+        lines.append("passed over: " + ", ".join(f"{count} {what}" for what, count in passed_over.items()))
     lines += [f"  {reason:20} {count:8}" for reason, count in counts["reasons"].items() if count]
     for name, split in summary.get("splits", {}).items():
         lines.append(
