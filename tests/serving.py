@@ -1,5 +1,6 @@
 """Real servers for tests: HTTP with ranges and seeded faults, and S3 by moto."""
 
+import base64
 import os
 import random
 import threading
@@ -33,6 +34,8 @@ class Faults:
     """Without: no Content-Length, the connection's end is the body's."""
     bytes_per_second: float | None = None
     """For each connection by itself."""
+    password: str = ""
+    """``user:password`` without which nothing is given out (basic authentication)."""
     statuses: dict[str, int] = field(default_factory=dict)
     """Paths, such as ``/a/b``, always answered with this status."""
     seed: int = 0
@@ -101,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.log.append(record)
         path = self.server.folder / name.lstrip("/")
         status = faults.statuses.get(name, 200 if path.is_file() else 404)
+        if faults.password:
+            given = self.headers.get("Authorization", "").removeprefix("Basic ")
+            status = status if base64.b64decode(given).decode() == faults.password else 401
         if status == 200 and self.command == "GET":
             record.outcome = self.server.draw()
         if record.outcome == "error":

@@ -9,6 +9,8 @@ import json
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +22,14 @@ from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.huggingface import FIELDS, OTHERS, read_huggingface, write_huggingface
 from w2v2.checkpoint.native import save_weights, write_native
 from w2v2.cli.main import main
+from w2v2.errors import UsageError
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import draw_targets, keyed_generator
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import load_config, save_config
-from w2v2.text.vocabulary import Vocabulary
+from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 
 transformers = pytest.importorskip("transformers")
@@ -663,3 +666,38 @@ def test_reading_what_was_written_by_hand_uses_both_readers(tmp_path):
     write_native(contents, tmp_path / "ours")
     assert read(tmp_path / "ours").config == contents.config
     assert isinstance(contents.config, ContrastiveConfig)
+
+
+# --- Tokenizers of phonemes -------------------------------------------------------------------------------------------
+
+
+def phoneme_folder(tmp_path: Path, **settings: Any) -> Path:
+    hf = theirs("Wav2Vec2ForCTC", SHAPES[0], pad_token_id=0)
+    folder = save_theirs(hf, tmp_path / "hf")
+    labels = ["<pad>", "<s>", "</s>", "<unk>", "t\u0283", "\u026a", "p", "s", "t", "\u0283"]
+    (folder / "vocab.json").write_text(json.dumps({label: i for i, label in enumerate(labels)}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer", "pad_token": "<pad>"} | settings)
+    )
+    return folder
+
+
+def test_a_tokenizer_of_phonemes_is_a_vocabulary_of_phonemes(tmp_path: Path) -> None:
+    folder = phoneme_folder(tmp_path)
+    vocabulary = read(folder).vocabulary
+    assert type(vocabulary) is PhonemeVocabulary
+    assert (vocabulary.blank, vocabulary.unknown, vocabulary.silent) == (0, 3, (1, 2))
+    text = "t\u0283 \u026a p s"
+    assert vocabulary.encode(text) == [4, 5, 6, 7]  # not t and \u0283
+    theirs_too = transformers.Wav2Vec2PhonemeCTCTokenizer(str(folder / "vocab.json"), do_phonemize=False)
+    path = [0, 4, 4, 0, 5, 6, 0, 7]
+    assert theirs_too.decode(path) == text == vocabulary.decode([4, 5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [({"phone_delimiter_token": "-"}, "phonemes between '-'"), ({"tokenizer_class": "MyCTC"}, "'MyCTC'; expected")],
+)
+def test_a_tokenizer_that_spells_otherwise_is_refused(tmp_path: Path, settings: dict, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        read(phoneme_folder(tmp_path, **settings))

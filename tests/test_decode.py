@@ -1,5 +1,7 @@
 """Greedy decoding against a frame-by-frame rule, beam search against all paths enumerated, times against frames."""
 
+import codecs
+import gzip
 import itertools
 import logging
 import math
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from w2v2 import recipes
 from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy, Hypothesis
-from w2v2.decoding.kneser_ney import estimate
+from w2v2.decoding.hot_words import Phrases
+from w2v2.decoding.kneser_ney import estimate, read_sentences
 from w2v2.decoding.ngram import NGram
 from w2v2.errors import JobError, UsageError
 from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
@@ -79,6 +83,12 @@ def gather(scores: Iterator[tuple[tuple, float]], config: BeamConfig) -> dict[tu
     return {outcome: one(s) for outcome, s in found.items()}
 
 
+def times(phrases: Sequence[str], words: Sequence[str]) -> int:
+    """How often some phrases are in a text."""
+    ends = [words[:n] for n in range(1, len(words) + 1)]
+    return sum(tuple(end[-len(phrase.split()) :]) == tuple(phrase.split()) for phrase in phrases for end in ends)
+
+
 def free_scores(
     log_probs: torch.Tensor, vocabulary: Vocabulary, config: BeamConfig, hot: Sequence[str] = ()
 ) -> dict[tuple[int, ...], float]:
@@ -86,7 +96,7 @@ def free_scores(
         for path, ids, score in paths(log_probs, vocabulary):
             words = spelled_words(ids, vocabulary)
             score += config.silence_score * (0 if vocabulary.boundary is None else path.count(vocabulary.boundary))
-            yield ids, score + config.hot_word_boost * sum(word in hot for word in words)
+            yield ids, score + config.hot_word_boost * times(hot, words)
 
     return gather(every(), config)
 
@@ -105,7 +115,7 @@ def lexicon_scores(
             if all(word in lexicon for word in words):
                 score += config.silence_score * path.count(vocabulary.boundary) + config.word_score * len(words)
                 score += config.lm_weight * lm.log_probs(words).sum() if lm else 0.0
-                yield words, score + config.hot_word_boost * sum(word in hot for word in words)
+                yield words, score + config.hot_word_boost * times(hot, words)
 
     return gather(every(), config)
 
@@ -217,10 +227,11 @@ def test_a_lexicon_decides_which_words_there_are(
 def test_hot_words_add_exactly_their_boost(
     lm: Path, lexicon: Path, kind: str, seed: int, frames: int, sum_paths: bool, boost: float, lm_weight: float
 ) -> None:
-    log_probs, hot = random_log_probs(seed, frames), ("BA", "A")  # BA is not in the lexicon: it joins
+    log_probs = random_log_probs(seed, frames)
+    hot = ("BA", "A", "A BA", "B A", "A A A")  # BA is not in the lexicon: it joins
     config = replace(WIDE, sum_paths=sum_paths, hot_word_boost=boost, lm_weight=lm_weight)
     if kind == "free":
-        found = make_decoder(SMALL, hot_words=["ba", "a"], beam=config)(log_probs)
+        found = make_decoder(SMALL, hot_words=[phrase.lower() for phrase in hot], beam=config)(log_probs)
         check_best(found, found.ids, free_scores(log_probs, SMALL, config, hot))
         return
     given_lexicon, given_lm = (lexicon, None) if kind == "lexicon" else (None, lm)
@@ -254,6 +265,37 @@ def test_a_hot_word_wins_when_its_boost_passes_what_it_lacks_and_not_before(lm: 
             assert (text.split().count(hot) > words[best].count(hot)) is wins, (hot, boost)
             changed += wins
     assert changed == 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("AB ", min_size=1, max_size=6), min_size=1, max_size=4), st.text("AB ", max_size=14), weights)
+def test_a_text_has_one_boost_for_each_time_that_a_phrase_is_in_it(
+    given_phrases: list[str], text: str, boost: float
+) -> None:
+    phrases = {" ".join(phrase.split()) for phrase in given_phrases} - {""}
+    words = text.split()
+    for tokens, boundary in ((words, None), (text, " ")):
+        numbers = {token: i for i, token in enumerate(sorted({*"AB ", *words, *" ".join(phrases).split()}))}
+        split = [(*phrase, boundary) if boundary else phrase.split() for phrase in phrases]
+        follow = Phrases(
+            [tuple(numbers[token] for token in phrase) for phrase in split],
+            boost,
+            None if boundary is None else numbers[boundary],
+        )
+        begun, total = (), 0.0
+        for token in tokens:
+            begun, gain = follow.step(begun, numbers[token])
+            total += gain
+        assert total + follow.end(begun) == pytest.approx(boost * times(sorted(phrases), words), abs=1e-9)
+
+
+@pytest.mark.parametrize("with_lm", [False, True])
+def test_threads_share_a_decoder(lm: Path, with_lm: bool) -> None:
+    decode = make_decoder(SMALL, lm=lm if with_lm else None, hot_words=["A", "AB A"], beam=WIDE)
+    rows = [random_log_probs(seed, 12) for seed in range(40)]
+    one = [decode(row) for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(decode, rows)) == one
 
 
 def test_a_narrow_beam_keeps_what_may_become_a_hot_word() -> None:
@@ -299,6 +341,20 @@ def test_a_last_word_needs_no_boundary_and_a_decoder_can_be_used_again(lm: Path,
             times = word_times(found, SMALL, float)
             assert [(w.text, w.end) for w in times] == [("A", 0.5), ("AB", 4.5)]  # frames of a second each
             assert [(c.text, c.end) for c in times[1].characters] == [("A", 2.5), ("B", 4.5)]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_byte_order_mark_is_no_word_of_an_lm_a_lexicon_or_a_text(
+    tmp_path: Path, lm: Path, lexicon: Path, suffix: str
+) -> None:
+    marked = [tmp_path / f"{path.name}{suffix}" for path in (lm, lexicon)]
+    for path, source in zip(marked, (lm, lexicon), strict=True):
+        with (gzip.open if suffix else open)(path, "wb") as file:
+            file.write(codecs.BOM_UTF8 + source.read_bytes())
+    assert list(read_sentences([marked[1]])) == [line.split() for line in lexicon.read_text().splitlines()]
+    log_probs = random_log_probs(0, 6)
+    expected = make_decoder(SMALL, lm=lm, lexicon=lexicon)(log_probs)
+    assert make_decoder(SMALL, lm=marked[0], lexicon=marked[1])(log_probs) == expected
 
 
 def test_a_word_cut_short_by_the_beam_is_left_out(tmp_path: Path) -> None:
@@ -401,8 +457,8 @@ def files(tmp_path: Path) -> None:
         ({"lexicon": "nothing"}, ":1: AB is spelled"),
         ({"lm": "good.arpa", "lexicon": "sign"}, ":2: <unk> is a sign of language models and no word"),
         ({"hot_words": ["AC"]}, "hot word 'AC' cannot be spelled"),
-        ({"hot_words": ["A B"]}, "a hot word is one word, got 'A B'"),
-        ({"hot_words": [""]}, "a hot word is one word"),
+        ({"hot_words": ["A AC"]}, "hot word 'A AC' cannot be spelled|hot word 'AC' cannot be spelled"),
+        ({"hot_words": [""]}, "a hot word is a word or some words"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path, options: dict, message: str) -> None:

@@ -33,8 +33,9 @@ def small(command: str) -> list[str]:
     words = shlex.split(command, comments=True)
     if words[0] != "w2v2":
         return words
-    warm = ["--warm-start.updates", "1"] if words[1] == "pretrain" and "--init-from" not in words else []
-    return words + shlex.split(SHRINK.get(words[1], "")) + warm
+    if words[1] == "pretrain" and "--init-from" not in words:
+        words = [*words, "--warm-start.updates", "1"]
+    return words + shlex.split(SHRINK.get(words[1], ""))
 
 
 def start(words: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

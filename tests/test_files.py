@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from w2v2 import files
+from w2v2.checkpoint.native import CONFIG
 from w2v2.data.corpora import Split
 from w2v2.errors import UsageError
 from w2v2.files import whole, whole_folder, write_json, write_text
 from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
-from w2v2.training.run import CONFIG, start_folder
+from w2v2.training.folder import start_folder
 
 
 def test_a_file_takes_its_place_when_it_is_whole_and_not_before(tmp_path: Path) -> None:

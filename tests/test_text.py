@@ -221,3 +221,50 @@ def test_what_can_be_left_out_is_counted_and_named() -> None:
 def test_when_nothing_fits_there_is_nothing_to_learn() -> None:
     with pytest.raises(UsageError, match=r"none of 3 transcripts can be learned, 2 have more labels .*1 are empty"):
         check_transcripts("train", [("a", 1.0, "SO"), ("b", 1.0, "IT"), ("c", 1.0, "")], LETTERS, lambda s, t: False, 3)
+
+
+# --- Canonical equivalence (Unicode standard, 3.7) --------------------------------------------------------------------
+
+FORMS = ("NFC", "NFD")
+NUKTA = "\u0958\u0959\u095a\u095b\u095c\u095d\u095e\u095f"  # letters that NFC takes apart
+WORDS = "\u0915\u093c\u0932\u092e \u0915\u0932 \u0916\u093c\u0941\u0926 \u0915\u093c\u094d\u0932"
+
+
+def labels_of(characters: str) -> tuple[str, ...]:
+    return ("<pad>", "<unk>", "|", *characters)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_letters_that_nfc_takes_apart_are_their_labels(form: str) -> None:
+    whole = Vocabulary(labels=labels_of(NUKTA + "\u0915\u0916\u0932\u092e\u0941\u0926\u094d"))
+    text = unicodedata.normalize(form, WORDS)
+    assert whole.unknown not in whole.encode(text) and not whole.strange(text)
+    letters = [whole.labels[i] for i in whole.encode(text)]
+    assert letters == [*"\u0958\u0932\u092e|\u0915\u0932|\u0959\u0941\u0926|\u0958\u094d\u0932|"]
+    assert whole.decode(whole.encode(text)) == whole.normalize(text) == unicodedata.normalize("NFC", text)
+    apart = Vocabulary(labels=labels_of("\u093c\u0915\u0916\u0932\u092e\u0941\u0926\u094d"))
+    assert [apart.labels[i] for i in apart.encode(text)] == [*WORDS.replace(" ", "|"), "|"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_decomposed_vocabulary_spells_composed_text(form: str) -> None:
+    text = unicodedata.normalize(form, "ÉTÉ Ở 각")
+    decomposed = Vocabulary(labels=labels_of("".join(sorted({*unicodedata.normalize("NFD", text)} - {" "}))))
+    assert "".join(decomposed.labels[i] for i in decomposed.encode(text)) == (
+        unicodedata.normalize("NFD", text).replace(" ", "|") + "|"
+    )
+    assert decomposed.decode(decomposed.encode(text)) == decomposed.normalize(text)
+    pairs = Vocabulary(labels=("<pad>", "<unk>", "|", "E\u0301", "T"))  # a label of two code points
+    assert pairs.encode("ÉTÉ") == [3, 4, 3, 2] and pairs.strange("ÉTÈ") == ["È"]
+    assert pairs.encode("È") == [1, 2]
+
+
+def test_of_two_equivalent_labels_the_composed_one_is_meant() -> None:
+    assert Vocabulary(labels=labels_of("\u212b\u00c5")).encode("\u212b") == [4, 2]
+    assert Vocabulary(labels=labels_of("\u212b")).encode("\u00c5") == [3, 2]
+
+
+def test_phonemes_are_matched_by_canonical_equivalence() -> None:
+    nasal = PhonemeVocabulary(labels=("<pad>", "<unk>", "a\u0303", "\u00e7"))
+    assert nasal.encode("\u00e3 c\u0327") == [2, 3] and not nasal.strange("\u00e3")
+    assert nasal.decode([2, 3]) == "\u00e3 \u00e7"

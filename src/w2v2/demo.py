@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from w2v2.text.spelling import normalize_text
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import finetune
+from w2v2.training.plan import peak_memory
 from w2v2.training.pretrain import evaluate_pretrained, pretrain
 from w2v2.training.resume import WARM_START
 
@@ -284,5 +284,4 @@ def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:
 
 def _peak_memory_gib() -> float:
     """Largest resident set of this process or of a helper process, GiB."""
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usage) / 2**20
+    return peak_memory("self", "children") / 2**30

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,3 +98,21 @@ def check_ranges(config: Any, name: str = "") -> None:
 def _ranges(hint: Any) -> list[Range]:
     own = [bounds for bounds in getattr(hint, "__metadata__", ()) if isinstance(bounds, Range)]
     return own + [bounds for inner in get_args(hint) for bounds in _ranges(inner)]
+
+
+_URL = re.compile(
+    r"""(\b[a-z][\w+.-]*://)(?:[^\s/"'<>]*@)?([^\s?"'<>]*)"""
+    r"""(?:\?[^\s"'<>]*?(?=[:;,.)]*(?:[\s"'<>]|$)))?""",  # punctuation after an address is not of it
+    re.IGNORECASE,
+)
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def public(text: str) -> str:
+    """Text to be kept or shown: its addresses without user, password and query, which may be a signature."""
+    return _URL.sub(r"\1\2", text) if "://" in text else text
+
+
+def printable(text: str) -> str:
+    """Text in one line, to be shown: ``public``, and what would move a terminal's cursor or break the line escaped."""
+    return _UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), public(text))

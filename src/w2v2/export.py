@@ -38,6 +38,7 @@ from w2v2.evaluation.evaluate import error_rates
 from w2v2.files import write_json
 from w2v2.inference.recognizer import normalize_waveform
 from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.packing import plain_path
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary
@@ -100,7 +101,7 @@ def export_onnx(
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f"an ONNX export needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime")
-    with _exporting():
+    with _exporting(), plain_path():
         program = torch.onnx.export(
             Graph(model),
             (check_audio(2, SAMPLE_RATE),),
@@ -133,7 +134,7 @@ def export_torch(source: Path, folder: Path) -> None:
     checkpoint = read(source)
     model = checkpoint.build()
     shape = {"audio": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
-    with _exporting(), torch.no_grad():
+    with _exporting(), plain_path(), torch.no_grad():
         program = torch.export.export(Graph(model), (check_audio(2, SAMPLE_RATE),), dynamic_shapes=shape)
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)
@@ -163,7 +164,7 @@ def quantize(path: Path, to: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _exporting():
+    with _exporting(), plain_path():
         quantize_dynamic(
             path,
             to,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, public
 
 
 @contextlib.contextmanager
@@ -30,9 +30,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all."""
+    """Write a file in UTF-8, whole or not at all; without what ``public`` leaves out."""
     with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(public(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

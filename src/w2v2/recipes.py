@@ -200,7 +200,7 @@ def tiny() -> PretrainConfig:
     config.loss_weights |= {"diversity": 0.25, "neighbourhood": 1.0, "feature_penalty": 0.0}
     config.data = DataConfig(batch_seconds=12.0, max_seconds=3.0, num_buckets=2, num_workers=0)
     config.optim.schedule = WarmupCosine(peak=1.2e-3, warmup_steps=64, total_steps=800)
-    config.train = TrainConfig(accelerator="cpu", log_every=50, val_every=400, checkpoint_every=400)
+    config.train = TrainConfig(log_every=50, val_every=400, checkpoint_every=400)
     return config
 
 
@@ -383,7 +383,7 @@ def tiny_ctc() -> FinetuneConfig:
         channel_mask_prob=0.0,
         data=DataConfig(batch_seconds=12.0, max_seconds=40.0, min_seconds=0.1, num_buckets=4, num_workers=0),
         optim=OptimConfig(schedule=TriStage(peak=3e-3, total_steps=600), eps=1e-8, weight_decay=0.0),
-        train=TrainConfig(accelerator="cpu", log_every=50, val_every=100, checkpoint_every=600),
+        train=TrainConfig(log_every=50, val_every=100, checkpoint_every=600),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
+from w2v2.errors import public
 from w2v2.serial import read_json
 from w2v2.text.vocabulary import SPACE, PhonemeVocabulary, PieceVocabulary, Vocabulary, load_vocabulary
 
@@ -64,7 +65,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _last_name(path: str) -> str:
     """Return all that is told of a path, which may say much about a machine."""
-    return path.rstrip("/").rpartition("/")[2] or path
+    return public(path).rstrip("/").rpartition("/")[2] or public(path)
 
 
 def _evaluation(path: Path) -> list[str]:

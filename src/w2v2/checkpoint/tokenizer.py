@@ -18,7 +18,7 @@ from w2v2.checkpoint.pickles import plain
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import read_json
-from w2v2.text.vocabulary import Vocabulary
+from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 
 TOKENS, SETTINGS, SPECIAL, ADDED = (
     "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -66,37 +66,57 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
-    """Return the vocabulary of a folder's tokenizer.
+    """Return the vocabulary of a folder's tokenizer: phonemes' is a ``PhonemeVocabulary``.
 
     Args:
         n_labels: outputs of the model; each must have its label.
 
     Raises:
-        UsageError: no tokenizer, one of several languages, or labels that do not fit the outputs.
+        UsageError: no tokenizer, one of several languages, of a kind that spells otherwise, or labels that do not fit
+            the outputs.
     """
     path = folder / TOKENS
     if not path.is_file():
         raise UsageError(f"no {path}: a CTC model needs its tokenizer's files, {TOKENS} and {SETTINGS}")
     settings = _optional(folder / SPECIAL) | _optional(folder / SETTINGS)
+    kind, boundary_token = _kind(settings, folder)
     labels = _labels(path, settings, _optional(folder / ADDED), n_labels)
     ids = {label: i for i, label in enumerate(labels)}
 
-    def place(name: str, default: str) -> int | None:
+    def place(name: str, default: str | None) -> int | None:
         token = settings.get(name, default)
-        return ids.get(token["content"] if isinstance(token, dict) else token)
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else ids.get(token)
 
     blank = place("pad_token", "<pad>")
     if blank is None:
         raise UsageError(f"{path} has no pad_token, which is the blank of CTC: expected one among its tokens")
-    unknown, boundary = place("unk_token", "<unk>"), place("word_delimiter_token", "|")
+    unknown, boundary = place("unk_token", "<unk>"), place("word_delimiter_token", boundary_token)
     unknown = None if unknown == blank else unknown
     silent = [place("bos_token", "<s>"), place("eos_token", "</s>")]
-    return Vocabulary(
+    if kind is PhonemeVocabulary:  # a label is a word, and what ends words of several stands for nothing
+        silent, boundary = [*silent, boundary], None
+    return kind(
         labels=labels,
         blank=blank,
         unknown=unknown,
         boundary=boundary,
         silent=tuple(i for i in dict.fromkeys(silent) if i is not None and i not in (blank, unknown, boundary)),
+    )
+
+
+def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str | None]:
+    """Return which vocabulary spells as a tokenizer does, and the tokenizer's word delimiter if it names none."""
+    name = settings.get("tokenizer_class") or _optional(folder / "config.json").get("tokenizer_class")
+    if name in (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"):
+        return Vocabulary, "|"
+    if name == "Wav2Vec2PhonemeCTCTokenizer":
+        if (delimiter := settings.get("phone_delimiter_token", " ")) != " ":
+            raise UsageError(f"{folder / SETTINGS}: phonemes between {delimiter!r}; expected spaces")
+        return PhonemeVocabulary, None
+    raise UsageError(
+        f"{folder / SETTINGS} has a tokenizer_class that spells otherwise, {name!r}; expected Wav2Vec2CTCTokenizer or "
+        "Wav2Vec2PhonemeCTCTokenizer"
     )
 
 
@@ -178,7 +198,7 @@ def read_dictionary(task_state: Any, path: Path) -> Vocabulary:
 
 def _read_symbols(path: Path) -> tuple[str, ...]:
     """Return the labels of a file with a label and its count on each line."""
-    rows = [line.rstrip().rpartition(" ") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line.rstrip().rpartition(" ") for line in path.read_text(encoding="utf-8-sig").splitlines()]
     for symbol, space, count in rows:
         if not symbol or not count.isdigit():
             raise UsageError(f"{path} must have a label and a count on each line, got {symbol + space + count!r}")

@@ -17,7 +17,7 @@ from w2v2.cli.options import Device, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, public
 
 if TYPE_CHECKING:
     from w2v2.model.wav2vec2 import Wav2Vec2
@@ -142,14 +142,14 @@ class Evaluate(Decoding):
                 show=show,
             )
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else evaluation_table(results)
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write(public("\n".join(lines)) + "\n")
 
     def _warn(self, *, one_split: bool) -> None:
         from w2v2.checkpoint.formats import OURS, recognize
         from w2v2.training.config import FinetuneConfig, run_config
 
         trained = run_config(self.model) if recognize(self.model)[0] is OURS else None
-        if one_split and isinstance(trained, FinetuneConfig) and self.data in trained.data.sources:
+        if one_split and isinstance(trained, FinetuneConfig) and public(self.data) in trained.data.sources:
             log.warning(
                 "%s is one split here, and what the model was trained on: for a score of unseen speakers, hold some "
                 "out with 'w2v2 prepare'",

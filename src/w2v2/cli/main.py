@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union
 from tyro.conf import subcommand
 
 from w2v2.cli.options import as_options, named_options, parse, parse_run
-from w2v2.errors import JobError, StoppedError, UsageError
+from w2v2.errors import JobError, StoppedError, UsageError, printable
 
 VERBS = {
     "demo": ("evaluate", "the whole road offline: synthesise, prepare, pretrain, fine-tune, evaluate, report"),
@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit code 0: done; 1: it failed; 2: the call or the input has to be put right; 130: interrupted."""
     # oneDNN keeps 1024 primitives, one for each length of a crop: a third of a small model's memory, and no time saved.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    if argv is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # Names of files would be read in the locale's encoding, and written so into what others are to read.
+        python = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execve(sys.executable, python, {**os.environ, "PYTHONUTF8": "1"})
     _speak_utf8()
     code, message = _run(sys.argv[1:] if argv is None else list(argv))
     with contextlib.suppress(BrokenPipeError):
@@ -69,13 +73,13 @@ def _run(argv: list[str]) -> tuple[int, str]:
         sys.stdout.flush()
         return 0, ""
     except UsageError as error:
-        return 2, f"w2v2: error: {as_options(_last_line(error), kind)}\n"
+        return 2, f"w2v2: error: {as_options(_one_line(error), kind)}\n"
     except StoppedError as stop:
-        return stop.exit_code, f"w2v2: {as_options(str(stop), kind)}\n"
+        return stop.exit_code, f"w2v2: {as_options(_one_line(stop), kind)}\n"
     except (JobError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141, ""
-        return 1, f"w2v2: failed: {as_options(_last_line(error), kind)}\n"
+        return 1, f"w2v2: failed: {as_options(_one_line(error), kind)}\n"
     except KeyboardInterrupt:
         return 130, "w2v2: interrupted\n"
 
@@ -124,7 +128,10 @@ class _Lines(logging.Formatter):
         self.kind = kind
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message."""
+        """The message; whatever is put into it stays in its line."""
+        if isinstance(record.args, tuple):
+            texts = (str, os.PathLike, BaseException)
+            record.args = tuple(printable(str(arg)) if isinstance(arg, texts) else arg for arg in record.args)
         return as_options(super().format(record), self.kind)
 
 
@@ -132,9 +139,9 @@ def _reader_left() -> bool:
     """Whether nobody reads standard output any more, as of ``w2v2 ... | head``; then nothing more is written there."""
     try:
         output = sys.stdout.fileno()
-    except (OSError, ValueError):  # not a file, or closed
+        poll = select.poll()
+    except (OSError, ValueError, AttributeError):  # not a file, or closed; no such call on Windows
         return False
-    poll = select.poll()
     poll.register(output, 0)
     left = any(event & select.POLLERR for _, event in poll.poll(0))
     if left:
@@ -149,9 +156,11 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _last_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """The message; of one that comes from a data worker, with that worker's traceback, the last line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(_name(error))
+    message = str(error).strip() or type(error).__name__
+    ours = isinstance(error, (UsageError, JobError, StoppedError)) and not message.startswith("Caught ")
+    return printable(message if ours else message.splitlines()[-1].removeprefix(_name(error)))
 
 
 def _name(error: Exception) -> str:

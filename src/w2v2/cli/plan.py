@@ -16,7 +16,7 @@ from tyro.conf import UseAppendAction, arg
 
 from w2v2.cli.options import Settings, default
 from w2v2.cli.train import Recipe
-from w2v2.errors import Count, Positive, UsageError, check_ranges
+from w2v2.errors import Count, Positive, UsageError, check_ranges, public
 from w2v2.recipes import load_recipe
 from w2v2.serial import differences, from_dict, to_dict
 from w2v2.training.config import PretrainConfig
@@ -60,7 +60,7 @@ class Plan:
         command = _command(recipe, config)
         as_json = json.dumps(asdict(plan) | {"command": command}, indent=2)
         lines = [as_json] if self.json else [*_plan_table(plan, self.memory), command]
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write(public("\n".join(lines)) + "\n")
 
 
 def _measured(config: PretrainConfig, steps: int) -> Measured:

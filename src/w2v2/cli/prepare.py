@@ -50,6 +50,8 @@ class Prepare:
     """Labelled subsets of train: 10m 1h 10h, or NAME=FILE of ids."""
     columns: Annotated[tuple[str, ...], default("as they are called", "[FIELD=NAME ...]")] = ()
     """Names of a table's columns, such as path=file text=sentence."""
+    audio_folder: Annotated[str, default("that of the table", "DIR")] = ""
+    """Folder that a table's paths are relative to, such as Common Voice's clips."""
     speaker: Annotated[str, default("none", "REGEX")] = ""
     """Regular expression on the path; its first group is the speaker."""
     hf_config: Annotated[str, default("none", "NAME")] = ""
@@ -70,7 +72,7 @@ class Prepare:
 
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]
-        names += ["audit", "labelled", "columns"]
+        names += ["audit", "labelled", "columns", "audio_folder"]
         config = PrepareConfig(**{name: getattr(self, name) for name in names})
         source: str | Path = self.source
         if self.download:
@@ -88,7 +90,7 @@ class Prepare:
                 source,
                 self.out,
                 config,
-                jobs=self.jobs or len(os.sched_getaffinity(0)),
+                jobs=self.jobs or _cores(),
                 strict=self.strict,
                 executor=executor,
                 show=show,
@@ -116,3 +118,8 @@ class Prepare:
         with progress("synthesise") as show:
             synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), show)
         return audio
+
+
+def _cores() -> int:
+    """That this process may use; not every system tells which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ Recipe = Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint=REQ
 @dataclass(kw_only=True)
 class _Run:
     recipe: Recipe = ""
-    """Name of a recipe, or FILE.py:FUNCTION."""
+    """Name of a recipe, or FILE.py:FUNCTION, which is run."""
     data: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="DIR")] = ()
     """Prepared corpus (folder, https:// or s3://), or folder of audio as it is; again for several."""
     out: Annotated[Path | None, default("runs/RECIPE-DATE", "DIR")] = None
@@ -36,6 +36,7 @@ class _Run:
 
     def prepared(self, config: Any) -> tuple[Path, bool]:
         """The folder to run in, and whether to go on with what is there, once the configuration has been checked."""
+        from w2v2.training.folder import clear_begun
         from w2v2.training.resume import can_resume
 
         if self.data:
@@ -45,7 +46,10 @@ class _Run:
         config.check()
         name = Path(self.recipe.rpartition(":")[0]).stem if ":" in self.recipe else self.recipe
         out = self.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return out, self.resume == "yes" or (self.resume == "auto" and can_resume(out))
+        resume = self.resume == "yes" or (self.resume == "auto" and can_resume(out))
+        if self.resume == "auto" and not resume:
+            clear_begun(out)
+        return out, resume
 
 
 @dataclass(kw_only=True)

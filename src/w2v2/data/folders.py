@@ -7,7 +7,8 @@ from pathlib import Path
 from lhotse import MonoCut
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
-from w2v2.data.sources import Row, folder_rows, utterance_id
+from w2v2.data.names import utterance_id
+from w2v2.data.sources import Row, folder_rows
 from w2v2.data.splits import SPLITS, held_out, named_split
 from w2v2.data.tables import listed_splits
 from w2v2.data.utterance import Utterance, file_cut

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import signal
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +31,28 @@ def _leave_signals_to_the_run(worker: int) -> None:
     A worker ends when it is told to, when its parent is gone, or a minute after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    if hasattr(signal, "alarm"):  # else nobody sends these
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+
+
+@contextlib.contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """A worker that was ended from without, which torch finds out wherever the process is just then, as one line.
+
+    Raises:
+        JobError: there is one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        line = next((line for line in reversed(str(error).splitlines()) if line.startswith("DataLoader worker")), "")
+        if not line:
+            raise
+        raise JobError(
+            f"a process that reads audio has died ({line}), often of too little memory: lower `data.num_workers`; what "
+            "was saved is whole"
+        ) from error
 
 
 @atexit.register
@@ -75,7 +97,8 @@ class SpeechLoader(DataLoader[Batch]):
         first = True
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            with dead_workers_named():
+                batch = next(batches, None)
             self.waited += 0.0 if first else time.perf_counter() - asked
             first = False
             if batch is None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from w2v2.data.audio import FORMATS
+from w2v2.data.names import compile_speaker, nfc, speaker_of, split_of
 from w2v2.data.splits import named_split
 from w2v2.data.storage import is_remote
+from w2v2.data.transcripts import EXPECTED, LIKELY, Transcripts, folder_transcripts
 from w2v2.errors import UsageError
 
-_NOBODY = {"audio", "clips", "data", "flac", "mp3", "recordings", "sounds", "speech", "wav", "wavs"}
-"""Folders that are surely no speaker's."""
+log = logging.getLogger(__name__)
+
+_ABOUT = {"splits.tsv", "README", "README.md", "README.txt", "README.TXT", "LICENSE", "LICENSE.TXT", "LICENSE.txt",
+          "SPEAKERS.TXT", "speakers.tsv", "BOOKS.TXT", "CHAPTERS.TXT"}  # fmt: skip
+"""What LibriSpeech and others say of themselves."""
 
 
 @dataclass(frozen=True)
@@ -38,45 +44,75 @@ class Row:
     """Of the recording, from 1; None: the mean over all."""
 
 
-def folder_rows(root: Path, speaker: str | None = None) -> Iterator[Row]:
+def folder_rows(root: Path, speaker: str | None = None, passed_over: Counter[str] | None = None) -> Iterator[Row]:
     """A row for every audio file of a tree, in the order of their names.
 
-    Transcripts are taken from ``*.trans.txt`` in the same folder (lines of utterance id and text), or from a ``.txt``
-    of the same name beside the audio. A first folder named ``train*``, ``dev*``, ``valid*`` or ``test*`` decides the
-    split. The speaker is that part of the path that begins the file's name, as in LibriSpeech's
+    Transcripts are taken from ``*.trans.txt`` in the same folder (lines of utterance id and text), from a ``.txt`` of
+    the same name beside the audio, or from ``transcripts.txt``, ``metadata.csv`` or ``metadata.jsonl`` there or above.
+    A first folder named ``train*``, ``dev*``, ``valid*`` or ``test*`` decides the split; one such as ``test01`` only
+    where all are named so. The speaker is that part of the path that begins the file's name, as in LibriSpeech's
     ``SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac``, otherwise the file's own folder.
 
     Args:
         root: folder; symbolic links are followed.
         speaker: regular expression whose first group, matched in the relative path, is the speaker instead.
+        passed_over: where files are counted, by their endings, that are neither audio nor its transcripts,
+            and transcripts that have no audio.
 
     Raises:
         UsageError: a loop of links, a name that is not UTF-8, a folder or a transcript that cannot be read.
     """
-    pattern = _compile(speaker)
-    for path, text in folder_texts(root):
+    pattern = compile_speaker(speaker)
+    tops = [name for name in os.listdir(root) if name[0] != "." and os.path.isdir(os.path.join(root, name))]
+    numbered = all(named_split(name) for name in tops)
+    for path, text in folder_texts(root, passed_over):
         if isinstance(text, UsageError):
             raise text
-        yield Row(path, text=text, speaker=speaker_of(path, pattern), split=split_of(path))
+        speaker_here = speaker_of(path, pattern, numbered=numbered)
+        yield Row(path, text=text, speaker=speaker_here, split=split_of(path, numbered=numbered))
 
 
-def folder_texts(root: Path) -> Iterator[tuple[str, str | UsageError | None]]:
+def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, str | UsageError | None]]:
     """Every audio file of a tree, relative to it, in the order of their names, and its transcript.
 
-    Instead of that, what is wrong with the file that it should be in; None: there is no such file.
+    Instead of that, what is wrong with the file that it should be in; None: there is no such file. What looks like
+    transcripts and is not read is named once, at the end.
 
     Raises:
         UsageError: as for ``audio_paths``.
     """
+    above: list[Transcripts] = []
+    below: list[Transcripts] = []
+    passed_over = Counter() if passed_over is None else passed_over
+    unread: list[str] = []
     for folder, names in _walk(str(root), ()):
-        texts, fault = _folder_transcripts(Path(folder), names)
-        files = set(names)
+        above = [other for other in above if Path(folder).is_relative_to(other.folder)]
+        here = folder_transcripts(Path(folder), names)
         for name, path in _audio_in(root, folder, names):
-            stem = os.path.splitext(name)[0]
-            text: str | UsageError | None = texts.get(stem)
+            here.unread.pop(nfc(name), None)
+            text: str | UsageError | None = here[name]
             if text is None:
-                text = _read_text(Path(folder, f"{stem}.txt")) if f"{stem}.txt" in files else fault
-            yield path, text
+                text = here.beside(name)
+            for other in reversed(above):
+                text = other[os.path.relpath(os.path.join(folder, name), other.folder)] if text is None else text
+            yield path, text if text is not None else here.fault
+        if here.below:
+            above.append(here)
+            below.append(here)
+        else:
+            passed_over["transcripts without audio"] += len(here.texts.keys() - here.used)
+        for name in here.unread.values():
+            if name not in _ABOUT:
+                ending = os.path.splitext(name)[1]
+                passed_over[ending or name] += 1
+                if ending.lower() in LIKELY:
+                    unread.append(os.path.join(folder, name))
+    passed_over["transcripts without audio"] += sum(len(each.texts.keys() - each.used) for each in below)
+    if unread:
+        log.warning(
+            "%d files look like transcripts and are not read, such as %s: expected %s; or prepare a table",
+            len(unread), unread[0], EXPECTED,
+        )  # fmt: skip
 
 
 def audio_paths(root: Path) -> Iterator[str]:
@@ -96,18 +132,6 @@ def _audio_in(root: Path, folder: str, names: Iterable[str]) -> Iterator[tuple[s
     for name in names:
         if os.path.splitext(name)[1].lower() in FORMATS:
             yield name, name if relative == "." else f"{relative}/{name}"
-
-
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"`speaker` must be a regular expression, got {pattern!r}: {error}") from None
-    if not compiled.groups:
-        raise UsageError(f"`speaker` needs a group in parentheses that is the speaker, got {pattern!r}")
-    return compiled
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
@@ -134,60 +158,6 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
         yield folder, files
     for name in folders:
         yield from _walk(os.path.join(folder, name), (*above, here))
-
-
-def _folder_transcripts(folder: Path, names: list[str]) -> tuple[dict[str, str], UsageError | None]:
-    """Texts by utterance id from ``*.trans.txt``, and what is wrong with one that cannot be read."""
-    texts: dict[str, str] = {}
-    fault: UsageError | None = None
-    for name in names:
-        if name.endswith(".trans.txt"):
-            lines = _read_text(folder / name)
-            if isinstance(lines, UsageError):
-                fault = lines
-                continue
-            for line in lines.splitlines():
-                utterance, _, text = line.partition(" ")
-                texts[utterance] = text.strip()
-    return texts, fault
-
-
-def _read_text(path: Path) -> str | UsageError:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return UsageError(f"{path} is not UTF-8 text; convert it")
-    except OSError as error:
-        return UsageError(f"{path} cannot be read: {error.strerror}")
-
-
-def speaker_of(path: str, pattern: re.Pattern[str] | None = None) -> str | None:
-    """The speaker that a relative path tells, or None."""
-    if pattern is not None:
-        match = pattern.search(path)
-        return match and match.group(1)
-    *folders, name = path.split("/")
-    first = name.split("-")[0]
-    if first in folders:
-        return first
-    if not folders or folders[-1].lower() in _NOBODY or named_split(folders[-1]) is not None:
-        return None
-    return folders[-1]
-
-
-def split_of(path: str) -> str | None:
-    """The split that the first folder of a relative path names, or None."""
-    first, _, rest = path.partition("/")
-    return named_split(first) if rest else None
-
-
-def utterance_id(path: str) -> str:
-    """LibriSpeech's own ids stay; otherwise the relative path without its ending, in one word."""
-    *folders, name = path.split("/")
-    stem = name.rsplit(".", 1)[0]
-    if stem.split("-")[0] in folders:
-        return stem
-    return "_".join([*folders, stem]).replace(" ", "_")
 
 
 def locate(root: Path, path: str) -> str:

@@ -12,9 +12,11 @@ SCHEMA = 2
 _SUBSET = re.compile(r"(train|dev|val|test)(ing|elopment|id|idation)?(?![a-z])", re.IGNORECASE)
 
 
-def named_split(name: str) -> str | None:
-    """``dev-clean`` is valid, and so on; None for other names."""
+def named_split(name: str, *, numbered: bool = True) -> str | None:
+    """``dev-clean`` is valid, and so on; None for other names, and unless ``numbered`` for such as ``test01``."""
     match = _SUBSET.match(name)
+    if match and not numbered and name[match.end() :].lstrip("_- ").isdigit():
+        return None
     return {"train": "train", "dev": "valid", "val": "valid", "test": "test"}[match[1].lower()] if match else None
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from w2v2.data.audio import FORMATS, MOST_CHANNELS
-from w2v2.data.sources import Row
+from w2v2.data.names import existing, nfc, speaker_name, utterance_id
+from w2v2.data.records import csv_records, key, records, seconds_of
+from w2v2.data.sources import Row, audio_paths
 from w2v2.data.splits import named_split
 from w2v2.errors import UsageError
 from w2v2.files import whole
@@ -19,23 +21,25 @@ from w2v2.files import whole
 log = logging.getLogger(__name__)
 
 COLUMNS = ("path", "start", "end", "text", "speaker", "split", "channel")
+_HF_COLUMNS = ("audio", "text", "speaker")
 
 
-def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """Rows of a CSV, TSV or JSONL table.
+def table_rows(table: Path, columns: Mapping[str, str] | None = None, audio: Path | None = None) -> Iterator[Row]:
+    """Rows of a CSV, TSV or JSONL table. Blanks around the names of columns, and their case, do not matter.
 
     Args:
         table: paths in it are relative to its folder, absolute, or URLs.
         columns: name in the table of each of ``COLUMNS`` that is called otherwise there.
+        audio: folder that paths are relative to, instead of the table's.
 
     Raises:
         UsageError: no such column, a row that lacks one, a value that cannot be; with the row's number.
     """
-    columns = columns or {}
-    names = {column: columns.get(column, column) for column in COLUMNS}
+    columns = _mapping(columns, COLUMNS)
+    names = {column: key(columns.get(column, column)) for column in COLUMNS}
     needed = [names[column] for column in COLUMNS if column == "path" or column in columns]
     present: dict[str, str] = {}
-    for line, record in _json_records(table) if table.suffix.lower() == ".jsonl" else _csv_records(table):
+    for line, record in records(table):
         if not present:
             if missing := [name for name in needed if name not in record]:
                 raise UsageError(
@@ -51,92 +55,91 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None) -> Iterato
                 raise UsageError(f"{where}: no column {name!r}, which the rows before have; add it, empty or null")
             if column not in present and name in record:
                 raise UsageError(f"{where}: column {name!r}, which the rows before lack; add it, null there")
-        yield _table_row(where, line, {column: record[name] for column, name in present.items()}, names)
+        row = _table_row(where, line, {column: record[name] for column, name in present.items()}, names)
+        yield replace(row, path=existing(audio or table.parent, row.path))
+
+
+def _mapping(columns: Mapping[str, str] | None, known: Sequence[str]) -> Mapping[str, str]:
+    for column in columns or {}:
+        if column not in known:
+            raise UsageError(f"`columns` {column}=...: expected one of {', '.join(known)} before the =")
+    return columns or {}
 
 
 def _table_row(where: str, line: int, values: dict[str, Any], names: Mapping[str, str]) -> Row:
-    """A row of what stands in its columns; empty is as good as null, but for a transcript."""
+    """A row of what stands in its columns; empty or NaN is as good as null, but for an empty transcript."""
 
     def expect(column: str, wanted: str) -> UsageError:
         return UsageError(f"{where}: expected {wanted} in {names[column]!r}, got {values[column]!r}")
 
-    given = {column: value for column, value in values.items() if value not in (None, "")}
-    if not isinstance(given.get("path"), str):
+    def text_of(column: str) -> str | None:
+        try:
+            return as_text(values.get(column))
+        except ValueError:
+            raise expect(column, "text") from None
+
+    given = {column: text for column in values if (text := text_of(column))}
+    if not isinstance(values["path"], str) or "path" not in given or "\0" in given["path"]:
         raise expect("path", "a path")
-    start, end = (_seconds(given.get(column)) for column in ("start", "end"))
-    for column, seconds in (("start", start), ("end", end)):
-        if seconds is not None and not 0 <= seconds < float("inf"):
-            raise expect(column, "seconds")
-    if end is not None and end <= (start or 0.0):
-        raise UsageError(f"{where}: expected an end after the start {start or 0.0:g}, got {end:g}")
-    if "split" in given and named_split(str(given["split"])) is None:
+    seconds: dict[str, float] = {}
+    for column in given.keys() & {"start", "end"}:
+        try:
+            seconds[column] = seconds_of(given[column])
+        except ValueError:
+            raise expect(column, "seconds") from None
+    split = named_split(given["split"].strip()) if "split" in given else None
+    if "split" in given and split is None:
         raise expect("split", "train, dev, valid or test")
-    channel = str(given.get("channel", 1))
-    if not channel.isdecimal() or not 1 <= int(channel) <= MOST_CHANNELS:
+    channel = given.get("channel", "1").strip()
+    if not channel.isdecimal() or len(channel) > 9 or not 1 <= int(channel) <= MOST_CHANNELS:
         raise expect("channel", "a channel from 1")
-    text, speaker = (None if values.get(column) is None else str(values[column]) for column in ("text", "speaker"))
+    text = text_of("text")
     try:
-        f"{given['path']}{text}{speaker}".encode()
+        f"{given['path']}{text}{given.get('speaker')}".encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: {error.object[error.start]!r} is half a character; repair it") from None
     return Row(
         path=given["path"],
         line=line,
-        start=start,
-        end=end,
+        start=seconds.get("start"),
+        end=seconds.get("end"),
         text=text,
-        speaker=speaker or None,
-        split=named_split(str(given["split"])) if "split" in given else None,
+        speaker=speaker_name(given.get("speaker")),
+        split=split,
         channel=int(channel) if "channel" in given else None,
     )
 
 
-def _seconds(value: Any) -> float | None:
-    """A number, or -1 for what is none."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return -1.0
+def as_text(value: Any) -> str | None:
+    """A value of a table as text, 1.0 as 1; None for NaN and null.
+
+    Raises:
+        ValueError: it is neither text nor a number.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value == math.inf or value == -math.inf:
+        raise ValueError(f"expected text, got {value!r}")
+    return str(value)
 
 
 def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
-    """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``."""
-    for _, row in _csv_records(path):
+    """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``.
+
+    An utterance may be named by its file, too. One with an empty role is in no split.
+    """
+    for line, row in csv_records(path):
         if not {"role", "utt"} <= row.keys():
             raise UsageError(f"{path} needs the columns role and utt, got {', '.join(row)}")
-        if row["utt"] and (split := named_split(row["role"])):
-            yield row["utt"], split
-
-
-def _csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Row number, from 1, and fields of each row; those that a short row lacks are missing."""
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        # Tab-separated corpora such as Common Voice have bare quotation marks in their sentences.
-        commas = table.suffix.lower() == ".csv"
-        rows = csv.reader(file) if commas else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            header = next(rows, None)
-            if header is None:
-                raise UsageError(f"{table} is empty: expected a line with the names of the columns")
-            for line, row in enumerate(rows, 1):
-                if row:
-                    yield line, dict(zip(header, row, strict=False))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(f"{table} cannot be read as a table in UTF-8: {error}") from None
-
-
-def _json_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open("rb") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except ValueError as error:
-                raise UsageError(f"{table}, row {line}: expected a JSON object, got {error}") from None
-            if not isinstance(record, dict):
-                raise UsageError(f"{table}, row {line}: expected a JSON object, got {type(record).__name__}")
-            yield line, record
+        name, role = row["utt"].strip(), row["role"].strip()
+        if name and role:
+            if (split := named_split(role)) is None:
+                raise UsageError(f"{path}, row {line}: expected train, dev, valid or test as role, got {role!r}")
+            yield utterance_id(name) if os.path.splitext(name)[1].lower() in FORMATS else nfc(name), split
 
 
 def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int, config: str | None) -> Iterator[Row]:
@@ -152,6 +155,8 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
     Raises:
         UsageError: ``datasets`` is not installed, or there is no such dataset or column.
     """
+    if Path(name).is_dir() and next(audio_paths(Path(name)), None):
+        raise UsageError(f"{name} is a folder of audio: prepare it as such, without hf:; metadata.csv in it is read")
     try:
         import datasets
     except ImportError:
@@ -160,7 +165,7 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
         parts = datasets.load_dataset(name, config, streaming=True)
     except (ValueError, OSError) as error:
         raise UsageError(f"cannot load the dataset {name}: {str(error).splitlines()[0]}") from error
-    names = {column: (columns or {}).get(column, column) for column in ("audio", "text", "speaker")}
+    names = {column: _mapping(columns, _HF_COLUMNS).get(column, column) for column in _HF_COLUMNS}
     line = 0
     for split, part in parts.items():
         features = part.features or {}
@@ -176,9 +181,11 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
                 path = _hf_audio(record[names["audio"]] or {}, audio, line)
                 if path is None:
                     raise UsageError(f"dataset {name}, row {line}: no audio in {names['audio']!r}; remove the row")
-                values = (record.get(names[column]) for column in ("text", "speaker"))
-                text, speaker = (None if value is None else str(value) for value in values)
-                yield Row(path, line, text=text, speaker=speaker, split=named_split(split))
+                try:
+                    text, speaker = (as_text(record.get(names[column])) for column in ("text", "speaker"))
+                except ValueError as error:
+                    raise UsageError(f"dataset {name}, row {line}: {error}; name the columns with `columns`") from None
+                yield Row(path, line, text=text, speaker=speaker_name(speaker), split=named_split(split))
 
 
 def _hf_audio(value: Mapping[str, Any], folder: Path, line: int) -> str | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import copy
+import gzip
 import logging
 import math
+import shutil
+import tempfile
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +34,7 @@ from torch import Tensor
 from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.decoding.hot_words import HotLabels, HotWords
-from w2v2.decoding.lexicon import Entry, as_lm_writes, read_lexicon, single_words, spell, spelling_of
+from w2v2.decoding.lexicon import Entry, as_lm_writes, phrases_of, read_lexicon, spell, spelling_of
 from w2v2.decoding.ngram import UNKNOWN, arpa_words
 from w2v2.errors import JobError, UsageError
 from w2v2.text.vocabulary import Vocabulary
@@ -89,7 +95,7 @@ class FreeBeam:
 
     def __init__(self, vocabulary: Vocabulary, config: BeamConfig, hot_words: Sequence[str] = ()) -> None:
         self.vocabulary = vocabulary
-        self.hot_words = [spelling_of(word, vocabulary)[:-1] for word in single_words(hot_words, vocabulary)]
+        self.hot_words = [spelling_of(phrase, vocabulary) for phrase in phrases_of(hot_words, vocabulary)]
         self._search(config)
 
     def tuned(self, config: BeamConfig) -> FreeBeam:
@@ -100,6 +106,7 @@ class FreeBeam:
 
     def _search(self, config: BeamConfig) -> None:
         self.config = config
+        self._lock = threading.Lock()  # flashlight's decoder holds one utterance at a time
         vocabulary = self.vocabulary
         self._lm = HotLabels(self.hot_words, config.hot_word_boost, vocabulary) if self.hot_words else ZeroLM()
         options = LexiconFreeDecoderOptions(
@@ -118,7 +125,8 @@ class FreeBeam:
         """Decode (T, labels)."""
         # flashlight begins as if a boundary had just been said; a blank in front makes a boundary at once a label.
         first = _frame(log_probs, self.vocabulary.blank)
-        best = _best(self._decoder, torch.cat([first, log_probs]))
+        with self._lock:
+            best = _best(self._decoder, torch.cat([first, log_probs]))
         return path_hypothesis(torch.tensor(best.tokens[2:-1]), self.vocabulary, best.score)
 
 
@@ -134,7 +142,8 @@ class LexiconBeam:
         hot_words: Sequence[str] = (),
     ) -> None:
         self.vocabulary = vocabulary
-        hot = single_words(hot_words, vocabulary)
+        phrases = [phrase.split() for phrase in phrases_of(hot_words, vocabulary)]
+        hot = list(dict.fromkeys(word for phrase in phrases for word in phrase))
         known = {vocabulary.normalize(entry.word) for entry in lexicon}
         added = [Entry(word, spelling_of(word, vocabulary)) for word in hot if word not in known]
         entries = _without_surplus([*lexicon, *added])
@@ -142,7 +151,10 @@ class LexiconBeam:
         self.spellings = [(numbers.setdefault(e.word, len(numbers)), list(e.spelling)) for e in entries]
         asked = len(numbers.keys() - {entry.word for entry in added})
         self.words = [vocabulary.normalize(word) for word in numbers]
-        self.hot_words = {i for i, word in enumerate(self.words) if word in set(hot)}
+        first = {word: i for i, word in reversed([*enumerate(self.words)])}
+        self.same = [first[word] for word in self.words]
+        """The first word that is spelled as each one."""
+        self.hot_words = [tuple(first[word] for word in phrase) for phrase in phrases]
         self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), asked)
         self._trie: Trie | None = None
         self._search(config)
@@ -155,8 +167,9 @@ class LexiconBeam:
 
     def _search(self, config: BeamConfig) -> None:
         self.config = config
+        self._lock = threading.Lock()  # flashlight's decoder holds one utterance at a time
         if self.hot_words:
-            self._lm = HotWords(self.ngram, config.lm_weight, self.hot_words, config.hot_word_boost)
+            self._lm = HotWords(self.ngram, config.lm_weight, self.same, self.hot_words, config.hot_word_boost)
         else:
             self._lm = self.ngram
         if self._trie is None or self.hot_words:  # what it looks ahead to depends on the weights of hot words alone
@@ -191,7 +204,8 @@ class LexiconBeam:
         assert boundary is not None
         # A boundary after the end, for nothing: otherwise flashlight drops a last word that has none.
         last = _frame(log_probs, boundary) - self.config.silence_score
-        best = _best(self._decoder, torch.cat([log_probs, last]))
+        with self._lock:
+            best = _best(self._decoder, torch.cat([log_probs, last]))
         path = best.tokens[1:-2]
         words = [(frame, word) for frame, word in enumerate(best.words[1:-1]) if word >= 0]
         if best.score < _NEVER / 2:  # no hypothesis ends with a word: what was begun is left out
@@ -223,10 +237,23 @@ def _is_binary(lm: Path) -> bool:
         return file.read(len(_KENLM_BINARY)) == _KENLM_BINARY
 
 
+@contextlib.contextmanager
+def _without_mark(lm: Path) -> Iterator[Path]:
+    """The file, or a copy without the byte order mark that KenLM takes for a word."""
+    with (gzip.open if lm.suffix == ".gz" else open)(lm, "rb") as file, tempfile.NamedTemporaryFile() as bare:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            yield lm
+            return
+        shutil.copyfileobj(file, bare)
+        bare.flush()
+        yield Path(bare.name)
+
+
 def _load(lm: Path, words: list[str], asked: int) -> KenLM:
     """The LM, whose words have the numbers of ``words``; so many of them, the first, it is expected to know."""
     try:
-        model = KenLM(str(lm), Dictionary([*words, UNKNOWN]))
+        with _without_mark(lm) as path:
+            model = KenLM(str(path), Dictionary([*words, UNKNOWN]))
     except RuntimeError as error:
         raise UsageError(f"{lm} is not an LM: {str(error).splitlines()[-1]}; expected ARPA or a KenLM binary") from None
     nothing = model.start(True)

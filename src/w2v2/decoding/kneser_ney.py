@@ -85,7 +85,7 @@ def read_sentences(
     for path in texts:
         with open_text(path) as file:
             with_ids = path.name.removesuffix(".gz").endswith(".trans.txt")
-            yield from filter(None, (words(line.partition(" ")[2] if with_ids else line) for line in file))
+            yield from filter(None, (words("".join(line.split(maxsplit=1)[1:]) if with_ids else line) for line in file))
     for corpus in corpora:
         from w2v2.data.corpora import choose_split, read_corpus  # late: text alone needs no lhotse
 

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from w2v2.decoding.ngram import SPECIAL, open_text
 from w2v2.errors import UsageError
+from w2v2.text.spelling import composed_ids
 from w2v2.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -31,13 +33,14 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
         UsageError: labels that the vocabulary lacks, a boundary inside a word, a spelling of a sign such as ``<unk>``,
             or no word that can be spelled.
     """
-    ids = {label: i for i, label in enumerate(vocabulary.labels)}
+    ids = composed_ids(dict(enumerate(vocabulary.labels)))
     boundary = vocabulary.boundary
     assert boundary is not None
     found, alone = [], []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             word, *labels = line.split() or [""]
+            labels = [normalize("NFC", label) for label in labels]
             if not labels:
                 alone += [word] if word and word not in SPECIAL else []
                 continue
@@ -93,7 +96,7 @@ def _try_spelling(word: str, vocabulary: Vocabulary) -> tuple[int, ...]:
 
 
 def spelling_of(word: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Labels of a hot word, the boundary last.
+    """Labels of a hot word or phrase, the boundary last.
 
     Raises:
         UsageError: a character without a label.
@@ -104,14 +107,13 @@ def spelling_of(word: str, vocabulary: Vocabulary) -> tuple[int, ...]:
     return spelling
 
 
-def single_words(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
-    """Hot words, normalised, each once.
+def phrases_of(hot_words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+    """Hot words and phrases, normalised, each once.
 
     Raises:
-        UsageError: more or less than a word.
+        UsageError: there is no word in one.
     """
-    normal = {vocabulary.normalize(word): word for word in words}
-    for word, given in normal.items():
-        if len(word.split()) != 1:
-            raise UsageError(f"a hot word is one word, got {given!r}; give the words of a phrase one by one")
-    return list(normal)
+    phrases = list(dict.fromkeys(vocabulary.normalize(phrase) for phrase in hot_words))
+    if "" in phrases:
+        raise UsageError("a hot word is a word or some words, got ''; leave it out")
+    return phrases

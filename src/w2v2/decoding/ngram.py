@@ -166,7 +166,8 @@ def ngram_starts(sentence: Ints, n: int) -> Ints:
 
 def _open(path: Path, mode: str) -> TextIO:
     kind: Any = gzip if path.suffix == ".gz" else io
-    return cast(TextIO, kind.open(path, mode, encoding="utf-8"))
+    encoding = "utf-8-sig" if mode == "rt" else "utf-8"  # a byte order mark is no word
+    return cast(TextIO, kind.open(path, mode, encoding=encoding))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from w2v2.data.loader import whole_utterances
 from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.decoder import TunableDecoder, make_decoder
 from w2v2.decoding.greedy import Decoder
-from w2v2.errors import Show, UsageError, quiet
+from w2v2.errors import Show, UsageError, public, quiet
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
 from w2v2.evaluation.tuning import tune_on
@@ -99,7 +99,7 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
             counts = tally.add(row["reference"], row["hypothesis"], speaker=row["speaker"], seconds=seconds)
             row |= dict(zip(COUNTS, counts, strict=True))
             tally.see_strange(recognizer.vocabulary.strange(batch.texts[i] or ""))
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(public(json.dumps(row, ensure_ascii=False)) + "\n")
     if not tally.all.words.reference:
         raise UsageError(
             f"no words to compare with: of {tally.all.utterances + tally.without_transcript} utterances "
@@ -156,7 +156,8 @@ def evaluate_model(
         _refuse_scored(tune, tuned_on, scored)
         tuning = tune_on(recognizer, decoder, tuned_on, data, model, trials=trials, show=show)
         decoder = decoder.tuned(tuning.best)
-        log.info("%s", "\n".join(tuning.table()[:6]))
+        for line in tuning.table()[:6]:
+            log.info("%s", line)
     files = {name: None if path is None else str(path) for name, path in (("lm", lm), ("lexicon", lexicon))}
     asked = {**files, "hot_words": tuple(hot_words), "tuned_on": tune}
     settings = {**asked, **asdict(decoder.config)} if isinstance(decoder, TunableDecoder) else {}

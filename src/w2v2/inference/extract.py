@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, mix_down, resample
-from w2v2.data.sources import folder_rows, utterance_id
-from w2v2.errors import UsageError
+from w2v2.data.names import utterance_id
+from w2v2.data.sources import folder_rows
+from w2v2.errors import UsageError, public
 from w2v2.files import whole
 from w2v2.inference.recognizer import normalize_waveform
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
@@ -143,7 +144,7 @@ def find_files(paths: Iterable[str]) -> list[Item]:
     found = []
     for path in paths:
         if not os.path.isdir(path):
-            found.append(Item(Path(path).stem, path))
+            found.append(Item(Path(public(path)).stem, path))
             continue
         try:
             inside = [Item(utterance_id(row.path), os.path.join(path, row.path)) for row in folder_rows(Path(path))]
@@ -205,7 +206,7 @@ def extract_files(
     out.mkdir(parents=True, exist_ok=True)
     with (out / INDEX).open("w", encoding="utf-8") as index:
         for row in _rows(model, items, out, wanted, batch_seconds):
-            index.write(json.dumps(row, ensure_ascii=False) + "\n")
+            index.write(public(json.dumps(row, ensure_ascii=False)) + "\n")
             yield row
 
 
@@ -219,7 +220,7 @@ def _rows(
         if fault:
             yield {"id": item.id, "source": item.source, "error": fault}
             continue
-        taken.add(item.id)
+        taken.add(_stem(item))
         if waiting and _seconds([*waiting, item]) > batch_seconds:
             yield from _write(model, waiting, out, wanted)
             waiting = []
@@ -232,7 +233,12 @@ def _fault(model: Wav2Vec2, item: Item, taken: set[str]) -> str:
     assert item.audio is not None
     if not model.config.frames([len(item.audio)])[0]:
         return f"{len(item.audio)} samples at 16 kHz are less than a frame needs"
-    return f"another one is called {item.id} too; extract them into different folders" if item.id in taken else ""
+    return f"another one goes to {_stem(item)} too; extract them into different folders" if _stem(item) in taken else ""
+
+
+def _stem(item: Item) -> str:
+    """Of its file, in one folder with all others."""
+    return item.id.replace("/", "_")
 
 
 def _seconds(items: Sequence[Item]) -> float:
@@ -244,14 +250,14 @@ def _write(model: Wav2Vec2, items: Sequence[Item], out: Path, wanted: Wanted) ->
     found = extract(model, audio, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     frames = model.config.frames([len(row) for row in audio])
     for item, row, features, count in zip(items, audio, found, frames, strict=True):
-        file = item.id.replace("/", "_") + FORMATS[wanted.format]
+        file = _stem(item) + FORMATS[wanted.format]
         about: dict[str, Any] = {"file": file, "seconds": len(row) / SAMPLE_RATE, "frames": count}
         try:
             with whole(out / file) as partial:
                 if wanted.format == "numpy":
                     np.savez(partial, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
                 else:
-                    save_file(features, partial, metadata={"id": item.id, "source": item.source})
+                    save_file(features, partial, metadata={"id": item.id, "source": public(item.source)})
         except (OSError, SafetensorError) as error:
             about = {"error": f"cannot write {file}: {getattr(error, 'strerror', None) or error}"}
         yield {"id": item.id, "source": item.source, **about}

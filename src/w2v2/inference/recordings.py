@@ -15,7 +15,7 @@ from typing import BinaryIO
 from w2v2.data.audio import AudioError, AudioFile
 from w2v2.data.sources import audio_paths
 from w2v2.data.storage import is_remote
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, public
 
 STDIN = "-"
 
@@ -65,7 +65,7 @@ class Failure:
 
 def source_of(path: str) -> Source:
     """A file, a URL, or ``-``."""
-    name = "stdin" if path == STDIN else path
+    name = "stdin" if path == STDIN else public(path)
     return Source(path, name, os.path.basename(name))
 
 
@@ -89,6 +89,10 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[Failure]]:
         sources += found
         if not found:
             failures.append(Failure(path, "no audio files in this folder"))
+    paths: dict[str, str] = {}
+    for source in sources:
+        if paths.setdefault(source.name, source.path) != source.path:
+            raise UsageError(f"several addresses of {source.name}, with other queries; transcribe them one by one")
     return sources, failures
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from w2v2.errors import printable
 from w2v2.inference.words import Word
 
 LINE, LINES = 42, 2
@@ -189,7 +190,7 @@ def ctm_names(names: Sequence[str]) -> dict[str, str]:
         for above in range(1, max((len(path.parts) for path in paths.values()), default=1) + 1):
             for name, path in paths.items():
                 parts = (*path.parts[:-1], path.name if ending else path.stem)[-above:]
-                found[name] = "_".join("_".join(parts).replace("/", "").split())
+                found[name] = printable("_".join("_".join(parts).replace("/", "").split()))
             if len(set(found.values())) == len(found):
                 return found
     return found

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, printable
 from w2v2.files import write_text
 from w2v2.inference.recordings import Source
 from w2v2.inference.transcripts import FORMATS, Transcript, ctm_names, to_ctm
@@ -70,7 +70,8 @@ class TranscriptWriter:
             text = FORMATS[self.format](transcript, self.timestamps)
         if self.out is None:
             if self.several and self.format == "txt":
-                label = f"{transcript.name}:{transcript.channel}" if self.by_channel else transcript.name
+                name = printable(transcript.name)
+                label = f"{name}:{transcript.channel}" if self.by_channel else name
                 text = "".join(f"{label}\t{line}\n" for line in text.splitlines())
             self.stream.write(text)
             self.stream.flush()

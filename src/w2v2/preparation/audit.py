@@ -146,7 +146,13 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
 
 def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConfig) -> None:
     finding.rate, finding.channels, finding.total, finding.channel = file.rate, file.channels, file.frames, part.channel
-    finding.first = round((part.start or 0.0) * file.rate)
+    start = part.start or 0.0
+    if start < 0 or (part.end is not None and part.end <= start):
+        finding.add(
+            "empty", f"from {start:g} s to {'the end' if part.end is None else f'{part.end:g} s'}: no such part"
+        )
+        return
+    finding.first = round(start * file.rate)
     if part.channel is not None and part.channel > file.channels:
         finding.add("unreadable", f"it has no channel {part.channel}, only {file.channels}")
         return

@@ -18,6 +18,8 @@ class AuditConfig:
 
     max_seconds: Annotated[float, Range(1)] = 30.0
     """Recordings without a transcript are cut to at most this, at quiet points, seconds."""
+    max_transcribed_seconds: Positive = 60.0
+    """``too_long``: recordings with a transcript above this, seconds; those cannot be cut without knowing where."""
     silent_db: float = -60.0
     """``silent``: root mean square without the mean, dB of full scale, below this."""
     max_clipped: float = 1e-5
@@ -55,6 +57,8 @@ class PrepareConfig:
     """Labelled subsets of train: ``10m``, ``1h``, ``10h``, or ``NAME=FILE`` with an utterance id on each line."""
     columns: tuple[str, ...] = ()
     """Names of a table's columns, such as ``text=sentence``."""
+    audio_folder: str = ""
+    """Folder that a table's paths are relative to, such as Common Voice's ``clips``; empty: the table's own."""
     speaker: str = ""
     """Regular expression on the relative path, whose first group is the speaker."""
     hf_config: str = ""
@@ -73,6 +77,10 @@ class PrepareConfig:
         for pair in self.columns:
             if "=" not in pair:
                 raise UsageError(f"`columns` must be pairs such as text=sentence, got {pair!r}")
+        fields = [pair.partition("=")[0] for pair in self.columns]
+        for name in fields:
+            if fields.count(name) > 1:
+                raise UsageError(f"`columns` names {name} twice: {' '.join(self.columns)}")
         for subset in self.labelled:
             name, listed, file = subset.partition("=")
             if not listed:
@@ -81,6 +89,10 @@ class PrepareConfig:
                 raise UsageError(f"`labelled` NAME=FILE needs a name of letters and digits, got {subset!r}")
             if listed and not Path(file).is_file():
                 raise UsageError(f"no file {file}: `labelled` NAME=FILE needs one of utterance ids")
+        if self.audio_folder and not Path(self.audio_folder).is_dir():
+            raise UsageError(
+                f"no folder {self.audio_folder}: `audio_folder` needs the one that a table's paths start in"
+            )
         if self.splits and not Path(self.splits).is_file():
             raise UsageError(f"no file {self.splits}: `splits` needs a table with the columns utt and role")
 

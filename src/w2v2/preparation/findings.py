@@ -18,6 +18,7 @@ WARNING = (
     "out_of_vocabulary",
     "ctc_infeasible",
     "speech_rate",
+    "too_long",
 )
 """Reasons that are told and recorded; the recording is kept."""
 REASONS = REJECTING + WARNING

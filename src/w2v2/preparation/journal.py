@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import sqlite3
@@ -12,8 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from w2v2.data.sources import Row, utterance_id
-from w2v2.errors import JobError
+from filelock import FileLock, Timeout
+
+from w2v2.data.names import utterance_id
+from w2v2.data.sources import Row
+from w2v2.errors import JobError, public
 from w2v2.preparation.findings import REJECTING, Finding, Part
 
 _SCHEMA = f"""
@@ -66,6 +68,7 @@ class Journal:
         self.db.executescript(_SCHEMA)
         self.db.create_function("share", 1, share_of, deterministic=True)
         self.db.create_function("utterance_id", 1, utterance_id, deterministic=True)
+        self.db.create_function("public", 1, public, deterministic=True)
         self.saved = 0.0
 
     def close(self) -> None:
@@ -128,6 +131,22 @@ class Journal:
             if not keep_old:
                 self.db.execute("DELETE FROM rows WHERE seen != ?", (seen,))
             self.db.execute("DELETE FROM reasons WHERE row NOT IN (SELECT id FROM rows WHERE done)")
+
+    def source_hash(self) -> str:
+        """Of all rows as they were entered, with the state of their files."""
+        total = hashlib.sha256()
+        for row in self.db.execute("SELECT path, line, stamp, speaker, split FROM rows ORDER BY path, line"):
+            total.update(repr(row).encode())
+        return total.hexdigest()
+
+    def differences(self, others: Iterable[tuple[str, int]]) -> tuple[int, int]:
+        """Rows that are not among others, as (path, row number), and others that are not among the rows."""
+        self.db.execute("CREATE TEMP TABLE others (path TEXT, line INTEGER)")
+        self.db.executemany("INSERT INTO others VALUES (?, ?)", others)
+        pairs = ("rows", "others"), ("others", "rows")
+        query = "SELECT count(*) FROM (SELECT path, line FROM {} EXCEPT SELECT path, line FROM {})"
+        new, gone = (int(self.value(query.format(*pair))) for pair in pairs)
+        return new, gone
 
     def last_line(self) -> int:
         """The highest row number that was entered; 0: none."""
@@ -239,16 +258,14 @@ def open_journal(path: Path) -> Iterator[Journal]:
         JobError: the disk is full, the file cannot be used, or another process is using it.
     """
     try:
-        with path.with_name("lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobError(f"another preparation is at work in {path.parents[1]}; wait until it is done") from None
+        with FileLock(path.with_name("lock"), timeout=0):
             journal = Journal(path)
             try:
                 yield journal
             finally:
                 journal.close()
+    except Timeout:
+        raise JobError(f"another preparation is at work in {path.parents[1]}; wait until it is done") from None
     except sqlite3.Error as error:
         raise JobError(
             f"cannot go on with {path}: {error}; free space or choose another folder, then run it again"

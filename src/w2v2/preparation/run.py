@@ -6,10 +6,13 @@ Everything that is done is kept: a preparation that was killed goes on with the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict
@@ -17,11 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from w2v2.data.layouts import layout_rows
 from w2v2.data.sources import Row, folder_rows, locate
 from w2v2.data.splits import SCHEMA
 from w2v2.data.storage import is_remote
 from w2v2.data.tables import hf_rows, listed_splits, table_rows
-from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.errors import JobError, Show, UsageError, public, quiet
 from w2v2.files import whole, write_json
 from w2v2.preparation.audit import audit_all
 from w2v2.preparation.config import AuditConfig, PrepareConfig
@@ -71,6 +75,7 @@ def prepare(
     work = out / ".prepare"
     if finished := _finished(out, options):
         shutil.rmtree(work, ignore_errors=True)
+        _refuse_changes(finished, source, out, options)
         log.info("%s is prepared already", out)
         if strict:
             _refuse_findings(finished["audit"], out)
@@ -80,8 +85,9 @@ def prepare(
         if executor is None:
             executor = stack.enter_context(local_executor(jobs))
         _audit(journal, root, config.audit, executor, jobs, show)
-        table = Path(config.splits) if config.splits else root / "splits.tsv"
-        listed = listed_splits(table) if config.splits or table.exists() else ()
+        table = _splits(options)
+        listed = listed_splits(table) if config.splits or (table.exists() and not source.startswith(HF)) else ()
+        sources = _sources(journal, options)
         settle(journal, listed, {"valid": config.valid_share, "test": config.test_share}, config.seed)
         counts, content = _write_audit(journal, out), journal.content_hash()
         if strict:
@@ -89,10 +95,10 @@ def prepare(
         from w2v2.preparation.corpus import CorpusWriter  # late: it needs lhotse, which needs torch
 
         splits = CorpusWriter(journal, root, out, config, executor, jobs).write(content, show)
-    summary = {"schema": SCHEMA, "source": source, "options": options, "content_hash": content, "audit": counts}
-    write_json(out / "corpus.json", summary | {"splits": splits})
+    head = {"schema": SCHEMA, "source": source, "options": options, "sources": sources, "content_hash": content}
+    write_json(out / "corpus.json", summary := head | {"audit": counts, "splits": splits})
     shutil.rmtree(work)
-    return summary | {"splits": splits}
+    return summary
 
 
 def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -101,7 +107,7 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if path.exists():
         with contextlib.suppress(ValueError):  # not JSON, and so not of ours
             corpus = json.loads(path.read_bytes())
-            if isinstance(corpus, dict) and corpus.get("schema") == SCHEMA and _same(corpus.get("options"), options):
+            if isinstance(corpus, dict) and corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
@@ -109,8 +115,49 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
-    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
+def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: dict[str, Any]) -> None:
+    """Refuse a source that is another one than when the corpus was made of it, and say what has changed."""
+    if "sources" not in finished or source.startswith(HF) or not Path(source).exists():
+        log.info("%s is not compared with its source", out)
+        return
+    with tempfile.TemporaryDirectory() as folder, open_journal(Path(folder, "journal.sqlite")) as journal:
+        _enter(journal, source, out, options, quiet)
+        now, before = _sources(journal, options), finished["sources"]
+        if now == before:
+            return
+        changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
+        if now[_ROWS] != before[_ROWS]:
+            with (out / "audit.jsonl").open("rb") as lines:
+                told = ((line["path"], line.get("row", 0)) for line in map(json.loads, lines))
+                new, gone = journal.differences(told)
+            changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
+    raise UsageError(
+        f"{out} holds the corpus of what {source} was before: changed are {', '.join(changed)}; prepare into another "
+        "folder, or remove this one"
+    )
+
+
+_ROWS = "its recordings and transcripts"
+
+
+def _splits(options: dict[str, Any]) -> Path:
+    """The list that is named, or the source's."""
+    source = Path(options["source"])
+    return Path(options["splits"] or (source if source.is_dir() else source.parent) / "splits.tsv")
+
+
+def _sources(journal: Journal, options: dict[str, Any]) -> dict[str, str]:
+    """A hash of each thing that a corpus is made of: its rows with the state of their files, and lists."""
+    lists = [str(_splits(options))]
+    lists += [subset.partition("=")[2] for subset in options["labelled"] if "=" in subset]
+    hashes = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists if Path(path).is_file()}
+    return {_ROWS: journal.source_hash(), **hashes}
+
+
+def _other(old: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """Names of options that differ; one that there was not before had its default."""
+    old, options = asdict(PrepareConfig()) | old, json.loads(json.dumps(options))
+    return [name for name in options if json.loads(json.dumps(old.get(name))) != options[name]]
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -127,7 +174,7 @@ def _begin(source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
         with open_journal(out / ".prepare" / "journal.sqlite") as journal:
             if (begun := journal.get("options")) is not None:
                 old = json.loads(begun)
-                if changed := [name for name in options if not _same(old.get(name), options[name])]:
+                if changed := _other(old, options):
                     raise UsageError(
                         f"{out} holds an unfinished preparation with other options ({', '.join(changed)}): finish it "
                         "with those, or choose another folder"
@@ -157,11 +204,15 @@ def _enter(journal: Journal, source: str, out: Path, options: dict[str, Any], sh
             journal.put("options", json.dumps(options))  # now, so that no other dataset goes on from here
             show("read", 0.0)
     elif path.is_dir():
-        root = path
-        journal.enter(_stamped(root, folder_rows(root, options["speaker"] or None)))
+        root, passed_over = path, Counter[str]()
+        rows = layout_rows(root) or folder_rows(root, options["speaker"] or None, passed_over)
+        journal.enter(_stamped(root, rows))
+        journal.put("passed_over", json.dumps({what: count for what, count in passed_over.most_common() if count}))
     elif path.suffix.lower() in TABLES and path.exists():
         root = path.parent
-        journal.enter(_stamped(root, table_rows(path, columns)))
+        audio = Path(options["audio_folder"]).absolute() if options["audio_folder"] else None
+        root = audio or root
+        journal.enter(_stamped(root, table_rows(path, columns, audio)))
     elif path.exists():
         raise UsageError(f"cannot read {path}: expected a folder, or a table ending in {', '.join(TABLES)}")
     else:
@@ -206,8 +257,10 @@ def _write_audit(journal: Journal, out: Path) -> dict[str, Any]:
             status[line["status"]] += 1
             for reason in line["reasons"]:
                 reasons[reason] += 1
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return {**status, "reasons": reasons}
+            file.write(public(json.dumps(line, ensure_ascii=False)) + "\n")
+    unlisted = int(journal.value("SELECT count(*) FROM rows WHERE done AND part IS NULL"))
+    passed_over = json.loads(journal.get("passed_over") or "{}")
+    return {**status, "unlisted": unlisted, "passed_over": passed_over, "reasons": reasons}
 
 
 def _refuse_findings(counts: dict[str, Any], out: Path) -> None:
@@ -219,6 +272,10 @@ def summary_table(summary: dict[str, Any]) -> list[str]:
     """Lines that tell a person what came out."""
     counts = summary["audit"]
     lines = [f"{counts['ok']} ok, {counts['warned']} with a warning, {counts['rejected']} rejected"]
+    if unlisted := counts.get("unlisted"):
+        lines.append(f"{unlisted} of these are in no split: the list of splits does not name them")
+    if passed_over := counts.get("passed_over"):
+        lines.append("passed over: " + ", ".join(f"{count} {what}" for what, count in passed_over.items()))
     lines += [f"  {reason:20} {count:8}" for reason, count in counts["reasons"].items() if count]
     for name, split in summary.get("splits", {}).items():
         lines.append(

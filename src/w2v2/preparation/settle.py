@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable
 
 from w2v2.errors import UsageError
 from w2v2.preparation.journal import Journal
+
+log = logging.getLogger(__name__)
 
 
 def settle(journal: Journal, listed: Iterable[tuple[str, str]], shares: dict[str, float], seed: int) -> None:
@@ -53,7 +56,7 @@ def _name(journal: Journal) -> None:
     """Names of rows: the utterance id; where two paths share it, the whole path; then the part and the channel."""
     journal.db.execute("UPDATE rows SET name = stem")
     journal.db.execute(
-        """UPDATE rows SET name = replace(replace(path, '/', '_'), ' ', '_') WHERE stem IN
+        """UPDATE rows SET name = replace(replace(public(path), '/', '_'), ' ', '_') WHERE stem IN
         (SELECT stem FROM rows GROUP BY stem HAVING count(DISTINCT path) > 1)"""
     )
     journal.db.execute(
@@ -78,6 +81,16 @@ def _list(journal: Journal, listed: Iterable[tuple[str, str]]) -> None:
     journal.db.execute("UPDATE rows SET part = (SELECT split FROM listed WHERE listed.name IN (rows.stem, rows.name))")
     if not journal.value("SELECT count(*) FROM rows WHERE part IS NOT NULL"):
         raise UsageError("the list of splits names no utterance of this source; its ids are the files' names")
+    query = (
+        "SELECT count(*), min(name) FROM listed WHERE name NOT IN (SELECT stem FROM rows UNION SELECT name FROM rows)"
+    )
+    vain, example = journal.db.execute(query).fetchone()
+    if vain:
+        count = journal.value("SELECT count(*) FROM listed")
+        log.warning(
+            "the list of splits names %d of %d utterances in vain, such as %s: there is no such recording",
+            vain, count, example,
+        )  # fmt: skip
 
 
 def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
@@ -96,6 +109,8 @@ def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
         for group in (speaker, "path"):
             count = journal.value(f"SELECT count(DISTINCT {group}) FROM kept WHERE part = 'train'")
             if count < 2:
+                if group == "path":
+                    log.warning("there is no split %s: it takes two recordings, to hold one out", split)
                 continue
             held = min(max(1, round(wanted / left * count)), count - 1)  # a share of all that there were
             journal.db.execute(

@@ -22,6 +22,11 @@ def check_transcript(text: str, finding: Finding, config: AuditConfig) -> None:
     if not finding.samples or finding.rejected:
         return
     seconds = finding.samples / finding.rate
+    if seconds > config.max_transcribed_seconds:
+        finding.add(
+            "too_long",
+            f"{seconds:.0f} s, which training takes at once, w2v2 align finds where to cut it into table rows",
+        )
     labels = "|".join(words) + "|"  # a boundary after each word, as the vocabulary encodes it
     needed = frames_needed([ord(label) for label in labels])
     frames = (int(seconds * SAMPLE_RATE) - config.receptive_field) // config.hop + 1

@@ -16,7 +16,7 @@ from typing import Any
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import from_dict, read_json, to_dict
-from w2v2.text.spelling import normalize_text
+from w2v2.text.spelling import composed_ids, letters, normalize_text
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
 SPACE = "\u2581"
@@ -74,8 +74,8 @@ class Vocabulary:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Id of each label that a text can have."""
-        return {label: i for i, label in enumerate(self.labels) if i not in self.special}
+        """Id of each label that a text can have, by its composed form, which is the text's."""
+        return composed_ids({i: label for i, label in enumerate(self.labels) if i not in self.special})
 
     @cached_property
     def _case(self) -> Callable[[str], str]:
@@ -95,7 +95,7 @@ class Vocabulary:
             UsageError: a character without a label, where there is no unknown label.
         """
         end = [] if self.boundary is None else [self.boundary]
-        return [i for word in self.normalize(text).split() for i in [*map(self._id, word), *end]]
+        return [i for w in self.normalize(text).split() for i in [*map(self._id, letters(w, self.ids)), *end]]
 
     def _id(self, label: str) -> int:
         found = self.ids.get(label, self.unknown)
@@ -107,7 +107,7 @@ class Vocabulary:
         """Text of ids; inverse of ``encode`` for normalised text of known characters."""
         nothing = {self.blank, *self.silent}
         text = "".join(" " if i == self.boundary else self.labels[i] for i in ids if i not in nothing)
-        return " ".join(text.split())
+        return normalize_text(text, str)
 
     def words(self, ids: Sequence[int]) -> list[slice]:
         """Where each word is among ids, without its boundary. Empty ones too."""
@@ -116,7 +116,7 @@ class Vocabulary:
 
     def strange(self, text: str) -> list[str]:
         """Characters of a text that have no label."""
-        return sorted({*self.normalize(text)} - self.ids.keys() - {" "})
+        return sorted({c for w in self.normalize(text).split() for c in letters(w, self.ids)} - self.ids.keys())
 
     def save(self, path: Path) -> None:
         """Write as JSON: its type and fields."""
@@ -153,7 +153,7 @@ class PhonemeVocabulary(Vocabulary):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; inverse of ``encode`` for known labels."""
-        return " ".join(self.labels[i] for i in ids if i not in {self.blank, *self.silent})
+        return normalize_text(" ".join(self.labels[i] for i in ids if i not in {self.blank, *self.silent}), str)
 
     def words(self, ids: Sequence[int]) -> list[slice]:
         """Each label by itself."""
@@ -252,49 +252,3 @@ def load_vocabulary(path: Path) -> Vocabulary:
         return from_dict({"_type": Vocabulary.__name__, **read_json(path)}, Vocabulary)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a vocabulary of 'w2v2 finetune' ({error}); check the path") from error
-
-
-@dataclass(kw_only=True)
-class Characters:
-    """The characters of the transcripts, of any script, and a label after each word (the paper's letters)."""
-
-    upper: bool = True
-    """Whether text is upper-cased; else case is kept, and both cases are labels."""
-
-    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
-        """Labels for transcripts."""
-        from w2v2.text.vocabulary import Vocabulary  # text.py is not needed to pretrain, and the recipes are
-
-        return Vocabulary.from_texts(texts, _case(self.upper))
-
-
-@dataclass(kw_only=True)
-class Phonemes:
-    """What spaces separate in the transcripts: phonemes, or whatever else is written so (paper section 5.3, TIMIT)."""
-
-    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
-        """Labels for transcripts."""
-        from w2v2.text.vocabulary import PhonemeVocabulary
-
-        return PhonemeVocabulary.from_texts(texts)
-
-
-@dataclass(kw_only=True)
-class SentencePieces:
-    """Pieces of words, learned from the transcripts by SentencePiece (``pip install sentencepiece``)."""
-
-    size: int = 500
-    """Pieces at most; fewer where the transcripts do not hold as many."""
-    upper: bool = True
-    """Whether text is upper-cased; else case is kept."""
-
-    def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
-        """Labels for transcripts."""
-        from w2v2.text.vocabulary import PieceVocabulary
-
-        found: Vocabulary = PieceVocabulary.from_texts(texts, _case(self.upper), self.size)
-        return found
-
-
-def _case(upper: bool) -> Callable[[str], str]:
-    return str.upper if upper else str

@@ -109,6 +109,11 @@ class RunConfig:
     KEPT: ClassVar[tuple[str, ...]]
     """Fields of the model that are the recipe's, whatever it starts from."""
 
+    @property
+    def max_steps(self) -> int:
+        """Optimiser steps at which the run ends."""
+        return self.train.max_steps or self.optim.schedule.total_steps
+
     def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
         """Take a pretrained model's architecture.
 

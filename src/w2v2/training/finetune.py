@@ -26,7 +26,8 @@ from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training.config import FinetuneConfig
 from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.data import SpeechDataModule
-from w2v2.training.run import check_run, fit_task, start_folder
+from w2v2.training.folder import start_folder
+from w2v2.training.run import check_run, fit_task
 from w2v2.training.task import step_seed
 
 log = logging.getLogger(__name__)

@@ -51,6 +51,11 @@ class CSVMetrics(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Not here: they are in config.json."""
 
+    @property
+    def last(self) -> int:
+        """Step of the last row; -1: there is none."""
+        return max(self.rows, default=-1)
+
     def resume_at(self, step: int) -> None:
         """Forget rows after a step."""
         self.rows = {at: row for at, row in self.rows.items() if at <= step}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Collection
@@ -161,7 +162,18 @@ def _peak_rss() -> float:
     """GB. Linux counts the parent's into ``ru_maxrss`` of a process that was started by ``vfork``, not into this."""
     if (status := Path("/proc/self/status")).exists():
         return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    return peak_memory("self") / 1e9
+
+
+def peak_memory(*whose: str) -> float:
+    """Largest resident set of this process ("self") or of those that it started ("children"), bytes; nan: not told."""
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        kinds = (getattr(resource, f"RUSAGE_{who.upper()}") for who in whose)
+        return float(max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit)
+    return math.nan
 
 
 @dataclass(frozen=True)

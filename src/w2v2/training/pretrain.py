@@ -24,9 +24,10 @@ from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
 from w2v2.serial import load_config
 from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
+from w2v2.training.folder import start_folder
 from w2v2.training.optim import OptimConfig
 from w2v2.training.resume import WARM_START, can_resume, checkpoint_files
-from w2v2.training.run import check_run, fit_task, start_folder, validate_task
+from w2v2.training.run import check_run, fit_task, validate_task
 from w2v2.training.task import NormalizedTask, Sums, step_seed, unequal_lengths
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 
 _NAME = "step={:08d}.ckpt"
+_ASKS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]  # not all systems
 WARM_START = "warm_start"
 """Folder in a run folder: the run that the warm start is."""
 
@@ -124,7 +125,7 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
         self.step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in _ASKS:
             self.handlers[number] = signal.signal(number, self._ask_to_stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -139,7 +140,8 @@ class Checkpoints(pl.Callback):
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            raise KeyboardInterrupt
+            name = signal.Signals(number).name
+            raise StoppedError(number, f"{name} again: ended at once; go on from the last checkpoint with `resume`")
         self.signal = number
         log.warning("%s: saving after this step; once more to end at once", signal.Signals(number).name)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import platform
-import subprocess
+import os
 import warnings
+from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,19 +21,18 @@ from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.checkpoint import checkpoint
 
-from w2v2.checkpoint.native import CONFIG
-from w2v2.data.corpora import Splits, describe
-from w2v2.data.loader import stop_workers
-from w2v2.errors import UsageError
-from w2v2.files import write_json
+from w2v2.data.corpora import Splits
+from w2v2.data.loader import dead_workers_named, stop_workers
+from w2v2.errors import JobError, UsageError, public
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
-from w2v2.serial import differences, load_config, save_config, to_dict
+from w2v2.serial import to_dict
 from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
+from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
-from w2v2.training.resume import AtomicIO, Checkpoints, can_resume, checkpoint_files, newest_good
+from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.training.sharding import transformer_blocks, whole_weights
 from w2v2.training.task import NormalizedTask
 
@@ -59,12 +57,18 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
         StoppedError: a signal asked for the end, and everything is saved.
     """
     train, optim = config.train, config.optim
-    max_steps = train.max_steps or optim.schedule.total_steps
-    metrics = CSVMetrics(out / "metrics.csv")
+    max_steps = config.max_steps
+    metrics = CSVMetrics(out / METRICS)
+    last = None
+    if resume and checkpoint_files(out):
+        last = _take_up(out, data, metrics, max_steps)
+    else:
+        metrics.resume_at(-1)
     checkpoints = Checkpoints(out, config, max_steps)
     pretraining = isinstance(config, PretrainConfig)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
     tune(task.model, train)
+    board = TensorBoardLogger(out, name="", version=TENSORBOARD, purge_step=metrics.last + 1)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
     with warnings.catch_warnings():
         _silence_lightning()
@@ -88,26 +92,52 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             use_distributed_sampler=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            logger=[metrics, TensorBoardLogger(out, name="", version="tensorboard"), *_wandb(config, out)],
+            logger=[metrics, board, *_wandb(config, out)],
             callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
         )
-        last = None
-        if not (resume and checkpoint_files(out)):
-            metrics.resume_at(-1)
-        else:
-            last, saved = newest_good(out)
-            data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
-            metrics.resume_at(saved["global_step"])
-            del saved
-        try:
+        with _failures_named():
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
             if trainer.global_step % train.val_every:
                 trainer.validate(task, data, verbose=False)
-        finally:
-            stop_workers()
     weights = whole_weights(task.model)
     if trainer.is_global_zero:
         task.save(out, weights)
+
+
+def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: int) -> Path:
+    """The checkpoint to go on from, with data and metrics set to go on there, too."""
+    path, saved = newest_good(out)
+    data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+    step = saved["global_step"]
+    metrics.resume_at(step)
+    if step == max_steps:
+        rank_zero_only(log.info)("%s has done its %d steps: nothing is left to do", out, step)
+    return path
+
+
+@contextlib.contextmanager
+def _failures_named() -> Iterator[None]:
+    """What ends training from without, as one line; workers end with it.
+
+    Raises:
+        JobError: no memory, or a data worker that was killed.
+        KeyboardInterrupt: of which Lightning makes an exit code.
+    """
+    try:
+        with dead_workers_named():
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["no memory on the host"])[0]
+        raise JobError(
+            f"out of memory ({reason[:200]}); lower `data.batch_seconds` and raise `train.accumulate` as much, or "
+            "choose `train.activation_checkpointing` True; go on with `resume`"
+        ) from error
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        stop_workers()
 
 
 def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
@@ -137,7 +167,7 @@ def _wandb(config: RunConfig, out: Path) -> list[Logger]:
         logger = WandbLogger(project=config.train.wandb, name=out.name, save_dir=out)
     except ModuleNotFoundError as error:
         raise UsageError("`train.wandb` needs Weights & Biases: pip install wandb") from error
-    logger.log_hyperparams(to_dict(config))
+    logger.log_hyperparams(json.loads(public(json.dumps(to_dict(config)))))
     return [logger]
 
 
@@ -172,8 +202,26 @@ def check_run(config: RunConfig, splits: Splits, out: Path | None = None, resume
     config.check()
     check_device(config.train)
     _check_splits(splits, config.train)
+    schedule, steps = config.optim.schedule, config.max_steps
+    if schedule(steps) > schedule(steps - 1):
+        rank_zero_only(log.warning)("the warm-up of `optim.schedule` is longer than the run, which has %d steps", steps)
     if out is not None:
-        _check_folder(out, resume)
+        check_world(config.train)
+        check_folder(out, resume, config.max_steps)
+
+
+def check_world(train: TrainConfig) -> None:
+    """Refuse other processes than a launcher has started, which would be runs of their own or wait for each other."""
+    world, launcher, nodes = train.devices * train.num_nodes, "", 1
+    if TorchElasticEnvironment.detect():
+        launcher, world, nodes = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    elif SLURMEnvironment.detect():
+        launcher, world, nodes = "SLURM", int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    if launcher and (world, nodes) != (train.devices * train.num_nodes, train.num_nodes):
+        raise UsageError(
+            f"{launcher} started {world} processes on {nodes} machines, `train.devices` is {train.devices} and "
+            f"`train.num_nodes` {train.num_nodes}; give `train.devices` {world // nodes}, `train.num_nodes` {nodes}"
+        )
 
 
 def check_device(train: TrainConfig) -> None:
@@ -226,73 +274,3 @@ def _check_splits(splits: Splits, train: TrainConfig) -> None:
                 f"the {name} split has {len(splits[name])} utterances for {processes} processes; use fewer, "
                 "by `train.devices` and `train.num_nodes`"
             )
-
-
-@rank_zero_only
-def _check_folder(out: Path, resume: bool) -> None:
-    """Refuse a run folder that would be overwritten, or has nothing to resume."""
-    if resume:
-        if not can_resume(out):
-            raise UsageError(f"nothing to resume in {out}: expected a file in {out / 'checkpoints'}")
-    elif out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty; choose another `out`, or go on with `resume`")
-
-
-@rank_zero_only
-def start_folder(out: Path, config: RunConfig, splits: Splits, resume: bool) -> None:
-    """Make the run folder and write what is run on what."""
-    out.mkdir(parents=True, exist_ok=True)
-    if resume:
-        _refuse_changes(out, config, splits)
-    save_config(config, out / CONFIG)
-    if not resume:
-        write_json(out / "environment.json", environment(splits))
-
-
-_MAY_CHANGE = (
-    "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
-    "data.max_bad", "train.sentinel", "train.max_steps_left_out", "train.wandb",
-    "train.shard",
-)  # fmt: skip
-
-
-def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
-    """Another model, schedule, batching or corpus would not continue the run but be another one.
-
-    Raises:
-        UsageError: naming every difference.
-    """
-    changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
-    faults = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
-    data = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
-    for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
-        faults += [
-            f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
-            for key in now
-            if now[key] != data.get(name, {}).get(key)
-        ]
-    if faults:
-        raise UsageError(
-            f"cannot resume {out} as another run: {'; '.join(faults)}; undo that, or start one with `init_from`"
-        )
-
-
-def environment(splits: Splits) -> dict[str, Any]:
-    """Versions, machine, source revision and data of a run."""
-    packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "git_revision": revision.stdout.strip() or None,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "data": describe(splits),
-    }

@@ -1,0 +1,89 @@
+"""Corpora whose own files say where each utterance lies: Kaldi's folders, and STM as in TED-LIUM."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from w2v2.data.names import existing, nfc, speaker_name, split_of
+from w2v2.data.records import seconds_of
+from w2v2.data.sources import Row, audio_paths
+from w2v2.data.transcripts import read_text
+from w2v2.errors import UsageError
+
+
+def layout_rows(root: Path) -> Iterator[Row] | None:
+    """Rows of a folder with Kaldi's ``wav.scp``, or with ``*.stm`` beside or below it; None: it is neither."""
+    if (root / "wav.scp").is_file():
+        return _kaldi_rows(root)
+    tables = sorted(path for path in root.rglob("*.stm") if path.is_file())
+    return _stm_rows(root, tables) if tables else None
+
+
+def _lines(path: Path, fields: int) -> Iterator[tuple[int, list[str]]]:
+    """Row number, from 1, and so many fields at most of each line that has any, blanks between."""
+    text = read_text(path)
+    if isinstance(text, UsageError):
+        raise text
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.strip().split(None, fields - 1)
+
+
+def _seconds(where: str, values: list[str]) -> list[float]:
+    try:
+        return [seconds_of(value) for value in values]
+    except ValueError:
+        raise UsageError(f"{where}: expected seconds, got {' '.join(values)}") from None
+
+
+def _kaldi_rows(root: Path) -> Iterator[Row]:
+    """Of ``segments``, or else of ``wav.scp``, with what ``text`` and ``utt2spk`` say. Commands are not run."""
+
+    def read(name: str) -> dict[str, str]:
+        lines = _lines(root / name, 2) if (root / name).is_file() else ()
+        return {key: rest[0] if rest else "" for _, (key, *rest) in lines}
+
+    texts, speakers, paths = read("text"), read("utt2spk"), {}
+    for number, (recording, *place) in _lines(root / "wav.scp", 2):
+        if not place or place[0].endswith("|") or "\0" in place[0]:
+            what = "a command, which is not run: write its output to a file" if "|" in "".join(place) else "no path"
+            raise UsageError(f"{root / 'wav.scp'}, row {number}: {what}, and name that")
+        here = existing(root, place[0])
+        elsewhere = not os.path.exists(root / here) and os.path.exists(
+            here
+        )  # Kaldi's are relative to where it was called
+        paths[recording] = os.path.abspath(here) if elsewhere else here
+    if not (root / "segments").is_file():
+        for line, (name, path) in enumerate(paths.items(), 1):
+            yield Row(path, line, text=texts.get(name), speaker=speaker_name(speakers.get(name)))
+        return
+    for line, (name, *segment) in _lines(root / "segments", 5):
+        where = f"{root / 'segments'}, row {line}"
+        if len(segment) < 3 or segment[0] not in paths:
+            raise UsageError(f"{where}: expected an id, a recording of wav.scp, start and end; got {' '.join(segment)}")
+        start, end = _seconds(where, segment[1:3])
+        stop = None if end == -1 else end  # Kaldi's "to the end"
+        yield Row(paths[segment[0]], line, start, stop, texts.get(name), speaker_name(speakers.get(name)))
+
+
+def _stm_rows(root: Path, tables: list[Path]) -> Iterator[Row]:
+    """Of each line ``RECORDING CHANNEL SPEAKER START END <LABELS> TEXT`` that is to be scored."""
+    audio: dict[str, list[str]] = {}
+    for path in audio_paths(root):
+        audio.setdefault(nfc(os.path.splitext(os.path.basename(path))[0]), []).append(path)
+    for table in tables:
+        for line, fields in _lines(table, 6):
+            if fields[0].startswith(";;"):
+                continue
+            if len(fields) < 5:
+                raise UsageError(f"{table}, row {line}: expected RECORDING CHANNEL SPEAKER START END TEXT")
+            paths = audio.get(nfc(fields[0]), [])
+            if len(paths) != 1:
+                raise UsageError(f"{table}: {'no' if not paths else 'more than one'} audio of that name: {fields[0]}")
+            start, end = _seconds(f"{table}, row {line}", fields[3:5])
+            text = re.sub(r"^<[^ >]*,[^ >]*>|^<NA>", "", fields[5] if len(fields) > 5 else "").strip()
+            if text.lower() != "ignore_time_segment_in_scoring":
+                yield Row(paths[0], line, start, end, text, speaker_name(fields[2]), split_of(paths[0]))

@@ -1,0 +1,132 @@
+"""Transcripts beside audio, in the layouts that corpora have."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from w2v2.data.names import nfc
+from w2v2.data.records import records
+from w2v2.errors import UsageError
+
+LIKELY = {
+    ".csv",
+    ".ctm",
+    ".eaf",
+    ".jsonl",
+    ".json",
+    ".lab",
+    ".srt",
+    ".stm",
+    ".textgrid",
+    ".trn",
+    ".tsv",
+    ".txt",
+    ".vtt",
+}
+"""Endings of what may be transcripts."""
+EXPECTED = "NAME.txt beside NAME.wav, *.trans.txt, transcripts.txt, metadata.csv, metadata.jsonl"
+_BESIDE = (".txt", ".normalized.txt")
+"""Endings of a recording's own transcript, LibriTTS's last."""
+
+
+@dataclass
+class Transcripts:
+    """Of a folder: those in files for many recordings, and its files that may hold one."""
+
+    folder: Path
+    texts: dict[str, str] = field(default_factory=dict)
+    """By the name of a recording without its ending, or by its path from here."""
+    used: set[str] = field(default_factory=set)
+    """Those that were asked for."""
+    below: bool = False
+    """Whether recordings of deeper folders are meant, too."""
+    fault: UsageError | None = None
+    """What is wrong with a file that cannot be read."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Names of all files by their composed form."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Those that have not been read yet."""
+
+    def __getitem__(self, path: str) -> str | None:
+        """The text of a recording, by its path from this folder."""
+        path = nfc(path)
+        name = path if path in self.texts else os.path.splitext(os.path.basename(path))[0]
+        self.used.add(name)
+        return self.texts.get(name)
+
+    def beside(self, name: str) -> str | UsageError | None:
+        """The text in a recording's own file, if there is one."""
+        for ending in _BESIDE:
+            if (other := self.files.get(nfc(os.path.splitext(name)[0]) + ending)) is not None:
+                self.unread.pop(nfc(other), None)
+                return read_text(self.folder / other)
+        return None
+
+
+def folder_transcripts(folder: Path, names: list[str]) -> Transcripts:
+    """What the files of a folder say."""
+    files = {nfc(name): name for name in names}
+    transcripts = Transcripts(folder, files=files, unread=dict(files))
+    for name in names:
+        try:
+            if name.endswith(".trans.txt"):
+                transcripts.texts.update(_ids(folder / name))
+            elif name == "transcripts.txt":  # Multilingual LibriSpeech
+                transcripts.texts.update(_ids(folder / name))
+                transcripts.below = True
+            elif name in ("metadata.csv", "metadata.jsonl"):
+                transcripts.texts.update(_metadata(folder / name))
+                transcripts.below = True
+            else:
+                continue
+        except UsageError as error:
+            transcripts.fault = error
+        transcripts.unread.pop(nfc(name))
+    return transcripts
+
+
+def _ids(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines of an id and a text, which end at no other character that Unicode lets end one."""
+    text = read_text(path)
+    if isinstance(text, UsageError):
+        raise text
+    for line in text.split("\n"):
+        name, *rest = re.split(r"[ \t]+", line.strip(), maxsplit=1)
+        if name:
+            yield nfc(name), "".join(rest)
+
+
+def _metadata(path: Path) -> Iterator[tuple[str, str]]:
+    """LJSpeech's lines of ``ID|text|text as it is spoken``; or a table of Hugging Face, with ``file_name``."""
+    text = read_text(path)
+    if isinstance(text, UsageError):
+        raise text
+    head = text.partition("\n")[0]
+    if path.suffix == ".csv" and "|" in head:
+        for row in csv.reader(text.split("\n"), delimiter="|", quoting=csv.QUOTE_NONE):
+            if len(row) > 1:
+                yield nfc(row[0]), row[2] if len(row) > 2 and row[2].strip() else row[1]
+        return
+    for line, record in records(path):
+        column = next((name for name in ("transcription", "text", "sentence", "transcript") if name in record), None)
+        if column is None or not isinstance(record.get("file_name"), str):
+            raise UsageError(f"{path}, row {line}: expected columns file_name and text, got {', '.join(record)}")
+        if record[column] is not None:
+            yield nfc(record["file_name"]), str(record[column])
+
+
+def read_text(path: Path) -> str | UsageError:
+    """A file of UTF-8 text, without what is around it, or what is wrong with it."""
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        return UsageError(f"{path} is not a regular file; remove it")
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return UsageError(f"{path} is not UTF-8 text; convert it")
+    except OSError as error:
+        return UsageError(f"{path} cannot be read: {error.strerror}")
