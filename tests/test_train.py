@@ -320,7 +320,7 @@ def test_every_parameter_that_learns_gets_a_gradient_so_that_no_rank_waits_for_o
     freeze_encoder: bool, conv_gradient_scale: float
 ) -> None:
     config = recipes.tiny_ctc()
-    config.model.conv_gradient_scale = conv_gradient_scale
+    config.model.conv_gradient_scale, config.model.mask_prob = conv_gradient_scale, 0.0
     model = Wav2Vec2ForCTC(config.model, 5).train()
     task = FinetuneTask(model, Vocabulary.from_texts(["AB"]), config)
     log_probs, _ = model(torch.randn(2, 8000), freeze_encoder=freeze_encoder)

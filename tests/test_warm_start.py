@@ -156,6 +156,16 @@ def test_a_run_killed_in_its_stage_goes_on_to_the_same_bits(stage: str, corpus: 
     assert losses(out) == losses(whole)
 
 
+def test_two_processes_go_through_the_stage_and_the_run(stage: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, message = finish(command(stage, corpus, out, "--train.devices", "2", "--warm-start.updates", "8"))
+    assert code == 0, message
+    assert max(losses(out / "warm_start")) == 8 and max(losses(out)) == 9
+    before, after = (read_native(folder).state for folder in (out / "warm_start", out))
+    assert all(torch.equal(before[name], after[name]) for name in after if name.startswith("feature_encoder."))
+    assert after["neighbourhood.basis"].any()
+
+
 def test_a_warm_start_where_none_belongs_is_refused_in_one_line(corpus: Path, tmp_path: Path) -> None:
     splits = read_corpus(corpus)
     pretrain(nano(max_steps=5), splits, tmp_path / "run")
