@@ -39,11 +39,13 @@ def page_file(name: str, folder: Path) -> Path:
 
 
 def shrunk(recipe: str, **train) -> PretrainConfig:
-    """A recipe of a user's file with the encoder and the batch of ``nano``."""
+    """A recipe of a user's file with the encoder and the batch of ``nano``, which has no warm start."""
     config, small = load_recipe(recipe, PretrainConfig), nano(**train)
-    for name in ("n_layer", "n_embd", "ffn_dim", "conv_channels", "conv_norm"):
+    for name in ("n_layer", "n_embd", "ffn_dim", "conv_channels", "conv_norm", "conv_gradient_scale"):
         setattr(config.model, name, getattr(small.model, name))
-    config.data, config.optim, config.train = small.data, small.optim, small.train
+    config.data, config.optim, config.train, config.warm_start = small.data, small.optim, small.train, small.warm_start
+    if config.loss_weights.pop("neighbourhood", None):
+        config.model.neighbourhood = 0
     return config
 
 
