@@ -105,7 +105,7 @@ _URL = re.compile(
     r"""(?:\?[^\s"'<>]*?(?=[:;,.)]*(?:[\s"'<>]|$)))?""",  # punctuation after an address is not of it
     re.IGNORECASE,
 )
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
 
 
 def public(text: str) -> str:

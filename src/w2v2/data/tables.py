@@ -15,7 +15,7 @@ from w2v2.data.names import existing, nfc, speaker_name, utterance_id
 from w2v2.data.records import csv_records, key, records, seconds_of
 from w2v2.data.sources import Row, audio_paths
 from w2v2.data.splits import named_split
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, printable
 from w2v2.files import whole
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None, audio: Pat
                 )
             present = {column: name for column, name in names.items() if name in record}
             if unread := [str(name) for name in record if name not in names.values()]:
-                log.warning("%s: nobody reads the columns %s; name them with `columns`", table, ", ".join(unread))
+                log.warning("%s: nobody reads the columns %s; name them with `columns`", table, printable(", ".join(unread))[:500])
         where = f"{table}, row {line}"
         for column, name in names.items():
             if column in present and name not in record:
