@@ -47,8 +47,9 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None, audio: Pat
                     "name the columns with `columns` path=NAME"
                 )
             present = {column: name for column, name in names.items() if name in record}
-            if unread := [str(name) for name in record if name not in names.values()]:
-                log.warning("%s: nobody reads the columns %s; name them with `columns`", table, printable(", ".join(unread))[:500])
+            if unread := ", ".join(str(name) for name in record if name not in names.values()):
+                shown = printable(unread)[:500]
+                log.warning("%s: nobody reads the columns %s; name them with `columns`", table, shown)
         where = f"{table}, row {line}"
         for column, name in names.items():
             if column in present and name not in record:
