@@ -367,7 +367,7 @@ def small_ctc_scratch() -> FinetuneConfig:
 def tiny_ctc() -> FinetuneConfig:
     """CTC on ten minutes of labels with the ``tiny`` encoder; what ``make demo`` fine-tunes, twice.
 
-    600 updates of 12 s, a minute of a CPU core::
+    600 updates of 12 s, in 60 s of a CPU core::
 
         w2v2 finetune tiny_ctc --init-from runs/tiny --data my_speech --minutes 10 --out runs/tiny_ctc
 
