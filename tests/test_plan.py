@@ -29,7 +29,8 @@ from w2v2.training.plan import Measured, Plan, batch_hours, make_plan, settle
 NANO = [
     "--model.n-layer", "1", "--model.n-embd", "48", "--model.ffn-dim", "48", "--data.batch-seconds", "4",
     "--data.max-seconds", "2", "--train.shard", "True", "--model.conv-channels", *7 * ["16"],
-    "--loss-weights.diversity", "0.35", "--model.conv-norm", "group:8",
+    "--loss-weights.diversity", "0.35", "--model.conv-norm", "group:8", "--model.neighbourhood", "0",
+    "--loss-weights.neighbourhood", "0",
 ]  # fmt: skip
 
 

@@ -163,9 +163,10 @@ def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor
     """Sum of weight times loss.
 
     Raises:
-        UsageError: a loss without a weight, or a weight without a loss.
+        UsageError: a loss without a weight, or a weight, other than 0, without a loss.
     """
-    unknown, missing = sorted(weights.keys() - losses.keys()), sorted(losses.keys() - weights.keys())
+    unknown = sorted(name for name, weight in weights.items() if weight and name not in losses)
+    missing = sorted(losses.keys() - weights.keys())
     if unknown or missing:
         faults = [f"leave out {name}" for name in unknown] + [f"add {name}" for name in missing]
         raise UsageError(
