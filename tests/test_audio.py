@@ -364,7 +364,7 @@ def test_without_pyav_a_container_says_what_it_needs(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.webm"), str(tmp_path / "b.wav")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[[('unreadable', \"Matroska needs PyAV: pip install av\")], []]"
+    assert done.stdout.strip() == "[[('unreadable', 'Matroska needs PyAV: pip install av')], []]"
 
 
 # --- Channels and levels ----------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def test_one_bad_file_stops_no_other_and_the_exit_code_says_so(pretrained, tmp_p
     assert "longer than 3 s" in bad["long.wav"]
     assert "it breaks off" in bad["cut.wav"] and "not finite" in bad["nan.wav"]
     assert bad["text.wav"] and "No such file" in bad["none.wav"]
-    assert "no audio in it" in bad["empty"] and "another one is called one" in bad["one.flac"]
+    assert "no audio in it" in bad["empty"] and "another one goes to one too" in bad["one.flac"]
     assert any("long.wav: longer than 3 s" in record.getMessage() for record in caplog.records)
     found = np.load(out / "silence.npz")
     assert found.files == ["layer_1"] and found["layer_1"].shape == (48,) and np.isfinite(found["layer_1"]).all()

@@ -168,7 +168,7 @@ def test_impossible_numbers_of_model_and_optimiser_are_refused_in_both_tasks(
 
 def test_utterances_shorter_than_a_mask_needs_are_refused() -> None:
     config = thin()
-    config.data.min_seconds = 0.005
+    config.data.min_seconds, config.model.mask_prob = 0.005, 0.0
     with pytest.raises(UsageError, match="must leave 1 frames or more of every"):
         config.check()
     config.data.min_seconds, config.model.mask_prob = 0.05, 0.5
@@ -183,6 +183,7 @@ def test_utterances_shorter_than_a_mask_needs_are_refused() -> None:
 def test_layer_decay_gives_each_depth_its_share_of_the_rate(norm_first: bool) -> None:
     config = thin()
     config.model.norm_first, config.model.n_layer, config.layer_decay = norm_first, 3, 0.5
+    config.model.conv_gradient_scale, config.model.mask_prob = 0.1, 0.0
     model = Wav2Vec2ForCTC(config.model, 5)
     task = FinetuneTask(model, Vocabulary.from_texts(["AB"]), config)
     groups = task.parameter_groups()

@@ -237,7 +237,8 @@ def test_every_preset_has_the_pages_names_and_at_most_a_projection_of_the_target
     ]  # fmt: skip
     for preset in PRESETS:
         names = [name for name, _ in on_meta(shrunk(preset)).named_children()]
-        assert [name for name in names if name != "project_q"] == page
+        assert [name for name in names if name not in ("project_q", "neighbourhood")] == page
+        assert ("neighbourhood" in names) == (preset == "tiny")
         assert ("project_q" in names) == (preset != "base")
 
 

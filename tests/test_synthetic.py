@@ -221,7 +221,7 @@ def test_a_pause_and_a_merged_pair_get_their_times() -> None:
 
 def test_missing_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(UsageError, match=r"pip install 'w2v2\[synth\]'"):
+    with pytest.raises(UsageError, match=r"pip install espeakng-loader"):
         synthesize(tmp_path / "corpus", SMALL)
     assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from w2v2.model.packing import to_device
+
 
 class Neighbourhood(nn.Module):
     """Predicts the whitened principal components of the conv features of the frames around each.
@@ -73,6 +75,6 @@ class Neighbourhood(nn.Module):
             target = (self.stack(features.detach().float(), packed) - self.mean) @ self.basis
         error = (self.head(context).flatten(0, 1).float() - target).square().mean(1)
         seen = torch.cat([torch.full((n,), count / (n - count)) for n, count in zip(frames, counts, strict=True)])
-        weights = seen.to(error.device, non_blocking=True).index_fill(0, covered, 1.0)
+        weights = to_device(seen, error.device).index_fill(0, covered, 1.0)
         total: Tensor = error @ weights
         return total

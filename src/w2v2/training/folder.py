@@ -19,7 +19,7 @@ from w2v2.errors import UsageError
 from w2v2.files import write_json
 from w2v2.serial import differences, load_config, read_json, save_config, to_dict
 from w2v2.training.config import RunConfig
-from w2v2.training.resume import WARM_START, can_resume, checkpoint_files, step_of
+from w2v2.training.resume import WARM_START, can_resume, checkpoint_files, newest_good, step_of
 
 METRICS, TENSORBOARD = "metrics.csv", "tensorboard"
 _BEGUN = (CONFIG, "environment.json", VOCABULARY, METRICS, TENSORBOARD, WARM_START, "best", "checkpoints")
@@ -47,7 +47,7 @@ def check_folder(out: Path, resume: bool, max_steps: int) -> None:
         if not can_resume(out):
             raise UsageError(f"nothing to resume in {out}: expected a file in {out / 'checkpoints'}")
         done = max(map(step_of, checkpoint_files(out)), default=0)
-        if done > max_steps:
+        if done > max_steps and (done := step_of(newest_good(out)[0])) > max_steps:  # the newest may be damaged
             raise UsageError(f"{out} has done {done} steps, `train.max_steps` is {max_steps}; give {done} or more")
     elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another `out`, or go on with `resume`")

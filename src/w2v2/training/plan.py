@@ -29,6 +29,7 @@ from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 from w2v2.training.config import PretrainConfig
 from w2v2.training.mask_preview import Masks, crops, preview_masks
+from w2v2.training.optim import WarmupLinear
 from w2v2.training.pretrain import pretrain
 
 WARM_UP_STEPS = 5
@@ -101,6 +102,7 @@ def _shortened(config: PretrainConfig, steps: int, folder: Path) -> PretrainConf
     """The run on one device for so many steps; without audio, on noise: one file, and links."""
     short = copy.deepcopy(config)
     short.train.max_steps = WARM_UP_STEPS + steps + 1  # a step ends where the next one begins
+    short.optim.schedule = WarmupLinear(warmup_steps=0)  # the rate takes no time
     short.train.accumulate = min(config.train.accumulate, 2)
     short.train.devices = short.train.num_nodes = 1
     short.train.val_every = short.train.checkpoint_every = 10**6
