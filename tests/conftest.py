@@ -10,13 +10,25 @@ import pytest
 import soundfile
 import torch
 
-LONGEST = (
-    "resume docs ends warm_start train export processes streaming plan secrets finetune transcribe evaluate".split()
-)
+LONGEST = [
+    "resume",
+    "docs",
+    "ends",
+    "warm_start",
+    "train",
+    "export",
+    "processes",
+    "streaming",
+    "plan",
+    "secrets",
+    "finetune",
+    "transcribe",
+    "evaluate",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first (``--no-loadscope-reorder``), so that no process waits for another at the end."""
+    """The files that take longest first (``--no-loadscope-reorder``), so that none waits at the end."""
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
