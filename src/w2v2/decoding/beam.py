@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from flashlight.lib.text.decoder import (
@@ -65,7 +66,7 @@ def make_beam(
     lexicon: Path | None = None,
     hot_words: Sequence[str] = (),
 ) -> FreeBeam | LexiconBeam:
-    """See ``decode.make_decoder``."""
+    """See ``decoder.make_decoder``."""
     for path in (lm, lexicon):
         if path is not None and not path.is_file():
             raise UsageError(f"no file {path}: expected {'an LM' if path is lm else 'a lexicon'}; check the path")
@@ -87,7 +88,35 @@ def make_beam(
     return LexiconBeam(vocabulary, config, entries, lm, hot_words)
 
 
-class FreeBeam:
+class _Beam:
+    """What both searches share: other weights for the same words, one utterance at a time in flashlight's decoder."""
+
+    _decoder: LexiconDecoder | LexiconFreeDecoder
+
+    def tuned(self, config: BeamConfig) -> Self:
+        """The same with other weights; what was read from files is shared."""
+        other = copy.copy(self)
+        other._set_up(config)
+        return other
+
+    def _set_up(self, config: BeamConfig) -> None:
+        self.config = config
+        self._lock = threading.Lock()  # flashlight's decoder holds one utterance
+        self._search(config)
+
+    def _search(self, config: BeamConfig) -> None:
+        raise NotImplementedError
+
+    def _best(self, log_probs: Tensor) -> DecodeResult:
+        emissions = log_probs.float().contiguous()
+        with self._lock:
+            results = self._decoder.decode(emissions.data_ptr(), *emissions.shape)
+        if not results:
+            raise JobError("log-probabilities are not numbers: the model has diverged; use an earlier checkpoint")
+        return results[0]
+
+
+class FreeBeam(_Beam):
     """Any sequence of labels, whatever words it makes. With hot words, of the ten likeliest labels of each frame.
 
     flashlight keeps every hypothesis of an utterance: 0.2 GB for 20 s with a beam of 50. Give it no long recordings.
@@ -96,17 +125,9 @@ class FreeBeam:
     def __init__(self, vocabulary: Vocabulary, config: BeamConfig, hot_words: Sequence[str] = ()) -> None:
         self.vocabulary = vocabulary
         self.hot_words = [spelling_of(phrase, vocabulary) for phrase in phrases_of(hot_words, vocabulary)]
-        self._search(config)
-
-    def tuned(self, config: BeamConfig) -> FreeBeam:
-        """The same with other weights."""
-        other = copy.copy(self)
-        other._search(config)
-        return other
+        self._set_up(config)
 
     def _search(self, config: BeamConfig) -> None:
-        self.config = config
-        self._lock = threading.Lock()  # flashlight's decoder holds one utterance at a time
         vocabulary = self.vocabulary
         self._lm = HotLabels(self.hot_words, config.hot_word_boost, vocabulary) if self.hot_words else ZeroLM()
         options = LexiconFreeDecoderOptions(
@@ -125,12 +146,11 @@ class FreeBeam:
         """Decode (T, labels)."""
         # flashlight begins as if a boundary had just been said; a blank in front makes a boundary at once a label.
         first = _frame(log_probs, self.vocabulary.blank)
-        with self._lock:
-            best = _best(self._decoder, torch.cat([first, log_probs]))
+        best = self._best(torch.cat([first, log_probs]))
         return path_hypothesis(torch.tensor(best.tokens[2:-1]), self.vocabulary, best.score)
 
 
-class LexiconBeam:
+class LexiconBeam(_Beam):
     """Words of a lexicon, weighed by an n-gram LM if there is one. The last one needs no boundary after it."""
 
     def __init__(
@@ -157,17 +177,9 @@ class LexiconBeam:
         self.hot_words = [tuple(first[word] for word in phrase) for phrase in phrases]
         self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), asked)
         self._trie: Trie | None = None
-        self._search(config)
-
-    def tuned(self, config: BeamConfig) -> LexiconBeam:
-        """The same with other weights; what was read from files is shared."""
-        other = copy.copy(self)
-        other._search(config)
-        return other
+        self._set_up(config)
 
     def _search(self, config: BeamConfig) -> None:
-        self.config = config
-        self._lock = threading.Lock()  # flashlight's decoder holds one utterance at a time
         if self.hot_words:
             self._lm = HotWords(self.ngram, config.lm_weight, self.same, self.hot_words, config.hot_word_boost)
         else:
@@ -204,8 +216,7 @@ class LexiconBeam:
         assert boundary is not None
         # A boundary after the end, for nothing: otherwise flashlight drops a last word that has none.
         last = _frame(log_probs, boundary) - self.config.silence_score
-        with self._lock:
-            best = _best(self._decoder, torch.cat([log_probs, last]))
+        best = self._best(torch.cat([log_probs, last]))
         path = best.tokens[1:-2]
         words = [(frame, word) for frame, word in enumerate(best.words[1:-1]) if word >= 0]
         if best.score < _NEVER / 2:  # no hypothesis ends with a word: what was begun is left out
@@ -274,11 +285,3 @@ def _frame(like: Tensor, label: int) -> Tensor:
     frame = torch.full((1, like.shape[1]), _NEVER)
     frame[0, label] = 0.0
     return frame
-
-
-def _best(decoder: LexiconDecoder | LexiconFreeDecoder, log_probs: Tensor) -> DecodeResult:
-    emissions = log_probs.float().contiguous()
-    found = decoder.decode(emissions.data_ptr(), *emissions.shape)
-    if not found:
-        raise JobError("log-probabilities are not numbers: the model has diverged; use an earlier checkpoint")
-    return found[0]
