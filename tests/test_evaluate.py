@@ -523,7 +523,8 @@ def test_tuning_notices_other_audio_of_the_same_length_and_a_transcript_that_is_
     def tuned():
         assert main([*argv, "--tune", "valid", "--trials", "1", "--beam-size", "5"]) == 0
         caches = list((run / "emissions").iterdir())
-        return {cache.name: EmissionCache(cache, weights_key(run)) for cache in caches}
+        labels = len(json.loads((run / "vocab.json").read_text())["labels"])
+        return {cache.name: EmissionCache(cache, weights_key(run), labels) for cache in caches}
 
     before = tuned()
     said = next((data / "dev-clean").rglob("*.trans.txt"))

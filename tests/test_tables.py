@@ -329,7 +329,7 @@ def test_one_recording_is_told_to_be_too_few_and_a_long_transcript_too_long(
 ) -> None:
     save(tmp_path / "a.wav", 0, 61).with_suffix(".txt").write_text("OH WELL " * 60)
     os.mkfifo(save(tmp_path / "x" / "b.wav", 1).with_suffix(".txt"))
-    with pytest.raises(UsageError, match=r"b\.txt is not a regular file"):
+    with pytest.raises(UsageError, match=r"b\.txt: not a regular file"):
         prepare(tmp_path, tmp_path / "out")
     (tmp_path / "x" / "b.txt").unlink()
     (tmp_path / "x" / "b.wav").unlink()

@@ -4,16 +4,57 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jinja2
 
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.errors import public
-from w2v2.serial import read_json
+from w2v2.serial import read_checked, read_json
 from w2v2.text.vocabulary import SPACE, PhonemeVocabulary, PieceVocabulary, Vocabulary, load_vocabulary
 
 CARD, CHECK = "README.md", "export.json"
+
+
+class _Check(TypedDict):
+    format: str
+    largest_difference: float
+
+
+class _Sources(TypedDict, total=False):
+    sources: list[str]
+
+
+class _Run(TypedDict, total=False):
+    data: _Sources
+
+
+class _Train(TypedDict):
+    hours: float
+    speakers: int
+
+
+class _Data(TypedDict, total=False):
+    train: _Train
+
+
+class _Environment(TypedDict, total=False):
+    data: _Data
+
+
+class _Interval(TypedDict, total=False):
+    interval: tuple[float, float] | None
+
+
+class _Report(TypedDict):
+    decoder: dict[str, Any] | None
+    data: str
+    split: str
+    utterances: int
+    wer: float
+    cer: float
+    words: _Interval
+    characters: _Interval
 
 
 def write_card(source: Path, folder: Path, *, name: str, license_id: str | None = None) -> None:
@@ -27,10 +68,13 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    check = read_json(folder / CHECK)
+    check = read_checked(folder / CHECK, _Check)
     vocabulary = load_vocabulary(folder / VOCABULARY) if (folder / VOCABULARY).is_file() else None
-    run, environment = (_optional(source / file) for file in (CONFIG, "environment.json"))
+    about = source / CONFIG
+    run: _Run = read_checked(about, _Run) if about.is_file() else {}
     datasets = [_last_name(path) for path in run.get("data", {}).get("sources", ())]
+    about = source / "environment.json"
+    environment: _Environment = read_checked(about, _Environment) if about.is_file() else {}
     data = ModelCardData(
         library_name="w2v2",
         license=license_id,
@@ -59,10 +103,6 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     ModelCard(page).save(folder / CARD)
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def _last_name(path: str) -> str:
     """Return all that is told of a path, which may say much about a machine."""
     return public(path).rstrip("/").rpartition("/")[2] or public(path)
@@ -70,7 +110,7 @@ def _last_name(path: str) -> str:
 
 def _evaluation(path: Path) -> list[str]:
     """Return the cells of what ``w2v2 evaluate`` wrote; docs/evaluation.md has the keys."""
-    of = read_json(path)
+    of: Any = read_checked(path, _Report)
     decoder = "beam search" if of["decoder"] else "greedy"
     cells = [f"`{_last_name(of['data'])}`", of["split"], decoder, f"{of['utterances']:,}"]
     for rate, units in (("wer", "words"), ("cer", "characters")):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,14 +17,14 @@ from torch import Tensor
 from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_safetensors
-from w2v2.checkpoint.pickles import read_pickle
+from w2v2.checkpoint.pickles import read_pickle, tensors_of
 from w2v2.checkpoint.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
-from w2v2.errors import UsageError
+from w2v2.errors import Range, ShareBelowOne, UsageError, Width, shown
 from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
-from w2v2.serial import read_json
+from w2v2.serial import checked, read_json
 from w2v2.text.vocabulary import Vocabulary
 
 BINARY, PREPROCESSOR = "pytorch_model.bin", "preprocessor_config.json"
@@ -101,6 +101,19 @@ _FIXED = ("hidden_act", "feat_extract_activation", "layer_norm_eps", "add_adapte
 _ALLOWED = {name: (OTHERS[name],) for name in _FIXED} | {"feat_extract_norm": ("group", "layer")}
 _KEPT = "w2v2"
 """Key of their configuration for the fields that it has no place for."""
+
+
+_TYPES: dict[str, Any] = {
+    "codevector_dim": Width,
+    "apply_spec_augment": bool,
+    "mask_feature_prob": ShareBelowOne,
+    "mask_feature_length": Width,
+    "vocab_size": Annotated[int, Range(1, 1_000_000)],
+}
+
+
+def _other(values: dict[str, Any], name: str, where: Path) -> Any:
+    return foreign.setting(values, name, _TYPES[name], OTHERS[name], where)
 
 
 def class_name(kind: type[Wav2Vec2]) -> str:
@@ -191,7 +204,7 @@ def read_huggingface(folder: Path) -> Checkpoint:
     """
     values, where = read_json(folder / CONFIG), folder / CONFIG
     if values.get("model_type") != "wav2vec2":
-        raise UsageError(f"{where} is of a model of type {values.get('model_type')!r}, expected 'wav2vec2'")
+        raise UsageError(f"{where} is of a model of type {shown(values.get('model_type'))}, expected 'wav2vec2'")
     foreign.refuse_other_settings(values, _ALLOWED, where)
     tensors, file = _read_tensors(folder)
     kind = foreign.kind_of(tensors)
@@ -208,15 +221,15 @@ def read_huggingface(folder: Path) -> Checkpoint:
         tensors[f"{prefix}masked_spec_embed"] = torch.zeros(config.n_embd)
         config = replace(config, mask_prob=0.0)
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
-    n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
-    blank = foreign.blank_of(config, kind, n_labels)
+    n_labels = _other(values, "vocab_size", where) if kind is Wav2Vec2ForCTC else 0
+    blank = foreign.blank_of(config, kind, n_labels, where)
     return Checkpoint(
         source=folder,
         config=config,
         state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
         vocabulary=_read_vocabulary(folder, values, n_labels) if kind is Wav2Vec2ForCTC else None,
-        channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
-        channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
+        channel_mask_prob=_other(values, "mask_feature_prob", where),
+        channel_mask_length=_other(values, "mask_feature_length", where),
         notes=notes,
     )
 
@@ -235,11 +248,11 @@ def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Voc
 
 def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> ContrastiveConfig:
     ours = foreign.from_settings(values, FIELDS, where) | {"normalize_audio": normalize}
-    width, groups = foreign.setting(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
+    width, groups = _other(values, "codevector_dim", where), ours["n_groups"]
     if width % groups and kind is Wav2Vec2ForPretraining:
         raise UsageError(f"{where}: codevector_dim must be a multiple of num_codevector_groups ({groups}), got {width}")
     ours["codebook_dim"] = width // groups
-    if not values.get("apply_spec_augment", OTHERS["apply_spec_augment"]):
+    if not _other(values, "apply_spec_augment", where):
         ours["mask_prob"] = 0.0
     return foreign.published(
         ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where
@@ -254,7 +267,7 @@ def _normalize_audio(folder: Path, values: dict[str, Any]) -> tuple[bool, list[s
         rate = extractor.get("sampling_rate", SAMPLE_RATE)
         if rate != SAMPLE_RATE:
             raise UsageError(f"{path} wants audio at {rate} Hz; models here hear {SAMPLE_RATE} Hz")
-        return foreign.setting(extractor, "do_normalize", True, path), []
+        return foreign.setting(extractor, "do_normalize", bool, True, path), []
     normalize = values.get("feat_extract_norm") == "layer"
     return normalize, [f"no {PREPROCESSOR}: normalize_audio {normalize}, as fairseq trains encoders of this norm"]
 
@@ -271,9 +284,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """All tensors of parts, which hold what their index says and nothing else."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
-        raise UsageError(f"{index} must have a weight_map from tensors to files")
+    places = checked(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
     tensors: dict[str, Tensor] = {}
     for part in sorted(set(places.values())):
         if Path(part).name != part or not (index.parent / part).is_file():
@@ -290,7 +301,4 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_shard(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    tensors = read_pickle(path)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UsageError(f"{path} must hold tensors by name and nothing else")
-    return dict(tensors)
+    return tensors_of(read_pickle(path), path)

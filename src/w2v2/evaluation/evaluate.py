@@ -27,9 +27,10 @@ from w2v2.errors import Show, UsageError, public, quiet
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
 from w2v2.evaluation.tuning import tune_on
-from w2v2.files import whole, write_text
+from w2v2.files import open_text, whole, write_text
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place
 from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.serial import checked, parse_json
 
 if TYPE_CHECKING:
     from w2v2.data.batch import Batch
@@ -270,14 +271,11 @@ def hypotheses_file(path: Path) -> Path:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     file = hypotheses_file(path)
-    with file.open("rb") as lines:
+    types: dict[str, Any] = {"id": str, "speaker": str | None, "reference": str, **dict.fromkeys(COUNTS, int)}
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if not row.keys() >= {"id", "speaker", "reference", *COUNTS}:
-                    raise ValueError("keys are missing")
-                if not all(isinstance(row[name], int) for name in COUNTS):
-                    raise ValueError("counts are not whole numbers")
-            except (ValueError, AttributeError) as error:
-                raise UsageError(f"{file}, line {number}, is not what 'w2v2 evaluate' writes ({error})") from None
-            yield row
+            where = f"{file}, line {number}"
+            row: dict[str, Any] = checked(parse_json(line, where), dict[str, Any], where)
+            if missing := types.keys() - row:
+                raise UsageError(f"{where}, lacks {', '.join(sorted(missing))}; evaluate again")
+            yield row | {name: checked(row[name], kind, f"{where}: {name}") for name, kind in types.items()}

@@ -17,6 +17,7 @@ from w2v2.data.audio import SAMPLE_RATE, AudioError
 from w2v2.data.sources import folder_texts
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
+from w2v2.files import read_text
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import Failure, Source, source_of
 from w2v2.inference.transcribe import Layout, transcribe
@@ -203,7 +204,4 @@ def _read_text(text: str) -> str:
         if text.endswith(".txt") or (os.sep in text and len(text.split()) == 1):
             raise UsageError(f"no such file: {text}; {expected}")
         return text
-    try:
-        return Path(text).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{text} is not UTF-8 text; convert it") from None
+    return read_text(Path(text))

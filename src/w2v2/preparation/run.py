@@ -18,7 +18,7 @@ from concurrent.futures import Executor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from w2v2.data.layouts import layout_rows
 from w2v2.data.sources import Row, folder_rows, locate
@@ -26,13 +26,14 @@ from w2v2.data.splits import SCHEMA
 from w2v2.data.storage import is_remote
 from w2v2.data.tables import hf_rows, listed_splits, table_rows
 from w2v2.errors import JobError, Show, UsageError, public, quiet
-from w2v2.files import whole, write_json
+from w2v2.files import open_text, whole, write_json
 from w2v2.preparation.audit import audit_all
 from w2v2.preparation.config import AuditConfig, PrepareConfig
 from w2v2.preparation.executors import in_order, local_executor
 from w2v2.preparation.findings import REASONS
 from w2v2.preparation.journal import Journal, open_journal
 from w2v2.preparation.settle import settle
+from w2v2.serial import checked, parse_json, read_json
 
 TABLES = (".csv", ".tsv", ".jsonl")
 HF = "hf:"
@@ -105,14 +106,26 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The corpus that is there already, if it is this one."""
     path = out / "corpus.json"
     if path.exists():
-        with contextlib.suppress(ValueError):  # not JSON, and so not of ours
-            corpus = json.loads(path.read_bytes())
-            if isinstance(corpus, dict) and corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
+        with contextlib.suppress(UsageError):  # not of ours
+            corpus = read_json(path)
+            checked(corpus, _Corpus, str(path))
+            if corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no unfinished preparation; choose another folder")
     return None
+
+
+class _Corpus(TypedDict):
+    options: dict[str, Any]
+    audit: dict[str, Any]
+    sources: NotRequired[dict[str, str]]
+
+
+class _Finding(TypedDict):
+    path: str
+    row: NotRequired[int]
 
 
 def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: dict[str, Any]) -> None:
@@ -127,8 +140,9 @@ def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: d
             return
         changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
         if now[_ROWS] != before[_ROWS]:
-            with (out / "audit.jsonl").open("rb") as lines:
-                told = ((line["path"], line.get("row", 0)) for line in map(json.loads, lines))
+            with open_text(audit := out / "audit.jsonl") as lines:
+                rows = (checked(parse_json(line, audit), _Finding, str(audit)) for line in lines)
+                told = ((row["path"], row.get("row", 0)) for row in rows)
                 new, gone = journal.differences(told)
             changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
     raise UsageError(

@@ -17,6 +17,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from w2v2.errors import UsageError
+
 INK, PALE, GREY = "#1f2328", "#d9dde1", "#7d858e"
 BLUE, ORANGE, GREEN = "#2563a8", "#c2571a", "#2f7d5b"
 COLOURS = {INK: "ink", PALE: "pale", GREY: "grey", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
@@ -165,8 +167,14 @@ def example(path: Path) -> Drawing | None:
     """Draw the spectrogram and the masked spans of example.npz, where there is one."""
     if not path.is_file():
         return None
-    with np.load(path) as data:
-        audio, mask, hop, name = data["audio"], data["mask"], int(data["hop"]), str(data["id"])
+    try:
+        with np.load(path) as data:
+            audio, mask, hop, name = data["audio"], data["mask"], int(data["hop"]), str(data["id"])
+        if audio.ndim != 1 or mask.ndim != 1 or audio.dtype.kind != "f" or not 400 < len(audio) < 1 << 22 or hop < 1:
+            raise ValueError(f"audio of {audio.shape} {audio.dtype}, a mask of {mask.shape}")
+    except Exception as error:  # numpy's reader fails in any way that the bytes please
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{path}: expected audio, mask, hop and id, got {reason}; remove it") from None
     seconds, step = len(audio) / 16_000, max(160, len(audio) // 600)
     # differences lift the high frequencies, which in speech are far weaker
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(np.diff(audio), 200), 400)[::step] * np.hanning(400)

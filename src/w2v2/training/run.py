@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -23,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from w2v2.data.corpora import Splits
 from w2v2.data.loader import dead_workers_named, stop_workers
-from w2v2.errors import JobError, UsageError, public
+from w2v2.errors import JobError, UsageError, Whole, public
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
-from w2v2.serial import to_dict
+from w2v2.serial import checked, to_dict
 from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
@@ -95,7 +96,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             logger=[metrics, board, *_wandb(config, out)],
             callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
         )
-        with _failures_named(checkpoints):
+        with _failures_named(checkpoints, last):
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
             if trainer.global_step % train.val_every:
                 trainer.validate(task, data, verbose=False)
@@ -104,11 +105,27 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
         task.save(out, weights)
 
 
+class _Count(TypedDict):
+    ready: Whole
+
+
+class _Progress(TypedDict):
+    current: _Count
+
+
+_Fit = TypedDict("_Fit", {"epoch_loop.batch_progress": _Progress})
+
+
+class _Loops(TypedDict):
+    fit_loop: _Fit
+
+
 def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: int) -> Path:
     """The checkpoint to go on from, with data and metrics set to go on there, too."""
     path, saved = newest_good(out)
-    data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     step = saved["global_step"]
+    loops: Any = checked(saved["loops"], _Loops, f"{path}: loops")
+    data.skip = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     metrics.resume_at(step)
     if step == max_steps:
         rank_zero_only(log.info)("%s has done its %d steps: nothing is left to do", out, step)
@@ -116,11 +133,11 @@ def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: 
 
 
 @contextlib.contextmanager
-def _failures_named(checkpoints: Checkpoints) -> Iterator[None]:
+def _failures_named(checkpoints: Checkpoints, last: Path | None) -> Iterator[None]:
     """What ends training from without, as one line; workers end with it.
 
     Raises:
-        JobError: no memory, or a data worker that was killed.
+        JobError: no memory, a data worker that was killed, or a checkpoint that no step can follow on.
         KeyboardInterrupt, StoppedError: of which Lightning has made an exit code.
     """
     try:
@@ -128,16 +145,27 @@ def _failures_named(checkpoints: Checkpoints) -> Iterator[None]:
             yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
+            raise error if last is None or checkpoints.started else _unusable(last, error) from error
         reason = (str(error).splitlines() or ["no memory on the host"])[0]
         raise JobError(
             f"out of memory ({reason[:200]}); lower `data.batch_seconds` and raise `train.accumulate` as much, or "
             "choose `train.activation_checkpointing` True; go on with `resume`"
         ) from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise error if last is None or checkpoints.started else _unusable(last, error) from error
     except SystemExit as stop:
         raise checkpoints.interruption() from stop
     finally:
         stop_workers()
+
+
+def _unusable(last: Path, error: Exception) -> Exception:
+    if isinstance(error, (UsageError, JobError)):
+        return error
+    reason = (str(error).splitlines() or [""])[0]
+    return JobError(
+        f"cannot go on from {last}: {type(error).__name__} {reason[:200]}; remove it, and the one before is used"
+    )
 
 
 def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
