@@ -144,7 +144,7 @@ def make_bases(root: Path) -> None:
     (root / "nano").mkdir()
     (root / "nano" / "nano.py").write_text(NANO)
     for name, options in (("prepared", []), ("sharded", ["--shards", "flac"])):
-        call(["prepare", str(corpus), "--out", str(root / name), "--jobs", "1", *options])
+        call(["prepare", str(corpus), str(root / name), "--jobs", "1", *options])
     (root / "text").mkdir()
     (root / "text" / "lm.arpa").write_text(ARPA)
     (root / "text" / "lexicon.txt").write_text("SUN S U N |\nMOON\nSTAR S T A R |\n")
@@ -456,14 +456,14 @@ def targets(root: Path) -> list[Target]:
         *[Target("run", file, resume) for file in ("checkpoints/*", "*.json", "metrics.csv", "best/best.json")],
         *[Target("prepared", file, "lm out.arpa --data IN") for file in ("corpus.json", "train/*.gz")],
         *[Target("sharded", file, evaluate) for file in ("corpus.json", "test/*.gz", "test/*.tar")],
-        Target("prepared", "*.json", "prepare BASES/corpus --out IN --jobs 1"),
+        Target("prepared", "*.json", "prepare BASES/corpus IN --jobs 1"),
         Target("text", "lm.arpa", beam), Target("text", "lm.arpa", beam), Target("text", "lexicon.txt", beam),
         Target("text", "words.txt", "lm IN/words.txt out.arpa"),
         Target("text", "words.txt", "align BASES/models/ours/ctc IN/good.wav IN/words.txt --out out"),
-        *[Target("tables", f"t.{kind}", f"prepare IN/t.{kind} --out out --jobs 1") for kind in ("csv", "tsv", "jsonl")],
-        Target("beside", "*.txt", "prepare IN --out out --jobs 1"),
-        *[Target("kaldi", file, "prepare IN --out out --jobs 1") for file in ("wav.scp", "segments", "text")],
-        Target("corpus", "train-clean/101/1/101-1.trans.txt", "prepare IN --out out --jobs 1"),
+        *[Target("tables", f"t.{kind}", f"prepare IN/t.{kind} out --jobs 1") for kind in ("csv", "tsv", "jsonl")],
+        Target("beside", "*.txt", "prepare IN out --jobs 1"),
+        *[Target("kaldi", file, "prepare IN out --jobs 1") for file in ("wav.scp", "segments", "text")],
+        Target("corpus", "train-clean/101/1/101-1.trans.txt", "prepare IN out --jobs 1"),
         Target("evaluated", "emissions/*/*", tune),
         Target("evaluated", "evaluation/test/hypotheses.jsonl", against),
     ]  # fmt: skip
@@ -627,7 +627,7 @@ def audio_case(root: Path, work: Path, seed: int, number: int, count: int = 8) -
         soundfile.write(cwd / "IN" / f"{name}.wav", sound(1.0, 3), RATE)
     prepare = number % 2
     argv = ["transcribe", str(root / "models" / "ours" / "ctc"), "IN", "--out", "out"]
-    argv = ["prepare", "IN", "--out", "out", "--jobs", "1", "--audit.min-chars-per-second", "0"] if prepare else argv
+    argv = ["prepare", "IN", "out", "--jobs", "1"] if prepare else argv
     before = tree(cwd)
     outcome = forked(argv, cwd)
     faults = faults_of(outcome, cwd, before, ("out", ".tmp"))
@@ -637,7 +637,7 @@ def audio_case(root: Path, work: Path, seed: int, number: int, count: int = 8) -
         done = {Path(row["path"]).stem: row["status"] for row in rows}
         faults += [f"{name} is {done.get(name)}" for name in ("a", "z") if done.get(name) not in ("ok", "warned")]
     else:
-        faults += [f"no {name}.txt" for name in ("a", "z") if not (cwd / "out" / f"{name}.wav.txt").exists()]
+        faults += [f"no {name}.txt" for name in ("a", "z") if not (cwd / "out" / f"{name}.txt").exists()]
     fault = Fault(f"audio{number}", faults, argv, outcome.text) if faults else None
     _remove(cwd, keep=fault is not None)
     return fault

@@ -21,6 +21,7 @@ from w2v2.checkpoint.foreign import renamed
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.cli.main import main
 from w2v2.errors import UsageError
+from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.text.vocabulary import Vocabulary
 
@@ -79,7 +80,7 @@ CONFIG_FAULTS = {
     "odd codebook": ({"codevector_dim": 15}, "codevector_dim must be a multiple of num_codevector_groups (2), got 15"),
     "ours": ({"w2v2": {"n_layers": 3}}, "settings of w2v2 that this version does not know: {'n_layers': 3}"),
     "ours again": ({"w2v2": {"n_layer": "many"}}, "n_layer: expected int, got str ('many')"),
-    "ours once more": ({"w2v2": {"sub_batch_seconds": [1]}}, "sub_batch_seconds: expected float | null, got array ([1])"),
+    "ours once more": ({"w2v2": {"sub_batch_seconds": [1]}}, "sub_batch_seconds: expected float | null, got array"),
 }  # fmt: skip
 
 
@@ -165,7 +166,12 @@ def test_parts_that_are_not_what_their_index_says(tmp_path, capsys, fault):
         edit(index, weight_map={n: p for n, p in places.items() if n != "masked_spec_embed"})
     else:
         edit(index, weight_map=None)
-    said = {"lost": f"no {part}", "elsewhere": "no ../secret", "lies": "is not what", "none": "weight_map: expected object"}
+    said = {
+        "lost": f"no {part}",
+        "elsewhere": "no ../secret",
+        "lies": "is not what",
+        "none": "weight_map: expected",
+    }
     assert said[fault] in refused(capsys, folder, tmp_path / "out")
 
 
@@ -490,11 +496,15 @@ def test_a_model_without_mask_vector_gets_zeros_that_are_never_used_and_the_cert
         conversion.read(tmp_path / "pretraining")
 
 
-def test_transformers_default_of_five_per_cent_is_not_taken_for_a_pretraining_objective(tmp_path):
+@pytest.mark.parametrize("probability", [0.05, 0.075])
+def test_a_mask_time_prob_of_spec_augment_or_of_starts_is_no_pretraining_objective(tmp_path, probability):
+    """0.05 is transformers' default, 0.075 what XLS-R has."""
     folder = save_theirs(theirs(KINDS[1], SHAPES[0]), tmp_path / "hf")
-    edit(folder / "config.json", mask_time_prob=0.05)
+    edit(folder / "config.json", mask_time_prob=probability)
     contents = conversion.read(folder)
-    assert contents.config.mask_prob == 0.65 and "0.05 is transformers' default" in " ".join(contents.notes)
+    assert f"mask_time_prob {probability} is not the share masked" in " ".join(contents.notes)
+    masks = [contents.config.sample_mask(500, keyed_generator(seed, 500)) for seed in range(50)]
+    assert 0.47 < torch.stack(masks).float().mean() < 0.51  # as the paper says, "approximately 49%"
     edit(folder / "config.json", mask_time_prob=0.5)
     assert conversion.read(folder).config.mask_prob == 0.5
 

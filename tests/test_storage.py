@@ -421,7 +421,7 @@ def test_a_server_that_trickles_is_given_up_by_name(head: bytes, impatient, monk
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     monkeypatch.setattr(storage, "SLOWEST", 1e9)
     server = Endless(head, b"x", 0.05)
-    with pytest.raises(OSError, match="no whole answer within [12] s, at the last of 2 attempts") as caught:
+    with pytest.raises(OSError, match=r"no whole answer within [12] s, at the last of 2 attempts") as caught:
         storage.read_range(f"{server.url}/x", 0, 100_000) if head is RANGE else storage.read_bytes(f"{server.url}/x")
     one_line(caught, f"{server.url}/x")
 

@@ -39,6 +39,9 @@ VERBS = {
 }
 """What each does, and the module that has it as a class."""
 
+_LONGEST = 4000
+"""Characters of a line about a failure, which may quote what a file holds."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit code 0: done; 1: it failed; 2: the call or the input has to be put right; 130: interrupted."""
@@ -160,7 +163,8 @@ def _one_line(error: Exception) -> str:
     """The message; of one that comes from a data worker, with that worker's traceback, the last line."""
     message = str(error).strip() or type(error).__name__
     ours = isinstance(error, (UsageError, JobError, StoppedError)) and not message.startswith("Caught ")
-    return printable(message if ours else message.splitlines()[-1].removeprefix(_name(error)))
+    line = printable(message if ours else message.splitlines()[-1].removeprefix(_name(error)))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _name(error: Exception) -> str:

@@ -10,16 +10,16 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 from lhotse import MonoCut
 
 from w2v2.data.config import DataConfig
 from w2v2.data.folders import folder_cuts
-from w2v2.data.splits import SCHEMA, choose_labelled
+from w2v2.data.splits import SCHEMA, Prepared, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
 from w2v2.data.utterance import Utterance, location_of, read_cut, read_line, repeated
-from w2v2.errors import JobError, NotNegative, UsageError, Whole, shown
+from w2v2.errors import JobError, UsageError, shown
 from w2v2.files import MOST_BYTES
 from w2v2.serial import checked, parse_json
 
@@ -228,24 +228,6 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
     return {name: Split.of(cuts) for name, cuts in folder_cuts(root, training=training).items()}
 
 
-class _Piece(TypedDict):
-    cuts: str
-    audio: str | None
-    utterances: Whole
-    seconds: NotNegative
-
-
-class _Split(TypedDict):
-    pieces: list[_Piece]
-    speakers: Whole
-    transcribed: Whole
-
-
-class _Corpus(TypedDict):
-    content_hash: str
-    splits: dict[str, _Split]
-
-
 def _prepared(location: str, description: str) -> Splits:
     try:
         values = parse_json(read_bytes(description), description)
@@ -254,7 +236,7 @@ def _prepared(location: str, description: str) -> Splits:
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
         raise UsageError(f"{description} has schema {shown(schema)}, expected {SCHEMA}; prepare the corpus again")
-    corpus: _Corpus = checked(values, _Corpus, description)
+    corpus: Prepared = checked(values, Prepared, description)
     splits = {}
     for name, split in corpus["splits"].items():
         pieces = tuple(

@@ -97,14 +97,12 @@ class Wav2Vec2Config:
         for name, parts in (("n_head", self.n_head), ("pos_conv_groups", self.pos_conv_groups)):
             if self.n_embd % parts:
                 raise UsageError(f"`model.n_embd` must be a multiple of `model.{name}` ({parts}), got {self.n_embd}")
-        if not re.fullmatch("layer|group:[1-9][0-9]{0,5}", self.conv_norm):
+        norm = re.fullmatch("layer|group:([1-9][0-9]{0,5})", self.conv_norm)
+        if not norm:
             raise UsageError(f"`model.conv_norm` must be 'layer' or 'group:N', as 'group:32', got {self.conv_norm!r}")
-        kind, _, groups = self.conv_norm.partition(":")
-        if kind == "group" and self.conv_channels[0] % int(groups):
-            raise UsageError(
-                f"`model.conv_norm` needs groups that divide the first of `model.conv_channels` "
-                f"({self.conv_channels[0]}), got {groups}"
-            )
+        if norm[1] and self.conv_channels[0] % int(norm[1]):
+            first = self.conv_channels[0]
+            raise UsageError(f"`model.conv_norm` needs groups that divide `model.conv_channels` {first}, got {norm[1]}")
 
     def build(self) -> Wav2Vec2:
         """The model, freshly initialised from torch's global generator: of this configuration an encoder."""

@@ -35,10 +35,24 @@ class _Best(TypedDict):
     score: list[float]
 
 
+class _Count(TypedDict):
+    ready: Whole
+
+
+class _Progress(TypedDict):
+    current: _Count
+
+
+_Loop = TypedDict("_Loop", {"epoch_loop.batch_progress": _Progress})
+
+
+class _Loops(TypedDict):
+    fit_loop: _Loop
+
+
 class _Saved(TypedDict):
     global_step: Whole
-    state_dict: dict[str, Any]
-    loops: dict[str, Any]
+    loops: _Loops
 
 
 class AtomicIO(CheckpointIO):

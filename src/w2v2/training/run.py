@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -24,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from w2v2.data.corpora import Splits
 from w2v2.data.loader import dead_workers_named, stop_workers
-from w2v2.errors import JobError, UsageError, Whole, public
+from w2v2.errors import JobError, UsageError, public
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
-from w2v2.serial import checked, to_dict
+from w2v2.serial import to_dict
 from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
@@ -105,27 +104,11 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
         task.save(out, weights)
 
 
-class _Count(TypedDict):
-    ready: Whole
-
-
-class _Progress(TypedDict):
-    current: _Count
-
-
-_Fit = TypedDict("_Fit", {"epoch_loop.batch_progress": _Progress})
-
-
-class _Loops(TypedDict):
-    fit_loop: _Fit
-
-
 def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: int) -> Path:
     """The checkpoint to go on from, with data and metrics set to go on there, too."""
     path, saved = newest_good(out)
     step = saved["global_step"]
-    loops: Any = checked(saved["loops"], _Loops, f"{path}: loops")
-    data.skip = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+    data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     metrics.resume_at(step)
     if step == max_steps:
         rank_zero_only(log.info)("%s has done its %d steps: nothing is left to do", out, step)
