@@ -624,7 +624,7 @@ def audio_case(root: Path, work: Path, seed: int, number: int, count: int = 8) -
         special(rng, victim) if rng.random() < 0.02 else mutate_bytes(rng, victim)
         names.append(victim.name)
     for name in ("a", "z"):
-        soundfile.write(cwd / "IN" / f"{name}.wav", sound(1.0, 3), RATE)
+        soundfile.write(cwd / "IN" / f"{name}.wav", sound(1.0, ord(name)), RATE)
     prepare = number % 2
     argv = ["transcribe", str(root / "models" / "ours" / "ctc"), "IN", "--out", "out"]
     argv = ["prepare", "IN", "out", "--jobs", "1"] if prepare else argv

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
+from conftest import write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import command, losses, start, until
 
@@ -257,3 +258,37 @@ def test_a_run_works_where_those_are_lacking(corpus: Path, recipe: str, tmp_path
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(recipe: str, tmp_path: Path) -> None:
+    """The one of this corpus takes many batches, of which the first is the last."""
+    corpus = write_corpus(tmp_path / "corpus", {"train-clean": 2, "dev-clean": 24})
+    often = ["--train.val-every", "3", "--train.checkpoint-every", "1000", "--train.max-steps", "4"]
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    process = start(command(recipe, corpus, ended, *often))
+    until(process, ended, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert (process.returncode, message.splitlines()[-1]) == (
+        75,
+        "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume",
+    )
+    assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
+    assert not (ended / "best").exists()  # it has not been validated
+    assert run(command(recipe, corpus, ended, *often, "--resume")[3:], tmp_path).returncode == 0
+    assert run(command(recipe, corpus, whole, *often)[3:], tmp_path).returncode == 0
+    assert losses(ended) == losses(whole)
+
+
+@pytest.mark.parametrize("change", ["optimizer_states", "loops", "state_dict"])
+def test_a_checkpoint_that_is_whole_and_wrong_is_one_line(
+    recipe: str, corpus: Path, tmp_path: Path, change: str
+) -> None:
+    out = tmp_path / "run"
+    assert run(words(recipe, corpus, out, "--train.max-steps", "1"), tmp_path).returncode == 0
+    (path,) = (out / "checkpoints").iterdir()
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {change: {"x": torch.zeros(3)}}, path)
+    result = run(words(recipe, corpus, out, "--train.max-steps", "2", "--resume"), tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert path.name in result.stderr.splitlines()[-1] or "no checkpoint in" in result.stderr.splitlines()[-1]

@@ -674,7 +674,7 @@ def test_a_damaged_manifest_is_named(breakable: dict[str, Path], how: str) -> No
 
 def test_an_address_with_something_else_than_a_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.json").write_text("<html>Welcome</html>")
-    with serve(tmp_path) as server, pytest.raises(UsageError, match="is not what 'w2v2 prepare' writes"):
+    with serve(tmp_path) as server, pytest.raises(UsageError, match=r"corpus\.json is not JSON"):
         read_corpus(server.url)
 
 

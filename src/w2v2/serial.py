@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -20,6 +21,7 @@ from w2v2.errors import UsageError, check_range, shown
 from w2v2.files import open_text, read_bytes, write_json
 
 T = TypeVar("T")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def to_dict(config: Any) -> Any:
@@ -85,7 +87,11 @@ def checked(value: Any, kind: Any, name: str) -> Any:
 
     try:
         converted = msgspec.convert(value, kind, strict=True)
-    except (msgspec.ValidationError, TypeError) as error:  # which of several dataclasses, it does not know
+    except (
+        msgspec.ValidationError,
+        UnicodeEncodeError,
+        TypeError,
+    ) as error:  # which of several dataclasses, it does not know
         reason = str(error).replace("`", "")
         raise UsageError(f"{name}: {reason[:1].lower()}{reason[1:]} ({shown(value)})") from None
     check_range(converted, kind, name)
@@ -157,9 +163,12 @@ def load_config(path: Path, kinds: type[T] | tuple[type[T], ...]) -> T:
 
 
 def parse_json(content: str | bytes, where: object) -> Any:
-    """Return what a text in JSON says; :class:`UsageError`: it is none, or nested too deep."""
+    """Return what a text in JSON says; :class:`UsageError`: it is none, nested too deep, or has half a character."""
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        if _SURROGATE.search(content if isinstance(content, bytes) else content.encode()):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not JSON ({error}); get it again, or check the path") from None
 
