@@ -690,11 +690,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=None, help="a folder to keep bases and faulty cases in")
     options = parser.parse_args()
     prepare_to_fork()
-    work = options.work or Path(tempfile.mkdtemp(prefix="fuzz-"))
+    work = (options.work or Path(tempfile.mkdtemp(prefix="fuzz-"))).absolute()
     work.mkdir(exist_ok=True)
-    if not (work / "bases").exists():
-        make_bases(_made(work / "bases.partial"))
-        (work / "bases.partial").rename(work / "bases")
+    if not (work / "made").exists():
+        shutil.rmtree(work / "bases", ignore_errors=True)
+        (work / "bases").mkdir()
+        make_bases(work / "bases")
+        (work / "made").touch()
     for left in work.glob("*[0-9]"):
         shutil.rmtree(left)
     started = time.monotonic()
@@ -704,12 +706,6 @@ def main() -> int:
         sys.stdout.write(f"{fault.name}: {'; '.join(fault.faults)}\n  w2v2 {' '.join(fault.argv)}\n    {tail}\n")
     sys.stdout.write(f"seed {options.seed}: {len(faults)} faults in {time.monotonic() - started:.0f} s; {work}\n")
     return int(bool(faults))
-
-
-def _made(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 if __name__ == "__main__":
