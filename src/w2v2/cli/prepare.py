@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from w2v2.cli.options import File, Settings, default, optional_value
 from w2v2.cli.progress import progress
-from w2v2.errors import Count, check_ranges
+from w2v2.errors import Count, Range, check_ranges
 from w2v2.preparation.config import AuditConfig, PrepareConfig
 
 log = logging.getLogger("w2v2")
@@ -64,6 +64,8 @@ class Prepare:
     """MD5 sums of the archives, where they are not the published ones."""
     hours: float = 2.0
     """Of synthetic training audio."""
+    speakers: Annotated[int, Range(3)] = 96
+    """Of synthetic speech, all splits together; an eighth each to validate and test."""
     audit: Settings[AuditConfig] = field(default_factory=AuditConfig)
 
     def run(self, named: Collection[str]) -> None:
@@ -116,7 +118,7 @@ class Prepare:
 
         audio = self.out.with_name(self.out.name + "-audio")
         with progress("synthesise") as show:
-            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), show)
+            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed, self.speakers), show)
         return audio
 
 
