@@ -112,7 +112,7 @@ def settle_case(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
 
     A stray capital does not make it one of both cases; labels of Turkish and its kin have their rules of i and \u0131.
     """
-    notes = []
+    notes: list[str] = []
     case, strays = case_of(vocabulary.ids)
     if type(vocabulary) is not Vocabulary:
         return vocabulary, notes
