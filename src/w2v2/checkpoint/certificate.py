@@ -42,6 +42,19 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was compared, and with which versions."""
+    packages = ["w2v2", "torch", *(["transformers"] if has_transformers() else [])]
+    return {
+        "schema": SCHEMA,
+        "model": class_name(checkpoint.kind),
+        "parameters": sum(tensor.numel() for tensor in checkpoint.state.values()),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "dtype": "float32",
+        "device": "cpu",
+    }
+
+
 def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> dict[str, Any]:
     """Compare a model with transformers'.
 
@@ -57,15 +70,7 @@ def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> 
         JobError: a difference above the tolerance.
         UsageError: transformers is needed and not installed.
     """
-    packages = ["w2v2", "torch", *(["transformers"] if has_transformers() else [])]
-    certificate: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": class_name(checkpoint.kind),
-        "parameters": sum(tensor.numel() for tensor in checkpoint.state.values()),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-        "dtype": "float32",
-        "device": "cpu",
-    }
+    certificate = _about(checkpoint)
     if theirs is None:
         return certificate | {
             "compared_with": None,
