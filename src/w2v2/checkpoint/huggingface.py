@@ -194,14 +194,14 @@ def read_huggingface(folder: Path) -> Checkpoint:
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
     n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
     blank = foreign.blank_of(config, kind, n_labels)
-    vocabulary = None
+    state, vocabulary = foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file), None
     if kind is Wav2Vec2ForCTC:
         vocabulary, choices = settle_case(_read_vocabulary(folder, values, n_labels))
         notes += choices
     return Checkpoint(
         source=folder,
         config=config,
-        state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
+        state=state,
         vocabulary=vocabulary,
         channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
         channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
