@@ -73,7 +73,8 @@ class SpeechDataset(Dataset[Batch]):
         seed: of the crops.
         max_seconds: crop longer utterances to this; None: never crop.
         same_length: crop all to the shortest of the batch, at an own random place each, as pretraining wants.
-        normalize: whether each whole utterance gets zero mean and unit variance, before it is cropped.
+        normalize: 0, or what is added to the variance of a whole utterance that is given zero mean and unit variance,
+            before it is cropped.
         encode: transcript -> labels, for targets.
         draw: batch -> its ``draws``.
     """
@@ -84,7 +85,7 @@ class SpeechDataset(Dataset[Batch]):
         seed: int = 0,
         max_seconds: float | None = None,
         same_length: bool = False,
-        normalize: bool = False,
+        normalize: float = 0.0,
         encode: Encode | None = None,
         draw: Callable[[Batch], Any] | None = None,
     ) -> None:
@@ -152,7 +153,7 @@ class SpeechDataset(Dataset[Batch]):
         if not self.normalize:
             return offset, load_audio(cut, offset, duration, data)
         samples = load_audio(cut, data=data)
-        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-5)
+        samples = (samples - samples.mean()) / np.sqrt(samples.var() + self.normalize)
         start = round(offset * SAMPLE_RATE)
         part: FloatArray = samples[start : start + round(duration * SAMPLE_RATE)]
         return offset, part
