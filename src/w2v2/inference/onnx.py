@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2v2.checkpoint.huggingface import PREPROCESSOR
+from w2v2.checkpoint.extractor import PREPROCESSOR
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.errors import UsageError
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
