@@ -74,7 +74,8 @@ class SpeechDataset(Dataset[Batch]):
         seed: of the crops.
         max_seconds: crop longer utterances to this; None: never crop.
         same_length: crop all to the shortest of the batch, at an own random place each, as pretraining wants.
-        normalize: whether each whole utterance gets zero mean and unit variance, before it is cropped.
+        normalize: 0, or what is added to the variance of a whole utterance that is given zero mean and unit variance,
+            before it is cropped.
         encode: transcript -> labels, for targets.
         draw: batch -> its ``draws``.
         augmentation: changes what is read; None: nothing does.
@@ -87,7 +88,7 @@ class SpeechDataset(Dataset[Batch]):
         seed: int = 0,
         max_seconds: float | None = None,
         same_length: bool = False,
-        normalize: bool = False,
+        normalize: float = 0.0,
         encode: Encode | None = None,
         draw: Callable[[Batch], Any] | None = None,
         augmentation: Augmentation | None = None,
@@ -164,7 +165,7 @@ class SpeechDataset(Dataset[Batch]):
         offset = random.Random(key).uniform(0, cut.duration - duration)
         if self.normalize:
             samples = load_audio(cut, data=data)
-            samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-5)
+            samples = (samples - samples.mean()) / np.sqrt(samples.var() + self.normalize)
             start = round(offset * SAMPLE_RATE)
             samples = samples[start : start + round(duration * SAMPLE_RATE)]
         else:

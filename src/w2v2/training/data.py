@@ -41,7 +41,7 @@ class SpeechDataModule(pl.LightningDataModule):
         config: DataConfig,
         *,
         seed: int = 0,
-        normalize: bool = False,
+        normalize: float = 0.0,
         encode: Encode | None = None,
         fits: Fits | None = None,
         skip: int = 0,
