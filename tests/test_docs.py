@@ -1,5 +1,6 @@
 """Whatever README and docs show is run: each page's shell and Python blocks, one after the other, in one folder."""
 
+import json
 import os
 import re
 import shlex
@@ -65,3 +66,13 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
             assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}"
             ran += 1
     assert ran or page.name not in ("README.md", "extending.md")
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs/tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    script = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert script.startswith("UPDATES = ")
+    script = script.replace(script.splitlines()[0], "UPDATES = 2")
+    done = run(None, tmp_path, script=script, env={"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "parameters" in done.stdout and "heard:" in done.stdout

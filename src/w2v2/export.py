@@ -26,8 +26,8 @@ from torch.export import Dim
 
 from w2v2.checkpoint.card import CHECK
 from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.extractor import write_extractor
 from w2v2.checkpoint.formats import file_hashes, read
-from w2v2.checkpoint.huggingface import write_extractor
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits

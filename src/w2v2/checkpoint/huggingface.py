@@ -16,18 +16,19 @@ from torch import Tensor
 
 from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
+from w2v2.checkpoint.extractor import normalizes, write_extractor
 from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_safetensors
 from w2v2.checkpoint.pickles import read_pickle
-from w2v2.checkpoint.tokenizer import read_tokenizer, tokenizer_misfits, write_tokenizer
+from w2v2.checkpoint.tokenizer import read_tokenizer, settle_case, tokenizer_misfits, write_tokenizer
 from w2v2.errors import UsageError
 from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
+from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import read_json
 from w2v2.text.vocabulary import Vocabulary
 
-BINARY, PREPROCESSOR = "pytorch_model.bin", "preprocessor_config.json"
+BINARY = "pytorch_model.bin"
 
 _ENCODER: foreign.Rules = (
     (r"feature_encoder\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.conv."),
@@ -99,6 +100,9 @@ OTHERS: dict[str, Any] = {
 """Fields with no single counterpart, and their defaults."""
 _FIXED = ("hidden_act", "feat_extract_activation", "layer_norm_eps", "add_adapter", "adapter_attn_dim")
 _ALLOWED = {name: (OTHERS[name],) for name in _FIXED} | {"feat_extract_norm": ("group", "layer")}
+_START_PROB = 0.1
+"""Below it ``mask_time_prob`` is no share of frames of pretraining: it is SpecAugment's, or fairseq's former share of
+starts, as XLS-R has it."""
 _KEPT = "w2v2"
 """Key of their configuration for the fields that it has no place for."""
 
@@ -163,26 +167,6 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         write_tokenizer(checkpoint.vocabulary, folder)
 
 
-def write_extractor(folder: Path, *, normalize: bool, attention_mask: bool) -> None:
-    """Write ``preprocessor_config.json``, of transformers' feature extractor.
-
-    Args:
-        folder: exists.
-        normalize: whether it gives each recording zero mean and unit variance.
-        attention_mask: whether it tells the model what is padding.
-    """
-    settings = {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": SAMPLE_RATE,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "do_normalize": normalize,
-        "return_attention_mask": attention_mask,
-    }
-    write_json(folder / PREPROCESSOR, settings)
-
-
 def read_huggingface(folder: Path) -> Checkpoint:
     """Read a folder of transformers' ``save_pretrained``, or one of the Hub's.
 
@@ -195,12 +179,12 @@ def read_huggingface(folder: Path) -> Checkpoint:
     foreign.refuse_other_settings(values, _ALLOWED, where)
     tensors, file = _read_tensors(folder)
     kind = foreign.kind_of(tensors)
-    normalize, notes = _normalize_audio(folder, values)
+    normalize, notes = normalizes(folder, layer_norm=values.get("feat_extract_norm") == "layer")
     config = _model_config(values, kind, normalize, where)
-    if kind is Wav2Vec2ForPretraining and _KEPT not in values and values.get("mask_time_prob", 0.05) == 0.05:
-        # The default, of SpecAugment in fine-tuning; in pretraining transformers is given its masks from outside.
-        config = replace(config, mask_prob=ContrastiveConfig.mask_prob)
-        notes.append(f"mask_time_prob 0.05 is transformers' default, not of pretraining: {config.mask_prob} here")
+    if kind is not Wav2Vec2ForCTC and _KEPT not in values and config.mask_prob < _START_PROB:
+        # In pretraining transformers is given its masks from outside.
+        masked, config = config.mask_prob, replace(config, mask_prob=ContrastiveConfig.mask_prob)
+        notes.append(f"mask_time_prob {masked:g} is not the share masked in pretraining: {config.mask_prob} here")
     prefix = "" if kind is Wav2Vec2 else "wav2vec2."
     if not prefix:  # some encoders keep the names that they had inside a model with a head
         tensors = {name.removeprefix("wav2vec2."): tensor for name, tensor in tensors.items()}
@@ -210,11 +194,15 @@ def read_huggingface(folder: Path) -> Checkpoint:
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
     n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
     blank = foreign.blank_of(config, kind, n_labels)
+    vocabulary = None
+    if kind is Wav2Vec2ForCTC:
+        vocabulary, choices = settle_case(_read_vocabulary(folder, values, n_labels))
+        notes += choices
     return Checkpoint(
         source=folder,
         config=config,
         state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
-        vocabulary=_read_vocabulary(folder, values, n_labels) if kind is Wav2Vec2ForCTC else None,
+        vocabulary=vocabulary,
         channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
         channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
         notes=notes,
@@ -244,19 +232,6 @@ def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool,
     return foreign.published(
         ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where
     )
-
-
-def _normalize_audio(folder: Path, values: dict[str, Any]) -> tuple[bool, list[str]]:
-    """Return what the extractor's file says; without one, what fairseq trains the two kinds of encoder with."""
-    if (folder / PREPROCESSOR).is_file():
-        path = folder / PREPROCESSOR
-        extractor = read_json(path)
-        rate = extractor.get("sampling_rate", SAMPLE_RATE)
-        if rate != SAMPLE_RATE:
-            raise UsageError(f"{path} wants audio at {rate} Hz; models here hear {SAMPLE_RATE} Hz")
-        return foreign.setting(extractor, "do_normalize", True, path), []
-    normalize = values.get("feat_extract_norm") == "layer"
-    return normalize, [f"no {PREPROCESSOR}: normalize_audio {normalize}, as fairseq trains encoders of this norm"]
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:

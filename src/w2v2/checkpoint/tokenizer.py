@@ -11,6 +11,7 @@ usual name there. Ids stay what they are.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from w2v2.checkpoint.pickles import plain
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import read_json
+from w2v2.text.spelling import case_of
 from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 
 TOKENS, SETTINGS, SPECIAL, ADDED = (
@@ -103,6 +105,24 @@ def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
         boundary=boundary,
         silent=tuple(i for i in dict.fromkeys(silent) if i is not None and i not in (blank, unknown, boundary)),
     )
+
+
+def settle_case(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
+    """Return a vocabulary from elsewhere with the case that text gets for it, and notes where that is a choice.
+
+    A stray capital does not make it one of both cases; labels of Turkish and its kin have their rules of i and \u0131.
+    """
+    notes: list[str] = []
+    case, strays = case_of(vocabulary.ids)
+    if type(vocabulary) is not Vocabulary:
+        return vocabulary, notes
+    if strays:
+        vocabulary = replace(vocabulary, case=case)
+        notes.append(f"its letters are in {case} case but for {strays}: so is all text for it, and these never occur")
+    if any(set(letters) <= vocabulary.ids.keys() for letters in ("\u0131i\u011f\u015f", "\u0130I\u011e\u015e")):
+        vocabulary = replace(vocabulary, language="tr")
+        notes.append("it has dotless \u0131 beside i: text changes case by the rules of Turkish")
+    return vocabulary, notes
 
 
 def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str | None]:

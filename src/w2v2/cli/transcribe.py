@@ -155,29 +155,43 @@ class Align(_Windows):
     """Of what is written."""
     timestamps: Literal["word", "char"] = "word"
     """Times to write."""
+    skip_unknown: bool = False
+    """Match without digits, punctuation and whatever else has no label, and keep it in what is written."""
 
     def run(self, named: Collection[str]) -> None:
-        """Write the times of each recording's words, and say which could not be aligned."""
+        """Write the times of each recording's words, and say which could not be aligned, or hardly."""
         check_format(self.format, self.timestamps)
         known_texts = find_texts(self.audio, self.text)
         pairs = [(heard, text) for source, text in known_texts for heard in self.heard([source])]
         recognizer, layout = self.ready()
         known = [source for source, text in pairs if isinstance(text, str)]
-        failed, writer = 0, TranscriptWriter(known, self.format, self.timestamps, self.out)
+        failed, doubtful, writer = 0, 0, TranscriptWriter(known, self.format, self.timestamps, self.out)
         with progress("align") as show:
             for done, (source, text) in enumerate(pairs, 1):
                 try:
                     if isinstance(text, UsageError):
                         raise text
-                    result = align(recognizer, source, text, layout=layout, batch_size=self.batch_size)
+                    result = align(
+                        recognizer,
+                        source,
+                        text,
+                        layout=layout,
+                        batch_size=self.batch_size,
+                        skip_unknown=self.skip_unknown,
+                    )
                 except UsageError as error:
                     if self.text is not None:
                         raise
                     result = Failure(source.name, str(error))
                 failed += not _take(writer, result)
+                if isinstance(result, Transcript) and result.doubt:
+                    doubtful += 1
+                    log.warning("%s: %s; written all the same", result.name, result.doubt)
                 show("align", done / len(pairs))
         if failed:
             raise JobError(f"{failed} of {len(pairs)} could not be aligned; the lines above say why")
+        if doubtful:
+            raise JobError(f"{doubtful} of {len(pairs)} may be of other texts; the lines above say why")
 
 
 def _take(writer: TranscriptWriter, result: Transcript | Failure) -> bool:

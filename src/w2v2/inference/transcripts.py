@@ -39,6 +39,8 @@ class Transcript:
     """In their order; none overlaps the next."""
     channel: int | None = None
     """That was heard, from 1; None: the mean over all."""
+    doubt: str = ""
+    """Of an alignment: why the recording is hardly of the text."""
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,16 @@ class SpeechDataModule(pl.LightningDataModule):
         )
         # Lightning takes the first batches of a resumed run before it says which pass that is in.
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        passes = self._passes("train", shuffle=True)
-        loader = make_loader(dataset, passes, self.config, max_seconds, skip=self.skip, start=self.start, epoch=epoch)
+        loader = make_loader(
+            dataset,
+            self._passes("train", shuffle=True),
+            self.config,
+            max_seconds,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer is not None else 1,
+            skip=self.skip,
+            start=self.start,
+            epoch=epoch,
+        )
         assert isinstance(loader.sampler, EpochSampler)
         self.sampler = loader.sampler
         return loader
