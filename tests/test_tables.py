@@ -229,13 +229,17 @@ def test_what_is_beside_the_audio_and_not_read_is_named_once(tmp_path: Path, cap
         save(tmp_path / "in" / "x" / f"{i}.wav", i)
         (tmp_path / "in" / "x" / f"{i}.TextGrid").write_text("")
     (tmp_path / "in" / "x" / "x.trans.txt").write_text("0 OH\n1 WELL\n\n5 NO\n")
-    (tmp_path / "in" / "transcripts.txt").write_text("2\tYES\n9\tNO\n")
+    (tmp_path / "in" / "transcripts.txt").write_text("9\tNO\n")
     (tmp_path / "in" / "video.xyz").write_text("")
     summary = prepare(tmp_path / "in", tmp_path / "out")
     assert summary["audit"]["passed_over"] == {".TextGrid": 3, "transcripts without audio": 2, ".xyz": 1}
     (message,) = [message for message in caplog.messages if "transcripts" in message]
     assert message.startswith(f"3 files look like transcripts and are not read, such as {tmp_path / 'in/x/0.TextGrid'}")
     assert "passed over: 3 .TextGrid, 2 transcripts without audio, 1 .xyz" in " ".join(summary_table(summary))
+    caplog.clear()
+    (tmp_path / "in" / "transcripts.txt").write_text("2\tYES\n9\tNO\n")  # where none is missing, none is looked for
+    assert prepare(tmp_path / "in", tmp_path / "all")["audit"]["passed_over"][".TextGrid"] == 3
+    assert not [message for message in caplog.messages if "transcripts" in message]
 
 
 def test_common_voice_keeps_its_clips_in_a_folder(tmp_path: Path) -> None:
