@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from w2v2.checkpoint.pickles import plain
+from w2v2.checkpoint.weights import choose_language
 from w2v2.errors import UsageError, shown
 from w2v2.files import read_text, write_text
 from w2v2.serial import checked, read_json
@@ -79,18 +80,19 @@ class _Settings(TypedDict, total=False):
     eos_token: str | _Token | None
     word_delimiter_token: str | _Token | None
     phone_delimiter_token: str | None
+    target_lang: str | None
     added_tokens_decoder: dict[str, _Token] | None
 
 
-def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
+def read_tokenizer(folder: Path, n_labels: int, language: str | None = None) -> Vocabulary:
     """Return the vocabulary of a folder's tokenizer: phonemes' is a ``PhonemeVocabulary``.
 
     Args:
         n_labels: outputs of the model; each must have its label.
+        language: of a tokenizer of several; None: the one that it is set to.
 
     Raises:
-        UsageError: no tokenizer, one of several languages, of a kind that spells otherwise, or labels that do not fit
-            the outputs.
+        UsageError: no tokenizer, no such language, a kind that spells otherwise, or labels that do not fit the outputs.
     """
     path = folder / TOKENS
     if not path.is_file():
@@ -99,7 +101,8 @@ def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
     settings: _Settings = checked(both, _Settings, str(folder / SETTINGS))
     kind, boundary_token = _kind(settings, folder)
     added: dict[str, int] = checked(_optional(folder / ADDED), dict[str, int], str(folder / ADDED))
-    labels = _labels(path, settings, added, n_labels)
+    tokens = choose_language(read_json(path), language, settings.get("target_lang"), path)
+    labels = _labels(tokens, path, settings, added, n_labels)
     ids = {label: i for i, label in enumerate(labels)}
 
     def place(name: str, default: str | None) -> int | None:
@@ -157,12 +160,9 @@ def _kind(settings: _Settings, folder: Path) -> tuple[type[Vocabulary], str | No
     )
 
 
-def _labels(path: Path, settings: _Settings, added: dict[str, int], n_labels: int) -> tuple[str, ...]:
-    tokens = read_json(path)
-    if any(isinstance(value, dict) for value in tokens.values()):
-        raise UsageError(
-            f"{path} is of several languages ({', '.join(tokens)}), with an adapter each; not to be had here"
-        )
+def _labels(
+    tokens: dict[str, Any], path: Path, settings: _Settings, added: dict[str, int], n_labels: int
+) -> tuple[str, ...]:
     by_id: dict[int, str] = {}
     for token, i in checked(tokens, dict[str, int], str(path)).items():
         if not 0 <= i < n_labels or i in by_id:

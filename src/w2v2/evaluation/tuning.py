@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from w2v2.checkpoint.native import WEIGHTS
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split
 from w2v2.data.loader import whole_utterances
@@ -146,17 +144,18 @@ def tune_on(
     split: Split,
     data: DataConfig,
     folder: Path,
+    key: str,
     *,
     trials: int = 64,
     show: Show = quiet,
 ) -> Tuning:
-    """``tune`` on a split, whose log-probabilities are computed where the folder of a model does not keep them yet.
+    """``tune`` on a split, whose log-probabilities are computed where a folder does not keep them yet.
 
     Args:
         data: how the split is read.
-        folder: of the model; they are kept in ``emissions`` below it.
+        folder: of the model, if it has one; they are kept in ``emissions`` below it.
+        key: of the model (``weights_key``).
     """
-    key = weights_key(folder)
     cache = EmissionCache(folder / "emissions" / f"{split.audio}-{key[:16]}", key, len(recognizer.vocabulary.labels))
     spoken = ((u.id, u.text) for u in split.utterances())
     references = {name: recognizer.vocabulary.normalize(text) for name, text in spoken if text is not None}
@@ -258,11 +257,3 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged: {error}; remove it") from error
-
-
-def weights_key(folder: Path) -> str:
-    """Return the hash of the weights file of a folder of ours; :class:`UsageError` where there is none."""
-    if not (folder / WEIGHTS).is_file():
-        raise UsageError(f"no {folder / WEIGHTS}: expected a finished run folder; check the path")
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
