@@ -6,6 +6,7 @@ user's is stored as ``module:Class``.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -207,3 +208,15 @@ def read_figures(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
                 raise
             got = f"{type(error).__name__} {error}"
             raise UsageError(f"{path}: expected a column step and numbers, got {got}; have the run write it") from None
+
+
+@contextlib.contextmanager
+def files_of(folder: Path, verb: str) -> Iterator[None]:
+    """Make a page of a folder's files inside; :class:`UsageError`: they are not as a verb leaves them."""
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except Exception as error:
+        reason = shown(f"{type(error).__name__} {error}")
+        raise UsageError(f"{folder} holds other files than '{verb}' leaves: {reason}; run it again") from error

@@ -4,57 +4,16 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import jinja2
 
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.errors import public
-from w2v2.serial import read_checked, read_json
+from w2v2.serial import files_of, read_json
 from w2v2.text.vocabulary import SPACE, PhonemeVocabulary, PieceVocabulary, Vocabulary, load_vocabulary
 
 CARD, CHECK = "README.md", "export.json"
-
-
-class _Check(TypedDict):
-    format: str
-    largest_difference: float
-
-
-class _Sources(TypedDict, total=False):
-    sources: list[str]
-
-
-class _Run(TypedDict, total=False):
-    data: _Sources
-
-
-class _Train(TypedDict):
-    hours: float
-    speakers: int
-
-
-class _Data(TypedDict, total=False):
-    train: _Train
-
-
-class _Environment(TypedDict, total=False):
-    data: _Data
-
-
-class _Interval(TypedDict, total=False):
-    interval: tuple[float, float] | None
-
-
-class _Report(TypedDict):
-    decoder: dict[str, Any] | None
-    data: str
-    split: str
-    utterances: int
-    wer: float
-    cer: float
-    words: _Interval
-    characters: _Interval
 
 
 def write_card(source: Path, folder: Path, *, name: str, license_id: str | None = None) -> None:
@@ -68,39 +27,41 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    check = read_checked(folder / CHECK, _Check)
+    check = read_json(folder / CHECK)
     vocabulary = load_vocabulary(folder / VOCABULARY) if (folder / VOCABULARY).is_file() else None
-    about = source / CONFIG
-    run: _Run = read_checked(about, _Run) if about.is_file() else {}
-    datasets = [_last_name(path) for path in run.get("data", {}).get("sources", ())]
-    about = source / "environment.json"
-    environment: _Environment = read_checked(about, _Environment) if about.is_file() else {}
-    data = ModelCardData(
-        library_name="w2v2",
-        license=license_id,
-        pipeline_tag="feature-extraction" if vocabulary is None else "automatic-speech-recognition",
-        tags=["wav2vec2", "speech", check["format"]],
-        datasets=datasets or None,
-        metrics=None if vocabulary is None else ["wer", "cer"],
-    )
-    text = (resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8")
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        text
-    )
-    page = template.render(
-        front_matter=data.to_yaml(),
-        name=name,
-        license_id=license_id,
-        vocabulary=vocabulary,
-        spelling="" if vocabulary is None else _spelling(vocabulary),
-        shape=read_json(folder / CONFIG),
-        train=environment.get("data", {}).get("train"),
-        datasets=datasets,
-        evaluations=[_evaluation(path) for path in sorted(source.glob("evaluation/*/evaluation.json"))],
-        check=check,
-        check_name=CHECK,
-    )
+    with files_of(source, "w2v2 evaluate"):
+        run, environment = (_optional(source / file) for file in (CONFIG, "environment.json"))
+        datasets = [_last_name(path) for path in run.get("data", {}).get("sources", ())]
+        data = ModelCardData(
+            library_name="w2v2",
+            license=license_id,
+            pipeline_tag="feature-extraction" if vocabulary is None else "automatic-speech-recognition",
+            tags=["wav2vec2", "speech", check["format"]],
+            datasets=datasets or None,
+            metrics=None if vocabulary is None else ["wer", "cer"],
+        )
+        text = (resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8")
+        template = jinja2.Environment(
+            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        ).from_string(text)
+        page = template.render(
+            front_matter=data.to_yaml(),
+            name=name,
+            license_id=license_id,
+            vocabulary=vocabulary,
+            spelling="" if vocabulary is None else _spelling(vocabulary),
+            shape=read_json(folder / CONFIG),
+            train=environment.get("data", {}).get("train"),
+            datasets=datasets,
+            evaluations=[_evaluation(path) for path in sorted(source.glob("evaluation/*/evaluation.json"))],
+            check=check,
+            check_name=CHECK,
+        )
     ModelCard(page).save(folder / CARD)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _last_name(path: str) -> str:
@@ -110,7 +71,7 @@ def _last_name(path: str) -> str:
 
 def _evaluation(path: Path) -> list[str]:
     """Return the cells of what ``w2v2 evaluate`` wrote; docs/evaluation.md has the keys."""
-    of: Any = read_checked(path, _Report)
+    of = read_json(path)
     decoder = "beam search" if of["decoder"] else "greedy"
     cells = [f"`{_last_name(of['data'])}`", of["split"], decoder, f"{of['utterances']:,}"]
     for rate, units in (("wer", "words"), ("cer", "characters")):

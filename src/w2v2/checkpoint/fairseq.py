@@ -188,11 +188,9 @@ def _model_config(
     temperatures = _temperature(model.get("latent_temp", (2, 0.5, 0.999995)), path)
     ours |= zip(("gumbel_start", "gumbel_end", "gumbel_decay"), temperatures, strict=True)
     # zero or less means the width of the thing before it
-    ours["similarity_dim"] = max(foreign.setting(model, "final_dim", int, 0, path), 0) or ours["n_embd"]
-    latent, groups = (
-        max(foreign.setting(model, "latent_dim", int, 0, path), 0) or ours["similarity_dim"],
-        ours["n_groups"],
-    )
+    widths = [max(foreign.setting(model, name, int, 0, path), 0) for name in ("final_dim", "latent_dim")]
+    ours["similarity_dim"] = widths[0] or ours["n_embd"]
+    latent, groups = widths[1] or ours["similarity_dim"], ours["n_groups"]
     if latent % groups:
         raise UsageError(f"{path}: latent_dim must be a multiple of latent_groups ({groups}), got {latent}")
     ours["codebook_dim"] = latent // groups

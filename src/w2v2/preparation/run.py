@@ -145,19 +145,14 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if path.exists():
         with contextlib.suppress(UsageError):  # not of ours
             corpus = read_json(path)
-            checked(corpus, _Corpus, str(path))
+            parts = [corpus.get("options"), corpus.get("audit"), corpus.get("sources", {})]
+            checked(parts, list[dict[str, Any]], str(path))
             if corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no unfinished preparation; choose another folder")
     return None
-
-
-class _Corpus(TypedDict):
-    options: dict[str, Any]
-    audit: dict[str, Any]
-    sources: NotRequired[dict[str, str]]
 
 
 class _Finding(TypedDict):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -13,12 +11,12 @@ import jinja2
 import jiwer
 from markupsafe import Markup
 
-from w2v2.errors import NotNegative, UsageError, shown
+from w2v2.errors import NotNegative, UsageError
 from w2v2.files import read_bytes, write_text
 from w2v2.report import figures
 from w2v2.report.figures import PANELS, Series
 from w2v2.report.listening import samples_of
-from w2v2.serial import checked, parse_json, read_figures
+from w2v2.serial import checked, files_of, parse_json, read_figures
 
 PRETRAINING = ("contrastive", "accuracy", "code_perplexity", "learning_rate")
 ARMS = {
@@ -123,7 +121,7 @@ def write_demo_report(folder: Path) -> Path:
     seconds = dict(summary.get("seconds", {}))
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
     probe = _json(folder / "probe.json", {})
-    with _of_a_demo(folder):
+    with files_of(folder, "w2v2 demo"):
         return _write(
             folder,
             title="w2v2 demo: does pretraining help?",
@@ -147,17 +145,6 @@ def write_demo_report(folder: Path) -> Path:
             settings=_settings({STAGES[name]: run for name, run in runs.items()}),
             command=summary.get("command", f"w2v2 demo --out {folder.resolve().name}"),
         )
-
-
-@contextlib.contextmanager
-def _of_a_demo(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = f"{type(error).__name__} {error}"
-        raise UsageError(f"{folder} holds other files than a demo leaves ({shown(reason)}); run it again") from error
 
 
 def _heard(item: dict[str, Any]) -> dict[str, Any]:
