@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import run
-from conftest import write_corpus
+from conftest import NANO, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import command, losses, start, until
 
@@ -260,24 +261,49 @@ def test_a_run_works_where_those_are_lacking(corpus: Path, recipe: str, tmp_path
     assert done.returncode == 0, done.stderr
 
 
-def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(recipe: str, tmp_path: Path) -> None:
-    """The one of this corpus takes many batches, of which the first is the last."""
-    corpus = write_corpus(tmp_path / "corpus", {"train-clean": 2, "dev-clean": 24})
+MARKED = """
+from dataclasses import dataclass
+from pathlib import Path
+from w2v2 import ContrastiveConfig, Wav2Vec2ForPretraining
+
+class Marked(Wav2Vec2ForPretraining):
+    def baseline(self, draws):
+        Path(__file__).with_name("validates").touch()
+        return super().baseline(draws)
+
+@dataclass(kw_only=True)
+class MarkedConfig(ContrastiveConfig):
+    def build(self):
+        return Marked(self)
+
+def marked():
+    config = nano()
+    config.model = MarkedConfig(**vars(config.model))
+    return config
+"""
+
+
+def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(tmp_path: Path) -> None:
+    """The validation takes many batches, of which the first is the last."""
+    corpus = write_corpus(tmp_path / "corpus", {"train-clean": 2, "dev-clean": 5})
+    (tmp_path / "marked.py").write_text(NANO + MARKED)
     often = ["--train.val-every", "3", "--train.checkpoint-every", "1000", "--train.max-steps", "4"]
-    whole, ended = tmp_path / "whole", tmp_path / "ended"
-    process = start(command(recipe, corpus, ended, *often))
-    until(process, ended, 3)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, message = process.communicate(timeout=60)
-    assert (process.returncode, message.splitlines()[-1]) == (
-        75,
-        "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume",
+    whole, ended = (
+        command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / n, *often) for n in ("whole", "ended")
     )
-    assert [path.name for path in (ended / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
-    assert not (ended / "best").exists()  # it has not been validated
-    assert run(command(recipe, corpus, ended, *often, "--resume")[3:], tmp_path).returncode == 0
-    assert run(command(recipe, corpus, whole, *often)[3:], tmp_path).returncode == 0
-    assert losses(ended) == losses(whole)
+    process = start(ended)
+    while not (tmp_path / "validates").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 75
+    assert message.splitlines()[-1] == "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume"
+    assert [path.name for path in (tmp_path / "ended" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
+    assert not (tmp_path / "ended" / "best").exists()  # it has not been validated
+    assert run([*ended[3:], "--resume"], tmp_path).returncode == 0
+    assert run(whole[3:], tmp_path).returncode == 0
+    assert losses(tmp_path / "ended") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change", ["optimizer_states", "loops", "state_dict"])
