@@ -72,7 +72,7 @@ def test_a_word_that_covers_what_no_text_has_is_not_taken_for_it() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights: its alignments are of no use, but they are alignments."""
-    folder, hearing = tmp_path_factory.mktemp("model"), recognizer()
+    folder, hearing = tmp_path_factory.mktemp("model"), recognizer(n_layer=1, n_head=4)
     save_config(hearing.model.config, folder / "config.json")
     save_weights(hearing.model, folder)
     hearing.vocabulary.save(folder / VOCABULARY)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import random
 import shutil
 import socket
 import tracemalloc
@@ -260,6 +261,42 @@ def test_the_batches_of_a_step_are_of_similar_utterances() -> None:
     longest = [[max(cut.duration for cut in batch) for batch in batches] for batches in ranks]
     spread = [max(each) - min(each) for each in zip(*longest, strict=True)]
     assert sorted(spread)[len(spread) // 2] < 1.0  # a bucket is 1 s wide, the utterances 10
+
+
+@pytest.mark.parametrize(("world", "every"), [(1, 8), (2, 4), (8, 1)])
+def test_updates_of_a_corpus_that_is_less_than_one_have_their_size_all_the_same(
+    world: int, every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten minutes in updates of 8 batches of 200 s, as the published recipe for so little has them."""
+    rng = random.Random(0)
+    split = split_of([rng.uniform(4.0, 14.0) for _ in range(67)], [67])
+    options = {"crop": None, "limit": 200.0, "buckets": 10, "buffer": 10_000, "accumulate": every}
+
+    def batches(rank: int, **more: int) -> list[list[Row]]:
+        sampler = sampler_of(split, world=world, rank=rank, **options, **more)
+        sampler.fill_updates()
+        return [rows for _, rows in sampler]
+
+    ranks = [batches(rank) for rank in range(world)]
+    steps = [[row for rank in together for row in rank] for together in zip(*ranks, strict=True)]
+    assert len(steps) % every == 0
+    updates = [[row for step in steps[i : i + every] for row in step] for i in range(0, len(steps), every)]
+    seconds = sorted(sum(row.seconds for row in update) for update in updates)
+    assert seconds[1] > 0.8 * 1600 and seconds[0] > 300 and len(updates) >= 8  # the last may have less
+    counts = Counter(row.id for update in updates for row in update)
+    assert len(counts) == 67 and len(set(counts.values())) == 1
+    repeats = [(row.id, row.repeats) for update in updates for row in update]
+    assert len(set(repeats)) == len(repeats)  # each with masks and crops of its own
+    assert "an update is 8 batches of 200 s, all utterances together are" in caplog.text
+    assert [[r.id for r in rows] for rows in batches(0, skip=11)] == [[r.id for r in rows] for rows in ranks[0]][11:]
+
+
+def test_a_pass_that_is_an_update_or_more_is_left_alone() -> None:
+    split = split_of([9.0] * 16, [16])
+    for every, count in ((8, 16), (4, 16), (1, 16)):
+        sampler = sampler_of(split, crop=None, limit=18.0, accumulate=every)
+        sampler.fill_updates()
+        assert sum(len(rows) for _, rows in sampler) == count
 
 
 @settings(max_examples=150, deadline=None)

@@ -121,6 +121,8 @@ class Checkpoints(pl.Callback):
         if (out / "best" / "best.json").exists():
             self.best = tuple(json.loads((out / "best" / "best.json").read_text(encoding="utf-8"))["score"])
         self.handlers: dict[int, Any] = {}
+        self.validated = -1
+        """Last step after which there was a validation."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
@@ -187,6 +189,7 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
+        self.validated = trainer.global_step
         score = pl_module.score()
         # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
         if not trainer.strategy.broadcast(score < self.best and not self.suspected):
