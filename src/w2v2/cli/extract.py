@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from w2v2.cli.options import Device, Workers, default
+from w2v2.cli.options import MODEL, Device, Language, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.errors import Count, JobError, Positive, UsageError, check_ranges
@@ -22,8 +22,7 @@ log = logging.getLogger("w2v2")
 class Extract:
     """See ``main.VERBS``."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Run folder, or folder of weights."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
     audio: Annotated[Positional[tuple[str, ...]], arg(metavar="[AUDIO ...]")] = ()
     """Files, and folders of audio."""
     data: Annotated[str | None, default("none", "DIR")] = None
@@ -46,6 +45,7 @@ class Extract:
     """Longer recordings are refused, s."""
     num_workers: Workers = 2
     """Processes that decode --data."""
+    language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
     channel: Annotated[Count | None, default("the mix of all", "INT")] = None
@@ -53,7 +53,6 @@ class Extract:
 
     def run(self, named: Collection[str]) -> None:
         """Write the files, and say of which recordings there are none."""
-        from w2v2.checkpoint.formats import read
         from w2v2.inference.extract import (
             INDEX,
             Wanted,
@@ -63,7 +62,9 @@ class Extract:
             read_files,
             read_split,
         )
-        from w2v2.inference.recognizer import place
+        from w2v2.inference.onnx import OnnxModel
+        from w2v2.inference.recognizer import Recognizer, load, place
+        from w2v2.model.wav2vec2 import Wav2Vec2
 
         if bool(self.audio) == bool(self.data):
             raise UsageError("name either files and folders of audio, or a corpus with `data`")
@@ -72,7 +73,9 @@ class Extract:
         check_ranges(self)
         layers = self.layers or (() if self.codes else (-1,))
         wanted = Wanted(layers=layers, codes=self.codes, pool=self.pool is not None, format=self.format)
-        model = read(self.model).build()
+        loaded = load(self.model, self.language)
+        model = loaded.model if isinstance(loaded, Recognizer) else loaded
+        assert isinstance(model, Wav2Vec2 | OnnxModel)
         check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
         place(model, self.device)
         if self.data:

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from w2v2.cli.options import File, Settings, default, optional_value
 from w2v2.cli.progress import progress
-from w2v2.errors import Count, Share, UsageError, check_ranges
+from w2v2.errors import Count, Range, Share, UsageError, check_ranges
 from w2v2.preparation.config import MIN_CONFIDENCE, AuditConfig, PrepareConfig
 
 log = logging.getLogger("w2v2")
@@ -64,6 +64,8 @@ class Prepare:
     """MD5 sums of the archives, where they are not the published ones."""
     hours: float = 2.0
     """Of synthetic training audio."""
+    speakers: Annotated[int, Range(3)] = 96
+    """Of synthetic speech, all splits together; an eighth each to validate and test."""
     cut_by: Annotated[Path | None, default("none", "MODEL")] = None
     """Recogniser that cuts recordings with a transcript, where they are longer than --max-seconds, into
     utterances, by alignment; OUT-cut.jsonl has them, with their confidence."""
@@ -144,7 +146,7 @@ class Prepare:
 
         audio = self.out.with_name(self.out.name + "-audio")
         with progress("synthesise") as show:
-            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), show)
+            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed, self.speakers), show)
         return audio
 
 

@@ -28,7 +28,7 @@ from w2v2.data.names import utterance_id
 from w2v2.data.sources import folder_rows
 from w2v2.errors import UsageError, public
 from w2v2.files import whole
-from w2v2.inference.recognizer import normalize_waveform
+from w2v2.inference.onnx import VECTORS, OnnxModel
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 
@@ -50,12 +50,17 @@ FORMATS = {"safetensors": ".safetensors", "numpy": ".npz"}
 
 @torch.no_grad()
 def extract(
-    model: Wav2Vec2, audio: Sequence[Tensor], layers: Sequence[int] = (-1,), *, codes: bool = False, pool: bool = False
+    model: Wav2Vec2 | OnnxModel,
+    audio: Sequence[Tensor],
+    layers: Sequence[int] = (-1,),
+    *,
+    codes: bool = False,
+    pool: bool = False,
 ) -> list[Features]:
     """Features of waveforms, together in one batch; the same as of each alone.
 
     Args:
-        model: put into evaluation mode.
+        model: put into evaluation mode. An exported encoder gives its last layer.
         audio: (S,) float32 each, 16 kHz, as decoded: normalised here, if the model wants that.
         layers: which hidden states; 0 is the input of the first block, I the output of block I, -1 the last.
         codes: whether to give the quantizer's choices too; only a pretraining model has any.
@@ -67,12 +72,17 @@ def extract(
     """
     places = check_wanted(model, layers, codes=codes, pool=pool)
     model.eval()
-    rows = [normalize_waveform(row) if model.config.normalize_audio else row for row in audio]
+    rows = [model.config.normalized(row) for row in audio]
     lengths = [len(row) for row in rows]
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(model.parameters()).device)
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     found: list[Features] = [{} for _ in rows]
     if places:
-        states, frames = model.hidden_states(batch, lengths)
+        if isinstance(model, OnnxModel):
+            vectors, frames = model(batch, lengths, output=VECTORS)
+            states = dict.fromkeys(places, vectors)
+        else:
+            hidden, frames = model.hidden_states(batch, lengths)
+            states = dict(enumerate(hidden))
         for i, place in itertools.product(range(len(rows)), places):
             state = states[place][i, : frames[i]]
             found[i][f"layer_{place}"] = (state.mean(0) if pool else state).cpu().contiguous()
@@ -88,12 +98,17 @@ def extract(
     return found
 
 
-def check_wanted(model: Wav2Vec2, layers: Sequence[int], *, codes: bool, pool: bool) -> list[int]:
+def check_wanted(model: Wav2Vec2 | OnnxModel, layers: Sequence[int], *, codes: bool, pool: bool) -> list[int]:
     """Layers counted from 0; refuses what the model does not have."""
     depth = model.config.n_layer
     for layer in layers:
         if not -depth - 1 <= layer <= depth:
             raise UsageError(f"no layer {layer}: expected 0 to {depth}, or -{depth + 1} to -1 from the end")
+    if isinstance(model, OnnxModel):
+        if VECTORS not in model.outputs:
+            raise UsageError("the export of a CTC model gives labels and no features; extract from what it was made of")
+        if codes or {layer % (depth + 1) for layer in layers} != {depth}:
+            raise UsageError("an exported encoder gives its last layer alone; leave `layers` and `codes` out")
     if codes and not isinstance(model, Wav2Vec2ForPretraining):
         raise UsageError("the model has no quantizer, and so no codes; name a run of 'w2v2 pretrain'")
     if codes and pool:
@@ -197,7 +212,7 @@ class Wanted:
 
 
 def extract_files(
-    model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float = 60.0
+    model: Wav2Vec2 | OnnxModel, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float = 60.0
 ) -> Iterator[dict[str, Any]]:
     """Write a file of features for each item into a folder, some items at a time, and ``INDEX`` of them.
 
@@ -214,7 +229,7 @@ def extract_files(
 
 
 def _rows(
-    model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float
+    model: Wav2Vec2 | OnnxModel, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float
 ) -> Iterator[dict[str, Any]]:
     taken: set[str] = set()
     waiting: list[Item] = []
@@ -232,7 +247,7 @@ def _rows(
         yield from _write(model, waiting, out, wanted)
 
 
-def _fault(model: Wav2Vec2, item: Item, taken: set[str]) -> str:
+def _fault(model: Wav2Vec2 | OnnxModel, item: Item, taken: set[str]) -> str:
     assert item.audio is not None
     if not model.config.frames([len(item.audio)])[0]:
         return f"{len(item.audio)} samples at 16 kHz are less than a frame needs"
@@ -248,7 +263,7 @@ def _seconds(items: Sequence[Item]) -> float:
     return sum(len(item.audio) for item in items if item.audio is not None) / SAMPLE_RATE
 
 
-def _write(model: Wav2Vec2, items: Sequence[Item], out: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
+def _write(model: Wav2Vec2 | OnnxModel, items: Sequence[Item], out: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
     audio = [item.audio for item in items if item.audio is not None]
     found = extract(model, audio, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     frames = model.config.frames([len(row) for row in audio])
