@@ -100,7 +100,8 @@ def test_prepare_cuts_long_transcribed_recordings_and_counts_what_does_not_match
     assert (short["start"], short["text"], short["speaker"], short["confidence"]) == (None, "ABBA", "s2", None)
     train = read_corpus(str(tmp_path / "out"), training=False)["train"]
     texts = {row.id: row.utterance().text for piece in train.pieces for row in piece.rows()}
-    assert sum(text is not None for text in texts.values()) == len(long) + 1
+    rejected = json.loads((tmp_path / "out" / "corpus.json").read_text())["audit"]["rejected"]  # of random times
+    assert sum(text is not None for text in texts.values()) == len(long) + 1 - rejected and rejected <= 2
     assert sum("none" in name for name in texts) >= 4  # at pauses, as nobody knows what is said
     caplog.clear()
     command[2] = str(tmp_path / "sure")
