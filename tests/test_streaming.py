@@ -287,7 +287,7 @@ def test_updates_of_a_corpus_that_is_less_than_one_have_their_size_all_the_same(
     assert len(counts) == 67 and len(set(counts.values())) == 1
     repeats = [(row.id, row.repeats) for update in updates for row in update]
     assert len(set(repeats)) == len(repeats)  # each with masks and crops of its own
-    assert "an update is 8 batches of 200 s, all utterances together are" in caplog.text
+    assert "an update is 8 batches of 200 s, all utterances" in caplog.text
     assert [[r.id for r in rows] for rows in batches(0, skip=11)] == [[r.id for r in rows] for rows in ranks[0]][11:]
 
 

@@ -18,7 +18,6 @@ from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 
 _TOLERANCE = 1e-4
 """Of the audio's unit variance: the two add other, small numbers to it before they divide."""
-_OFFSET = 0.1
 
 
 def compare_processor(
@@ -41,7 +40,7 @@ def compare_processor(
     """
     vocabulary = checkpoint.vocabulary
     return {
-        "audio": _compare_audio(transformers, folder, audio + _OFFSET, checkpoint.config),
+        "audio": _compare_audio(transformers, folder, audio + 0.1, checkpoint.config),
         "text": "no labels" if vocabulary is None else _compare_text(transformers, folder, vocabulary, language),
     }
 

@@ -23,11 +23,7 @@ def layout_rows(root: Path) -> Iterator[Row] | None:
 
 
 def refuse_layout(root: Path) -> None:
-    """Refuse a folder whose own files say where utterances lie, where only files as they are can be taken.
-
-    Raises:
-        UsageError: it is of Kaldi's or TED-LIUM's layout.
-    """
+    """Refuse one of Kaldi's or TED-LIUM's layout (:class:`UsageError`) where only files as they are can be taken."""
     if layout_rows(root) is not None:
         raise UsageError(
             f"{root} says in wav.scp or *.stm what its utterances are, which only 'w2v2 prepare' reads: prepare it, "

@@ -50,8 +50,7 @@ class Passes:
         self.left_out: Counter[str] = Counter()
         """Of the pass so far, by what is wrong with them."""
         self.logged = False
-        self.times = 1
-        """How often a pass goes over the split, where it is small."""
+        self.times = 1  # that a pass goes over the split
         if self.count(1) == 0:
             kind = "with a transcript " if labelled else ""
             raise UsageError(

@@ -25,8 +25,7 @@ from w2v2.errors import UsageError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_UPDATES = 8
-"""Of a pass at least, where updates accumulate: in one of so many something may be missing."""
+_UPDATES = 8  # of a pass over a small split at least: in one of so many something may be missing
 _PIECES = 8
 """Of which a window is made, at least, where they are shuffled."""
 
@@ -106,11 +105,8 @@ class EpochSampler:
         seconds = sum(min(row.seconds, self.max_seconds) for row in rows)
         self.passes.times = math.ceil(_UPDATES * self.update * self.batch_seconds / seconds)
         if self.rank == 0:
-            log.warning(
-                "%s: an update is %d batches of %g s, all utterances together are %d: a pass takes each %d times; with "
-                "so little audio, fewer batches an update (`train.accumulate`) may do",
-                self.passes.name, self.update, self.batch_seconds, batches, self.passes.times,
-            )  # fmt: skip
+            what = f"an update is {self.update} batches of {self.batch_seconds:g} s, all utterances {batches} of them"
+            log.warning("%s: %s: a pass takes each %d times", self.passes.name, what, self.passes.times)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each pass."""

@@ -121,8 +121,7 @@ class Checkpoints(pl.Callback):
         if (out / "best" / "best.json").exists():
             self.best = tuple(json.loads((out / "best" / "best.json").read_text(encoding="utf-8"))["score"])
         self.handlers: dict[int, Any] = {}
-        self.validated = -1
-        """Last step after which there was a validation."""
+        self.validated = -1  # last step after which there was a validation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
