@@ -93,16 +93,16 @@ def test_prepare_cuts_long_transcribed_recordings_and_counts_what_does_not_match
     command += ["--max-seconds", "12", "--valid-share", "0"]
     assert main([*command, "--min-confidence", "0"]) == 0
     table = [json.loads(line) for line in (tmp_path / "out-cut.jsonl").open()]
-    long = [row for row in table if "long" in row["path"]]
+    long = [row for row in table if "s1-long" in row["path"]]
     assert " ".join(row["text"] for row in long).split() == text.split()
     assert all(0 <= row["start"] < row["end"] <= 40 and 0 <= row["confidence"] <= 1 for row in long) and len(long) >= 4
-    [short] = [row for row in table if "short" in row["path"]]
+    [short] = [row for row in table if "s2-short" in row["path"]]
     assert (short["start"], short["text"], short["speaker"], short["confidence"]) == (None, "ABBA", "s2", None)
     train = read_corpus(str(tmp_path / "out"), training=False)["train"]
     texts = {row.id: row.utterance().text for piece in train.pieces for row in piece.rows()}
     rejected = json.loads((tmp_path / "out" / "corpus.json").read_text())["audit"]["rejected"]  # of random times
     assert sum(text is not None for text in texts.values()) == len(long) + 1 - rejected and rejected <= 2
-    assert sum("none" in name for name in texts) >= 4  # at pauses, as nobody knows what is said
+    assert sum("s3-none" in name for name in texts) >= 4  # at pauses, as nobody knows what is said
     caplog.clear()
     command[2] = str(tmp_path / "sure")
     assert main([*command, "--min-confidence", "0.99"]) == 0
