@@ -153,3 +153,25 @@ def test_one_recording_is_trained_and_validated_on_its_parts(tmp_path: Path, cap
             f"a-{i:04d}" for i in range(len(ids["train"]) + 2)
         ]
         assert sum(split["hours"] for split in corpus["splits"].values()) * 3600 == pytest.approx(60.0)
+
+
+def test_what_a_model_hears_is_a_table_of_which_prepare_takes_what_is_sure(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Self-training in two commands: transcribe > TABLE, prepare TABLE --min-confidence."""
+    (tmp_path / "in").mkdir()
+    for name in "abcdef":
+        soundfile.write(tmp_path / "in" / f"{name}.wav", sound(3.0, ord(name)), 16_000)
+    assert main(["transcribe", str(model), str(tmp_path / "in"), "--format", "json", "--timestamps", "none"]) == 0
+    (tmp_path / "heard.jsonl").write_text(out := capsys.readouterr().out)
+    heard = {row["path"]: row for row in map(json.loads, out.splitlines())}
+    assert len(heard) == 6 and all(0 < row["confidence"] < 1 for row in heard.values())
+    least = sorted(row["confidence"] for row in heard.values())[2]
+    command = ["prepare", str(tmp_path / "heard.jsonl"), str(tmp_path / "out"), "--valid-share", "0", "--jobs", "1"]
+    assert main([*command, "--min-confidence", str(least)]) == 0
+    train = read_corpus(str(tmp_path / "out"), training=False)["train"]
+    taken = {cut.recording.sources[0].source: cut.supervisions[0].text for cut in train}
+    assert taken == {path: row["text"] for path, row in heard.items() if row["confidence"] >= least}
+    assert json.loads((tmp_path / "out" / "corpus.json").read_text())["audit"]["passed_over"] == {
+        f"rows of less confidence than {least:g}": 2
+    }

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import tempfile
 from collections import Counter
@@ -24,7 +23,7 @@ from w2v2.files import whole
 from w2v2.inference.align import align
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import Failure, Source
-from w2v2.inference.words import Word
+from w2v2.inference.words import Word, confidence
 from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.reading import source_rows, stamped
 
@@ -73,8 +72,8 @@ def cut_words(words: Sequence[Word], seconds: float, longest: float, least: floa
         after = (words[last].end + words[last + 1].start) / 2 if last + 1 < len(words) else seconds
         said = [words[i] for i in part]
         start, end = max(before, words[first].start - _MARGIN), min(after, words[last].end + _MARGIN)
-        confidence = _confidence(said) if all(map(_is_brief, said)) else 0.0
-        utterances.append(CutUtterance(start, end, " ".join(word.text for word in said), confidence))
+        sure = confidence(said) if all(map(_is_brief, said)) else 0.0
+        utterances.append(CutUtterance(start, end, " ".join(word.text for word in said), sure))
     return utterances
 
 
@@ -82,19 +81,12 @@ def _matching(words: Sequence[Word], least: float) -> list[bool]:
     """Whether each word is what is said there: with its neighbours; no longer than a word can be; as most around it."""
     around = [slice(max(i - _NEIGHBOURS, 0), i + _NEIGHBOURS + 1) for i in range(len(words))]
     brief = [_is_brief(word) for word in words]
-    alone = [short and _confidence(words[near]) >= least for short, near in zip(brief, around, strict=True)]
+    alone = [short and confidence(words[near]) >= least for short, near in zip(brief, around, strict=True)]
     return [short and 2 * sum(alone[near]) > len(alone[near]) for short, near in zip(brief, around, strict=True)]
 
 
 def _is_brief(word: Word) -> bool:
     return word.end - word.start <= _WORD + _LABEL * len(word.characters)
-
-
-def _confidence(words: Sequence[Word]) -> float:
-    """Geometric mean over the labels of words; of words without any, 1."""
-    scored = [(word.score, max(len(word.characters), 1)) for word in words if word.score is not None]
-    labels = sum(count for _, count in scored)
-    return math.exp(min(sum(score * count for score, count in scored) / labels, 0.0)) if labels else 1.0
 
 
 def _short(group: list[int], words: Sequence[Word], longest: float) -> Iterator[list[int]]:
