@@ -24,6 +24,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from conftest import sound
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
@@ -611,6 +612,26 @@ def test_a_run_resumed_around_the_end_of_a_pass_with_other_workers_gives_the_sam
     trained = [[row for row in figures(run) if row["train/loss"]] for run in (whole, out)]
     assert [row["step"] for row in trained[0]] == [str(i + 1) for i in range(steps + 3)]
     assert trained[0] == trained[1]
+
+
+def test_a_corpus_of_less_than_an_update_is_heard_in_whole_updates_resumed_and_validated_at_the_end(
+    tmp_path: Path,
+) -> None:
+    for i, part in enumerate(("train", "train", "train", "dev")):
+        (folder := tmp_path / "in" / part / f"s{i}").mkdir(parents=True)
+        soundfile.write(folder / "a.flac", sound(2.0 + 0.3 * i, i), RATE)
+    splits = read_corpus(tmp_path / "in")
+    for name, ends in (("whole", [5]), ("resumed", [3, 5])):
+        for end in ends:
+            config = nano(accumulate=4, val_every=2, checkpoint_every=3, max_steps=end)
+            pretrain(config, splits, tmp_path / name, resume=end > ends[0])
+    rows = [[row for row in figures(tmp_path / name) if row["train/loss"]] for name in ("whole", "resumed")]
+    assert rows[0] == rows[1]
+    heard = [3600 * float(row["train/hours_heard"]) for row in rows[0]]
+    assert heard == pytest.approx([16.0 * step for step in range(1, 6)])  # 4 batches of 2 crops of 2 s
+    lines = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    loss, step = (lines[0].split(",").index(name) for name in ("valid/loss", "step"))
+    assert [line.split(",")[step] for line in lines[1:] if line.split(",")[loss]] == ["2", "4", "5"]
 
 
 def figures(run: Path) -> list[dict[str, str]]:
