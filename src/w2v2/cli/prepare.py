@@ -80,8 +80,8 @@ class Prepare:
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]
         names += ["audit", "labelled", "columns", "audio_folder"]
-        least = MIN_CONFIDENCE if self.cut_by else 0.0
-        least = least if self.min_confidence is None else self.min_confidence
+        usual = MIN_CONFIDENCE if self.cut_by else 0.0
+        least = usual if self.min_confidence is None else self.min_confidence
         config = PrepareConfig(min_confidence=least, **{name: getattr(self, name) for name in names})
         source: str | Path = self.source
         if self.download:

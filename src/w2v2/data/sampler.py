@@ -97,8 +97,7 @@ class EpochSampler:
         split = self.passes.split
         if self.update == 1 or len(split) > self.enough:
             return
-        turns = self.passes.turns(0)
-        rows = [row for number, turn in enumerate(turns) for row in self.passes.rows(0, number, turn)]
+        rows = [row for turn in enumerate(self.passes.turns(0)) for row in self.passes.rows(0, *turn)]
         self.passes.left_out.clear()
         if (batches := len(self._batches(rows, random.Random(0)))) >= self.update:
             return

@@ -115,7 +115,6 @@ def cut_table(
     that cannot be aligned is in the table whole, with a confidence of 0.
 
     Args:
-        recognizer: knows the language.
         key: of its weights (``weights_key``).
         source: folder of audio or table.
         table: to write, JSONL.
