@@ -129,19 +129,21 @@ def cut_table(
     counts = Counter[str]()
     cache = table.with_name(f"{table.stem}.aligned.jsonl")
     known: dict[str, Any] = {}
-    if cache.exists():
-        with contextlib.suppress(ValueError), cache.open(encoding="utf-8") as lines:  # the last line may be half one
-            known.update(json.loads(line) for line in lines)
+    for line in cache.read_text(encoding="utf-8").split("\n") if cache.exists() else ():
+        with contextlib.suppress(ValueError):  # half a line, of a call that was killed
+            known.update([json.loads(line)])
     root, rows = source_rows(source, config, Counter())
-    with whole(table) as partial, partial.open("w", encoding="utf-8") as out, cache.open("w", encoding="utf-8") as kept:
+    with whole(table) as partial, partial.open("w", encoding="utf-8") as out, cache.open("a", encoding="utf-8") as kept:
         for done, (row, stamp, _) in enumerate(stamped(root, rows)):
             location, cuts = locate(root, row.path), None
             if row.text and row.text.strip() and _seconds(location, row) > config.audit.max_seconds:
                 what = (key, stamp, row, config.audit.max_seconds, config.min_confidence)
                 name = hashlib.sha256(repr(what).encode()).hexdigest()
-                cuts = known[name] if name in known else _cut(recognizer, location, row, config)
-                kept.write(json.dumps((name, cuts), ensure_ascii=False) + "\n")
-                kept.flush()
+                if name not in known:
+                    known[name] = _cut(recognizer, location, row, config)
+                    kept.write("\n" + json.dumps((name, known[name]), ensure_ascii=False))
+                    kept.flush()
+                cuts = known[name]
                 counts["could not be aligned" if len(cuts) == 1 and not cuts[0][3] else "cut"] += 1
                 counts["utterances"] += len(cuts)
             for start, end, text, confidence in cuts or [(row.start, row.end, row.text, None)]:
