@@ -97,7 +97,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
         )
         with _failures_named(checkpoints, last):
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
-            if trainer.global_step % train.val_every:
+            if trainer.global_step != checkpoints.validated:
                 trainer.validate(task, data, verbose=False)
     weights = whole_weights(task.model)
     if trainer.is_global_zero:
