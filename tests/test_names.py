@@ -165,7 +165,7 @@ def test_transcribe_align_and_evaluate_take_a_name(root, env, speech, tmp_path):
     assert "SUN" in command(tmp_path, env, "align", f"{BASE}@main", files[0], "SUN MOON")
     command(tmp_path, env, "evaluate", BASE, "--data", speech, "--split", "test", "--out", "scores")
     rows = [json.loads(line) for line in (tmp_path / "scores" / "hypotheses.jsonl").read_text().splitlines()]
-    assert {row["id"].rpartition("/")[2]: row["hypothesis"] for row in rows} == texts
+    assert {row["id"].rpartition("_")[2]: row["hypothesis"] for row in rows} == texts
     refused = python(tmp_path, env, "-m", "w2v2.cli.main", "evaluate", BASE, "--data", speech)
     assert refused.returncode == 2 and "--out" in refused.stderr
     language = command(tmp_path, env, "transcribe", MMS, files[0], "--language", "rus")
