@@ -202,14 +202,14 @@ def read_huggingface(folder: Path, language: str | None = None) -> Checkpoint:
     if language is not None:
         n_labels = len(tensors["lm_head.weight"])  # an output layer of its own
     blank = foreign.blank_of(config, kind, n_labels)
-    vocabulary = None
+    state, vocabulary = foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file), None
     if kind is Wav2Vec2ForCTC:
         vocabulary, choices = settle_case(_read_vocabulary(folder, values, n_labels, language))
         notes += choices
     return Checkpoint(
         source=folder,
         config=config,
-        state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
+        state=state,
         vocabulary=vocabulary,
         channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
         channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),

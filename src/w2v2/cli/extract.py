@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from w2v2.cli.options import MODEL, Device, Language, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
-from w2v2.errors import JobError, Positive, UsageError, check_ranges
+from w2v2.errors import Count, JobError, Positive, UsageError, check_ranges
 
 log = logging.getLogger("w2v2")
 
@@ -48,6 +48,8 @@ class Extract:
     language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
+    channel: Annotated[Count | None, default("the mix of all", "INT")] = None
+    """Of files: the one to take, from 1."""
 
     def run(self, named: Collection[str]) -> None:
         """Write the files, and say of which recordings there are none."""
@@ -66,6 +68,8 @@ class Extract:
 
         if bool(self.audio) == bool(self.data):
             raise UsageError("name either files and folders of audio, or a corpus with `data`")
+        if self.data and self.channel:
+            raise UsageError("`channel` is of files; the utterances of a corpus have theirs already, leave it out")
         check_ranges(self)
         layers = self.layers or (() if self.codes else (-1,))
         wanted = Wanted(layers=layers, codes=self.codes, pool=self.pool is not None, format=self.format)
@@ -79,7 +83,7 @@ class Extract:
             items, total = read_split(self.data, self.split, data, self.max_seconds)
         else:
             files = find_files(self.audio)
-            items, total = read_files(files, self.max_seconds), len(files)
+            items, total = read_files(files, self.max_seconds, self.channel), len(files)
         failed = 0
         with progress("extract") as show:
             for done, row in enumerate(extract_files(model, items, self.out, wanted, self.batch_seconds), 1):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, mix_down, resample
+from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, Mixer, resample
 from w2v2.data.names import utterance_id
 from w2v2.data.sources import folder_rows
 from w2v2.errors import UsageError, public
@@ -118,21 +118,24 @@ def check_wanted(model: Wav2Vec2 | OnnxModel, layers: Sequence[int], *, codes: b
     return [layer % (depth + 1) for layer in layers]
 
 
-def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
-    """A whole file as (S,) float32 at 16 kHz, channels averaged.
+def read_audio(path: str | Path, max_seconds: float | None = None, channel: int | None = None) -> Tensor:
+    """A whole file as (S,) float32 at 16 kHz: one channel, counted from 1, or the mean over all.
 
     Raises:
-        AudioError: it cannot be decoded, lacks its end, holds samples that are not finite, or is longer than
-            ``max_seconds``, of which no more is read.
+        AudioError: it cannot be decoded, lacks its end or that channel, holds samples that are not finite, has channels
+            that cancel each other out in the mean, or is longer than ``max_seconds``, of which no more is read.
         OSError: it cannot be read at all.
     """
     with AudioFile(str(path)) as file:
         limit = None if max_seconds is None else int(max_seconds * file.rate)
-        samples = mix_down(file.read(-1 if limit is None else limit + 1))
+        mix = Mixer(channel)
+        samples = mix(file.read(-1 if limit is None else limit + 1))
         if limit is not None and len(samples) > limit:
             raise AudioError(f"longer than {max_seconds:g} s; {_CUT_IT}")
         if not np.isfinite(samples).all():
             raise AudioError(_NOT_FINITE)
+        if mix.cancels:
+            raise AudioError("its channels cancel each other out; choose one with `channel`")
         file.check_end()
         return torch.from_numpy(resample(samples, file.rate))
 
@@ -169,11 +172,11 @@ def find_files(paths: Iterable[str]) -> list[Item]:
     return found
 
 
-def read_files(items: Iterable[Item], max_seconds: float) -> Iterator[Item]:
-    """The same with audio, or what is wrong with it."""
+def read_files(items: Iterable[Item], max_seconds: float, channel: int | None = None) -> Iterator[Item]:
+    """The same with audio, of a channel or the mean over all, or what is wrong with it."""
     for item in items:
         try:
-            yield item if item.fault else replace(item, audio=read_audio(item.source, max_seconds))
+            yield item if item.fault else replace(item, audio=read_audio(item.source, max_seconds, channel))
         except (AudioError, OSError, UsageError) as error:
             yield replace(item, fault=str(error))
 
