@@ -19,7 +19,7 @@ from w2v2.model.feature_encoder import FeatureEncoder, output_lengths, receptive
 from w2v2.model.masking import Draws
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.transformer import MLP, PositionalConvEmbedding, SelfAttention, TransformerBlock
-from w2v2.model.wav2vec2 import Wav2Vec2, init_weights
+from w2v2.model.wav2vec2 import Wav2Vec2
 
 PRESETS = ("base", "paper_base", "paper_large_lv60k", "small", "tiny")
 
@@ -816,7 +816,7 @@ def test_a_second_init_of_the_parts_draws_them_anew():
     with torch.no_grad():
         model.mask_vector.fill_(float("nan"))
         model.quantizer.codebook.fill_(float("nan"))
-    init_weights(model)
+    model.init_weights()
     assert all(p.isfinite().all() for p in model.parameters())
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2v2.errors import Count, Positive, ShareBelowOne, UsageError, Whole
+from w2v2.model.initialisation import init_modules
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
@@ -30,7 +31,7 @@ from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
 from w2v2.model.precision import low_precision
 from w2v2.model.quantizer import GumbelVectorQuantizer, QuantizerOutput, gumbel_temperature, perplexity
 from w2v2.model.transformer import take
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 
 
 class Wav2Vec2ForPretraining(Wav2Vec2):
@@ -47,7 +48,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         if config.similarity_dim is not None:
             self.project_q = nn.Linear(code_dim, config.similarity_dim)
         self.out_linear = nn.Linear(config.n_embd, config.similarity_dim or code_dim)
-        init_weights(self.quantizer)
+        init_modules(self.quantizer)
         self.neighbourhood: Neighbourhood | None = None
         if config.neighbourhood:
             shape = config.conv_channels[-1], config.n_embd, config.neighbourhood, config.neighbourhood_dim
