@@ -16,6 +16,7 @@ from torch import nn
 from w2v2 import recipes
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.feature_encoder import FeatureEncoder, output_lengths, receptive_field
+from w2v2.model.initialization import init_weights
 from w2v2.model.masking import Draws
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.transformer import MLP, PositionalConvEmbedding, SelfAttention, TransformerBlock
@@ -816,7 +817,7 @@ def test_a_second_init_of_the_parts_draws_them_anew():
     with torch.no_grad():
         model.mask_vector.fill_(float("nan"))
         model.quantizer.codebook.fill_(float("nan"))
-    model.init_weights()
+    init_weights(model)
     assert all(p.isfinite().all() for p in model.parameters())
 
 

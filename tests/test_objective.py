@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from w2v2 import recipes
-from w2v2.model.initialisation import init_modules
+from w2v2.model.initialization import init_weights
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
@@ -570,7 +570,7 @@ def test_model_losses_are_the_sums_that_the_definitions_give(preset):
 
 def init_weights_of(quantizer, seed=0):
     torch.manual_seed(seed)
-    init_modules(quantizer)
+    init_weights(quantizer)
     return quantizer
 
 

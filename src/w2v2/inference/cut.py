@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import soundfile
-import torch
 
-from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
+from w2v2.data.audio import AudioError, AudioFile
 from w2v2.data.sources import Row, locate
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole
@@ -115,14 +114,8 @@ def _short(group: list[int], words: Sequence[Word], longest: float) -> Iterator[
     yield from _short(group[at:], words, longest)
 
 
-def _answer(recognizer: Recognizer) -> bytes:
-    """What a model says to a second of one sound, which tells it from others whatever it runs in."""
-    sound = torch.arange(SAMPLE_RATE).square().mul(1e-6).sin()
-    return bytes(recognizer.emissions([sound])[0].mul(100).round().to(torch.int32).numpy())
-
-
 def cut_table(
-    recognizer: Recognizer, source: Path, table: Path, config: PrepareConfig, show: Show = quiet
+    recognizer: Recognizer, key: str, source: Path, table: Path, config: PrepareConfig, show: Show = quiet
 ) -> Counter[str]:
     """Write a table of a source's recordings, in which those with a transcript that are long are cut.
 
@@ -131,6 +124,7 @@ def cut_table(
 
     Args:
         recognizer: knows the language.
+        key: of its weights (``weights_key``).
         source: folder of audio or table.
         table: to write, JSONL.
         config: how the source is read; ``min_confidence`` tells which words match.
@@ -141,7 +135,7 @@ def cut_table(
     Raises:
         UsageError: as of reading the source.
     """
-    counts, model = Counter[str](), hashlib.sha256(_answer(recognizer))
+    counts = Counter[str]()
     cache = table.with_name(f"{table.stem}.aligned.jsonl")
     known: dict[str, Any] = {}
     if cache.exists():
@@ -152,7 +146,7 @@ def cut_table(
         for done, (row, stamp, _) in enumerate(stamped(root, rows)):
             location, cuts = locate(root, row.path), None
             if row.text and row.text.strip() and _seconds(location, row) > config.audit.max_seconds:
-                what = (model.hexdigest(), stamp, row, config.audit.max_seconds, config.min_confidence)
+                what = (key, stamp, row, config.audit.max_seconds, config.min_confidence)
                 name = hashlib.sha256(repr(what).encode()).hexdigest()
                 cuts = known[name] if name in known else _cut(recognizer, location, row, config)
                 kept.write(json.dumps((name, cuts), ensure_ascii=False) + "\n")

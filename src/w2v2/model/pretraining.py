@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2v2.errors import Count, Positive, ShareBelowOne, UsageError, Whole
-from w2v2.model.initialisation import init_modules
+from w2v2.model.initialization import init_weights
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
@@ -48,7 +48,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         if config.similarity_dim is not None:
             self.project_q = nn.Linear(code_dim, config.similarity_dim)
         self.out_linear = nn.Linear(config.n_embd, config.similarity_dim or code_dim)
-        init_modules(self.quantizer)
+        init_weights(self.quantizer)
         self.neighbourhood: Neighbourhood | None = None
         if config.neighbourhood:
             shape = config.conv_channels[-1], config.n_embd, config.neighbourhood, config.neighbourhood_dim

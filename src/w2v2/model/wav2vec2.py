@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from w2v2.errors import Count, NotNegative, Positive, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, FeatureProjection, frame_center, output_lengths
-from w2v2.model.initialisation import init_convolutions, init_modules
+from w2v2.model.initialization import init_weights
 from w2v2.model.masking import sample_span_mask
 from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
 from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
@@ -184,14 +184,7 @@ class Wav2Vec2(nn.Module):
         )
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Initialise all parts (``initialisation.py``)."""
-        init_convolutions(self.feature_encoder.conv_weights(), self.config.conv_init_smoothing)
-        nn.init.uniform_(self.mask_vector)
-        init_modules(self)
+        init_weights(self)
 
     @property
     def device(self) -> torch.device:
