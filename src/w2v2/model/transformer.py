@@ -149,15 +149,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> same shape; (1, N, D) if only rows are wanted."""
-        more = () if self.adapter is None else (self.adapter,)
-        with low_precision(x, self.attn, self.mlp, self.ln_1, self.ln_2, *more) as (
-            x,
-            attn,
-            mlp,
-            ln_1,
-            ln_2,
-            *adapters,
-        ):
+        parts = [self.attn, self.mlp, self.ln_1, self.ln_2, *([] if self.adapter is None else [self.adapter])]
+        with low_precision(x, *parts) as (x, attn, mlp, ln_1, ln_2, *adapters):
             asked: Tensor = x if rows is None else take(x, rows)
             if self.norm_first:
                 asked = asked + self.dropout(attn(ln_1(x), lengths, rows))
