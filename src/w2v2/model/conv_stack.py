@@ -134,13 +134,7 @@ _FRAMES = 64
 
 
 def conv_stack_in_parts(windows: Tensor, first: Tensor, slots: Slots, layers: Layers, eps: float) -> Tensor:
-    """The same of one utterance where nothing learns: some frames at a time, whose rows stay in a processor's cache.
-
-    Args: as of ``conv_stack``, of slots with one utterance.
-
-    Returns:
-        (T, C).
-    """
+    """(T, C) of one utterance where nothing learns: some frames at a time, whose rows stay in a processor's cache."""
     geometry, rows, frames = slots.geometry, slots.lengths[1][0], slots.lengths[-1][0]
     parts = list(zip(geometry.kernels, geometry.strides, geometry.paddings, strict=True))[1:]
     matrices = [_matrix(weight, windows.dtype) for weight in layers.weights]
