@@ -18,10 +18,8 @@ BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.
 class Page:
     """A tab, and what went wrong in it or was asked for by it."""
 
-    def __init__(self, address: str) -> None:
-        from websockets.sync.client import connect
-
-        self.socket = connect(address, max_size=None)
+    def __init__(self, socket: Any) -> None:
+        self.socket = socket
         self.numbers = itertools.count(1)
         self.problems: list[str] = []
         self.addresses: list[str] = []
@@ -53,9 +51,7 @@ class Page:
 
     def run(self, code: str) -> Any:
         """The value of an expression, awaited."""
-        answer = self.do(
-            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True, userGesture=True
-        )
+        answer = self.do("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True, userGesture=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -101,6 +97,8 @@ class Page:
 @contextmanager
 def chromium(folder: Path, microphone: Path | None = None) -> Iterator[Page]:
     """A browser with an empty profile in ``folder``; without a file to hear it has no microphone."""
+    from websockets.sync.client import connect
+
     assert BINARY is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     options += ["--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
@@ -116,10 +114,10 @@ def chromium(folder: Path, microphone: Path | None = None) -> Iterator[Page]:
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
-        page = Page(tabs[0]["webSocketDebuggerUrl"])
-        page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "downloads"))
-        yield page
-        page.socket.close()
+        with connect(tabs[0]["webSocketDebuggerUrl"], max_size=None) as client:
+            page = Page(client)
+            page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "downloads"))
+            yield page
     finally:
         process.terminate()
         process.wait()
