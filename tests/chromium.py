@@ -55,13 +55,12 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, code: str, seconds: float = 60.0) -> Any:
-        """The value of an expression once it is true."""
+    def until(self, code: str, seconds: float = 60.0) -> None:
+        """Wait for an expression to be true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(code)):
+        while not self.run(f"Boolean({code})"):  # an element itself has no value here
             assert time.monotonic() < end, f"{code} did not come true: {self.run('document.body.innerText')}"
             time.sleep(0.05)
-        return value
 
     def go(self, address: str) -> None:
         """Open an address, to its end."""
