@@ -77,7 +77,7 @@ class Page:
     def key(self, name: str) -> None:
         """Press and release a key."""
         text = {"Enter": {"text": "\r"}}.get(name, {})
-        code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowLeft": 37, "End": 35}[name]
+        code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowLeft": 37, "End": 35, "F2": 113}[name]
         for kind in ("keyDown", "keyUp"):
             self.do(
                 "Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code,

@@ -474,6 +474,13 @@ def test_open_a_recording_and_walk_it_by_keys(server: Server, tmp_path: Path) ->
         page.key("Enter")
         assert page.run("[...document.querySelectorAll('.word')].indexOf(document.activeElement)") == 1
         page.until("document.querySelectorAll('.word')[1].matches('.playing')")
+        page.key("F2")
+        page.run("document.activeElement.value = 'better'")
+        page.key("Enter")
+        assert shown(page)[1] == "better"
+        page.run("document.querySelector('[data-ending=txt]').click()")
+        file = tmp_path / "profile" / "downloads" / "talk.txt"
+        until(lambda: file.exists() and " better " in file.read_text())
         controls = "[...document.querySelectorAll('button, input, canvas')]"
         assert page.run(f"{controls}.every(e => e.ariaLabel || e.textContent || e.labels.length)")
         for width, dark in ((390, False), (390, True), (1200, True)):

@@ -119,6 +119,7 @@ function start() {
       const sure = word.probability === undefined ? "" : `, ${Math.round(100 * word.probability)} % sure`;
       button.title = `${word.start.toFixed(2)} to ${word.end.toFixed(2)} s${sure}`;
       button.addEventListener("click", () => play(word, button));
+      button.addEventListener("dblclick", () => correct(word, button));
       line().append(button, " ");
       words.push(word);
     }
@@ -143,7 +144,45 @@ function start() {
     player.start();
   }
 
+  function correct(word, button) {
+    const field = document.createElement("input");
+    field.className = "correction";
+    field.value = word.word;
+    field.size = Math.max(word.word.length, 4);
+    field.ariaLabel = `Instead of ${word.word}`;
+    let done = false;
+    const finish = keep => {
+      if (done) return;
+      done = true;
+      const better = field.value.trim();
+      if (keep && better) {
+        word.word = button.textContent = better;
+        delete word.probability;
+        button.style.setProperty("--p", 1);
+        button.title = `${word.start.toFixed(2)} to ${word.end.toFixed(2)} s, corrected`;
+      }
+      const focused = document.activeElement === field;
+      field.replaceWith(button);
+      if (keep && !better) {
+        words.splice(words.indexOf(word), 1);
+        button.remove();
+      } else if (focused) button.focus();
+    };
+    field.addEventListener("blur", () => finish(true));
+    field.addEventListener("keydown", event => {
+      if (event.key === "Enter" || event.key === "Escape") finish(event.key === "Enter");
+      event.stopPropagation();
+    });
+    button.replaceWith(field);
+    field.select();
+  }
+
   text.addEventListener("keydown", event => {
+    if (event.key === "F2" && document.activeElement.matches(".word")) {
+      const place = [...text.querySelectorAll(".word")].indexOf(document.activeElement);
+      correct(words[place], document.activeElement);
+      return event.preventDefault();
+    }
     const buttons = [...text.querySelectorAll(".word")], place = buttons.indexOf(document.activeElement);
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
     const next = buttons[{Home: 0, End: buttons.length - 1}[event.key] ?? place + (step ?? NaN)];
