@@ -150,9 +150,7 @@ def evaluate_model(
     tuned_on = None if tune is None else choose_split(splits, tune, corpus, "tune")
     if against is not None:
         hypotheses_file(against)
-    folder = Path(model) if os.path.isdir(model) else out
-    if folder is None:
-        raise UsageError(f"{model} is no folder to put results into; name one with `out`")
+    folder = _folder(model, out)
     recognizer = load_recognizer(model, language)
     place(recognizer.model, device)
     decoder = make_decoder(recognizer.vocabulary, lm=lm, lexicon=lexicon, hot_words=hot_words, beam=beam)
@@ -176,6 +174,14 @@ def evaluate_model(
         {"run": str(model), "data": corpus, "split": split, "decoder": settings},
         against=against,
     )
+
+
+def _folder(model: str | PathLike[str], out: Path | None) -> Path:
+    """Of a model, or where its results go."""
+    folder = Path(model) if os.path.isdir(model) else out
+    if folder is None:
+        raise UsageError(f"{model} is no folder to put results into; name one with `out`")
+    return folder
 
 
 def _refuse_scored(name: str | None, tuned_on: Split, scored: Split) -> None:
