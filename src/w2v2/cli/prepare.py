@@ -38,6 +38,8 @@ class Prepare:
     """Write 16 kHz mono audio into tars, of FLAC unless another is named."""
     shard_mb: float = 250.0
     """Size of a shard, MB."""
+    vad: bool = False
+    """Of recordings without a transcript, keep what is near speech."""
     splits: Annotated[str, default("SOURCE/splits.tsv, if any", "FILE")] = ""
     """Table with the columns utt and role."""
     valid_share: float = 0.05
@@ -79,7 +81,7 @@ class Prepare:
 
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]
-        names += ["audit", "labelled", "columns", "audio_folder"]
+        names += ["audit", "labelled", "columns", "audio_folder", "vad"]
         usual = MIN_CONFIDENCE if self.cut_by else 0.0
         least = usual if self.min_confidence is None else self.min_confidence
         config = PrepareConfig(min_confidence=least, **{name: getattr(self, name) for name in names})
