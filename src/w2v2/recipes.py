@@ -166,7 +166,7 @@ def tiny() -> PretrainConfig:
         w2v2 pretrain tiny --data my_speech --out runs/tiny
 
     1,500 updates on the spectrum (``warm_start``) and 1,600 of masked prediction, of 12 s each, 10.3 h heard; hours:
-    five minutes of one CPU core. Metrics on synthetic speech, one seed (LOG.md): accuracy .23; a linear probe tells .52
+    five minutes of one CPU core. Metrics on synthetic speech, one seed (LOG.md): accuracy .20; a linear probe tells .52
     of the phones of unseen voices from one frame, .55 from five; log-mel .38 and .46.
 
     ``small`` made smaller, with spans of 100 ms, and an auxiliary loss on the frames that are seen: they tell what lies
