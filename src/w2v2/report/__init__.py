@@ -105,7 +105,7 @@ def _heard(item: dict[str, Any]) -> dict[str, Any]:
     written = {
         f"{ARMS[arm][0]}{how}": _differences(item["reference"], item[arm + key])
         for arm in COMPARED
-        for key, how in (("", ", greedy"), ("_trigram", ", with a trigram"))
+        for key, how in (("", ""), ("_trigram", " + trigram"))
         if arm + key in item
     }
     return item | {"figure": figures.utterance(item["id"], samples_of(item["flac"]), item["words"]), "written": written}
