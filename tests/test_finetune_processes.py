@@ -19,12 +19,11 @@ from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import label_fit
 from w2v2.training.run import validate_task
 
-# Masks and all else that is drawn by utterance or step; no dropout, which is drawn by rank. A pass is two batches:
-# which of more come together in a step depends on the number of ranks.
+# Masks and everything else that is drawn by utterance or step; no dropout, which is drawn by rank.
 SMALL = (
     "--model.n-layer 2 --model.n-embd 48 --model.ffn-dim 64 --model.conv-channels 16 16 16 16 16 16 16 "
     "--model.conv-norm group:8 --model.mask-prob 0.4 --channel-mask-prob 0.2 --channel-mask-length 8 "
-    "--model.layer-drop 0.3 --data.batch-seconds 33 --data.num-buckets 1 --train.max-steps 2 --train.log-every 1 "
+    "--model.layer-drop 0.3 --data.batch-seconds 7 --data.num-buckets 1 --train.max-steps 2 --train.log-every 1 "
     "--train.val-every 2 --train.checkpoint-every 2 --optim.clip-norm None"
 )
 

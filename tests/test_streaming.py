@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from w2v2.data.batch import Batch, SpeechDataset
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Piece, Row, Split, labelled_subset, read_corpora, read_corpus
 from w2v2.data.passes import Passes
-from w2v2.data.sampler import EpochSampler, whole_steps
+from w2v2.data.sampler import EpochSampler, whole_updates
 from w2v2.errors import JobError, UsageError
 from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.run import prepare
@@ -262,32 +262,58 @@ def test_the_batches_of_a_step_are_of_similar_utterances() -> None:
     assert sorted(spread)[len(spread) // 2] < 1.0  # a bucket is 1 s wide, the utterances 10
 
 
+@settings(max_examples=150, deadline=None)
+@given(durations, sizes, st.sampled_from([(2, 1), (3, 1), (2, 2), (2, 3)]), st.fixed_dictionaries(shape))
+def test_an_update_has_the_same_batches_however_many_processes_share_them(lengths, parts, product, options) -> None:
+    size = math.prod(product)
+    assume(sum(length >= 0.5 for length in lengths) >= size)
+    split = split_of(lengths, parts)
+
+    def updates(world: int) -> list[list[list[str]]]:
+        every = size // world
+        ranks = ids_of(plan(split, world=world, accumulate=every, **options))
+        in_turn = [batch for together in zip(*ranks, strict=True) for batch in together]
+        return [in_turn[i : i + size] for i in range(0, len(in_turn), size)]
+
+    alone = updates(1)
+    for world in {product[0], product[1], size}:
+        shared = updates(world)
+        assert shared[:-2] == alone[:-2] or all(len(batch) == 1 for batch in alone[-1])
+        if len(alone[-1]) == size:  # else there is but one utterance in each of the last batches
+            assert shared == alone
+        elif len(alone[-1]) >= world:
+            assert [sorted(chain(*update)) for update in shared] == [sorted(chain(*update)) for update in alone]
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=4), worlds)
-def test_steps_become_whole_without_loss_and_none_grows_but_where_it_must(steps, world) -> None:
-    """Batch sizes of each step; all but the last have one for each rank."""
-    steps = [(step * world)[:world] for step in steps[:-1]] + [steps[-1][:world]]
+@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=6), min_size=1, max_size=4), worlds, st.integers(1, 3))
+def test_updates_become_whole_without_loss_and_no_batch_grows_but_where_it_must(updates, world, every) -> None:
+    """Batch sizes of each update; all but the last have as many as they need."""
+    size = world * every
+    updates = [(update * size)[:size] for update in updates[:-1]] + [updates[-1][:size]]
     names = iter(range(1000))
-    before = [[[next(names) for _ in range(size)] for size in step] for step in steps]
-    everything = [name for step in before for batch in step for name in batch]
+    before = [[[next(names) for _ in range(n)] for n in update] for update in updates]
+    everything = [name for update in before for batch in update for name in batch]
     if len(everything) < world:
         with pytest.raises(UsageError, match=f"{len(everything)} utterances for {world}"):
-            whole_steps(before, world)
+            whole_updates(before, size, world)
         return
-    whole = whole_steps(copy.deepcopy(before), world)
-    assert sorted(name for step in whole for batch in step for name in batch) == everything
-    assert all(len(step) == world and all(step) for step in whole)
-    if len(before[-1]) == world:
+    whole = whole_updates(copy.deepcopy(before), size, world)
+    assert sorted(name for update in whole for batch in update for name in batch) == everything
+    assert all(len(update) == size for update in whole[:-1]) and all(map(all, whole))
+    assert len(whole[-1]) % world == 0 and 0 < len(whole[-1]) <= size
+    if len(before[-1]) == size:
         assert whole == before
         return
     assert whole[: len(before) - 2] == before[:-2]
-    last_two = [batch for step in before[-2:] for batch in step]
-    grown = [batch for batch in whole[-1] if not any(set(batch) <= set(old) for old in last_two)]
+    last_two = [batch for update in before[-2:] for batch in update]
+    grown = [batch for update in whole for batch in update if not any(set(batch) <= set(old) for old in last_two)]
+    grown = [batch for batch in grown if not any(batch in update for update in before)]
     spare = sum(len(batch) - 1 for batch in last_two)
-    if spare >= world - len(before[-1]):  # enough to give each rank a batch by splitting
-        assert not grown and len(whole) == len(before)
+    if spare >= size - len(before[-1]):  # enough to make all batches by splitting
+        assert not grown and len(whole) == len(before) and len(whole[-1]) == size
     else:
-        assert len(whole) == len(before) - 1 and all(len(batch) == 2 for batch in grown)
+        assert len(grown) < world and all(len(batch) == 2 for batch in grown)
 
 
 # --- Real audio -------------------------------------------------------------------------------------------------------

@@ -131,11 +131,12 @@ def make_loader(
     config: DataConfig,
     max_seconds: float | None,
     *,
+    accumulate: int = 1,
     skip: int = 0,
     start: Position | None = None,
     epoch: int = 0,
 ) -> SpeechLoader:
-    """Loader of a rank's batches of some utterances."""
+    """Loader of a rank's batches of some utterances; the others as for :class:`EpochSampler`."""
     rank, world_size = _ranks()
     sampler = EpochSampler(
         passes,
@@ -145,6 +146,7 @@ def make_loader(
         buffer=config.shuffle_buffer,
         rank=rank,
         world_size=world_size,
+        accumulate=accumulate,
         skip=skip,
         start=start,
     )

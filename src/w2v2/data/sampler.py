@@ -1,9 +1,9 @@
 """Which utterances make up which batch of which rank, from metadata alone.
 
 A pass goes over the pieces of a split in a keyed order and reads some at a time: a window. Its utterances are shuffled,
-sorted into buckets of similar duration, cut into batches in the order of the buckets, and these into steps: one batch
-for each rank, all of similar utterances, so that none waits long for another. The steps of a window are shuffled. What
-is left over of a window, fewer batches than ranks, goes into the next one.
+sorted into buckets of similar duration, cut into batches in the order of the buckets, and these into updates: as many
+for each rank as it accumulates, all of similar utterances, so that none waits long for another. The updates of a window
+are shuffled. What is left over of a window, too little for an update, goes into the next one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Position:
 
     epoch: int = 0
     steps: int = 0
-    """Of the pass, before it."""
+    """Batches of each rank in the pass before it."""
     turn: int = 0
     """Pieces before it."""
     carried: tuple[tuple[int, int], ...] = ()
@@ -43,8 +43,9 @@ class Position:
 class EpochSampler:
     """Yields ((epoch, number in it), rows) of one rank's batches; where they stand travels with them to any worker.
 
-    What is in a batch, and when it comes, depends on the split, the seed, the epoch and the number of ranks, not on the
-    number of workers. Every utterance of a pass goes to exactly one rank, and all ranks get as many batches.
+    What is in an update depends on the split, the seed, the epoch and the number of its batches: not on how many of
+    them come at once or one after another, nor on workers. Every utterance of a pass goes to exactly one rank, and
+    all ranks get as many batches.
 
     Args:
         passes: the utterances.
@@ -53,6 +54,7 @@ class EpochSampler:
         num_buckets: groups of similar duration in a window.
         buffer: utterances of a window, at least: what shuffling can reach, and what bounds memory.
         rank, world_size: this process and how many there are.
+        accumulate: batches of each for an update.
         skip: batches of the first pass that a run had before it was resumed; nothing is decoded for them.
         start: of the last window before these, if known; otherwise the pass is planned up to there.
 
@@ -70,12 +72,14 @@ class EpochSampler:
         buffer: int = 10_000,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         skip: int = 0,
         start: Position | None = None,
     ) -> None:
         self.passes, self.rank, self.world_size = passes, rank, world_size
+        self.update = world_size * accumulate  # batches
         self.batch_seconds, self.max_seconds = batch_seconds, max_seconds or math.inf
-        self.num_buckets, self.enough = num_buckets, max(buffer, world_size)
+        self.num_buckets, self.enough = num_buckets, max(buffer, self.update)
         self.skip, self.start = skip, start
         self.epoch = 0
         self.windows: list[Position] = []
@@ -126,7 +130,7 @@ class EpochSampler:
     def _windows(self, start: Position, turns: list[tuple[int, int]]) -> Iterator[tuple[int, list[Row], bool]]:
         """(pieces before it, utterances, whether it is the last) of each window from one on.
 
-        The last has one for each rank at least, unless it is the only one.
+        The last is enough for an update, unless it is the only one.
         """
         self.passes.left_out.clear()
         begin, end = start.turn, start.turn
@@ -138,7 +142,7 @@ class EpochSampler:
                 rows, end = rows + part, number + 1
                 continue
             ahead += part
-            if len(ahead) >= self.world_size:
+            if len(ahead) >= self.update:
                 yield begin, rows, False
                 rows, ahead, begin, end = ahead, [], end, number + 1
         yield begin, rows + ahead, True
@@ -165,38 +169,40 @@ class EpochSampler:
                 batches.append([])
                 longest = seconds(row)
             batches[-1].append(row)
-        whole, spare = divmod(len(batches), self.world_size)
-        at = self.world_size * rng.randint(0, whole) if self.passes.shuffle else 0  # none is always the one left over
+        whole, spare = divmod(len(batches), self.update)
+        at = self.update * rng.randint(0, whole) if self.passes.shuffle else 0  # none is always the one left over
         rest = batches[at : at + spare]
         del batches[at : at + spare]
-        steps = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
+        updates = [batches[i : i + self.update] for i in range(0, len(batches), self.update)]
         if self.passes.shuffle:
-            rng.shuffle(steps)
-        if last:
-            return whole_steps([*steps, rest] if rest else steps, self.world_size), []
+            rng.shuffle(updates)
+        if last and rest:
+            updates, rest = whole_updates([*updates, rest], self.update, self.world_size), []
+        steps = [update[i : i + self.world_size] for update in updates for i in range(0, len(update), self.world_size)]
         return steps, list(chain.from_iterable(rest))
 
 
-def whole_steps(steps: list[list[list[T]]], world_size: int) -> list[list[list[T]]]:
-    """Steps with a batch for each rank, where the last one may have come with fewer.
+def whole_updates(updates: list[list[list[T]]], size: int, world_size: int) -> list[list[list[T]]]:
+    """Updates of ``size`` batches, where the last one may have come with fewer.
 
-    The missing batches are halves of the largest of the last ones, so that no batch grows. Only where the last full
-    step has nothing to spare are the left-over utterances added to its batches.
+    The missing batches are halves of the largest of the last ones, so that no batch grows. Where these have nothing to
+    spare, the last update has fewer batches, as many for each rank; the left-over utterances are added to the others.
 
     Raises:
         UsageError: when there are fewer utterances than ranks.
     """
-    *full, step = steps or [[]]
+    *full, update = updates or [[]]
     before = full[-1] if full else []
-    while len(step) < world_size and len(donor := max([*step, *before], key=len, default=[])) > 1:
-        step.append(donor[len(donor) // 2 :])
+    while len(update) < size and len(donor := max([*update, *before], key=len, default=[])) > 1:
+        update.append(donor[len(donor) // 2 :])
         del donor[len(donor) // 2 :]
-    if len(step) == world_size:
-        return steps
-    if not before:  # weights below 1 may leave so few
+    whole = len(update) - len(update) % world_size
+    rest = update[whole:]
+    if rest and not full and not whole:  # weights below 1 may leave so few
         raise UsageError(
-            f"a pass has {len(step)} utterances for {world_size} processes; use fewer, or larger --data.weights"
+            f"a pass has {len(update)} utterances for {world_size} processes; use fewer, or larger `data.weights`"
         )
-    for rest, batch in zip(chain.from_iterable(step), before, strict=False):
-        batch.append(rest)
-    return full
+    del update[whole:]
+    for left, batch in zip(chain.from_iterable(rest), [*update, *before], strict=False):
+        batch.append(left)
+    return updates if whole else full
