@@ -49,6 +49,7 @@ def write_run_report(run: Path) -> Path:
         final=[
             (figures.title_of(name), *(_final(name, metrics.get(f"{kind}/{name}")) for kind in figures.KINDS))
             for name in names
+            if any(f"{kind}/{name}" in metrics for kind in figures.KINDS)
         ],
         curves=[figures.panel(name, metrics, config) for name in dict.fromkeys((*PANELS, *names)) if name in drawn],
     )
