@@ -151,7 +151,7 @@ def test_a_run_probes_its_layers_and_is_the_same_run_as_one_that_does_not(
         assert before.items() <= row.items()
         for name in ("layer_0", "layer_2", "log-mel", "MFCC"):
             assert 0.1 < float(row[f"probe/{name}/phones_one"]) <= 1
-    assert float(runs[2][0]["probe/log-mel/phones_one"]) > 0.9
+    assert float(runs[2][0]["probe/log-mel/phones_one"]) > 0.8
     page = write_run_report(tmp_path / "2").read_text()
     assert "Phones told from one frame" in page and "layer 2" in page and "Purity of the codes" in page
 

@@ -89,8 +89,8 @@ class ProbeConfig:
     """Optimiser steps between probes; 0: none."""
     labels: str = ""
     """Folder of phones with times, ``*.ctm`` or ``*.TextGrid``, of utterances of ``train`` and ``valid``."""
-    minutes: Positive = 3.0
-    """Of labelled audio of either split, spread over all of it."""
+    minutes: Positive = 2.0
+    """Of labelled audio of either split, spread over all of it: what is told is less than by ``evaluate --probe``."""
 
 
 def _loss_weights() -> dict[str, float]:

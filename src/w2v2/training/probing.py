@@ -39,7 +39,7 @@ def probed_splits(config: ProbeConfig, splits: Splits) -> Splits:
 
 
 class Probing(pl.Callback):
-    """Every so many steps, ``probe/FEATURES/phones_one``, ``.../phones_five`` and ``.../speakers`` to the loggers.
+    """Every so many steps, ``probe/FEATURES/phones_one``, phones told from one frame, to the loggers.
 
     Features are ``layer_0`` (convolutions), ``layer_1`` and so on, and, computed once, ``log-mel`` and ``MFCC``; of a
     model with codes ``probe/codes/purity`` and ``.../information`` come with them.
@@ -82,14 +82,13 @@ class Probing(pl.Callback):
 
         results = probe(
             model, self.splits, "valid", Path(self.config.labels), minutes=math.inf, seed=self.seed,
-            beside=() if self.untrained else ("spectra",),
+            beside=() if self.untrained else ("spectra",), quick=True,
         )  # fmt: skip
         figures = {f"codes/{key}": value for key, value in (results["codes"] or {}).items()}
         for row in results["rows"]:
             layer = row["layer"]
             name, figures_of = (row["features"], self.untrained) if layer is None else (f"layer_{layer}", figures)
-            rates = {key: row[key] for key in ("phones_one", "phones_five", "speakers")}
-            figures_of.update({f"{name}/{key}": rate for key, rate in rates.items() if rate is not None})
+            figures_of[f"{name}/phones_one"] = row["phones_one"]
         return figures | self.untrained
 
     def _tell(self, step: int, figures: dict[str, float], start: float) -> None:
