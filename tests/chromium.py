@@ -53,9 +53,7 @@ class Page:
 
     def run(self, code: str) -> Any:
         """The value of an expression, awaited."""
-        answer = self.do(
-            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True, userGesture=True
-        )
+        answer = self.do("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True, userGesture=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
