@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,13 +93,12 @@ def spread_cuts(split: Split, labelled: dict[str, Any], minutes: float, seed: in
     return chosen
 
 
-def thin_out(split: Split, labelled: Collection[str], minutes: float, name: str) -> Split:
-    """About so many minutes of labelled cuts, every so manieth of the split.
+def thin_out(cuts: Sequence[MonoCut], minutes: float, name: str) -> Split:
+    """About so many minutes, every so manieth of the labelled cuts of a split.
 
     Raises:
         UsageError: there are none.
     """
-    cuts = [cut for cut in split if cut.id in labelled]
     if not cuts:
         raise UsageError(f"no utterance of split {name!r} has phones in `labels`; expected ids as in the corpus")
     return Split.of(cuts[:: math.ceil(sum(cut.duration for cut in cuts) / (60 * minutes))])

@@ -56,7 +56,7 @@ def probe(
         minutes: of labelled audio at most, over all voices, of either split.
         seed: of the choice, of the random net and of the classifiers.
         beside: which of ``UNTRAINED``.
-        abx, quick: measure ABX too; or phones from one frame alone, the other accuracies None.
+        abx, quick: measure ABX too; or phones from one frame alone, of those that ``train`` has, the rest None.
 
     Returns:
         ``schema``, ``split``, ``classes`` (phones), ``frames`` and ``speakers`` ({train, scored}), ``rows`` (each
@@ -72,7 +72,7 @@ def probe(
     wanted = list(range(depth + 1)) if layers is None else list(layers)
     if wrong := [layer for layer in wanted if not 0 <= layer <= depth]:
         raise UsageError(f"`layers` must be 0 to {depth}, the blocks of this model, got {wrong[0]}")
-    cuts, phones, classes = _choose(splits, split, labels, minutes, seed)
+    cuts, phones, classes = _choose(splits, split, labels, minutes, seed, quick)
     voices = sorted({speaker_of(cut) for part in cuts for cut in part})
     if abx:
         check_abx(len({speaker_of(cut) for cut in cuts[1]}))
@@ -96,13 +96,14 @@ def probe(
 
 
 def _choose(
-    splits: Splits, split: str, labels: Path, minutes: float, seed: int
+    splits: Splits, split: str, labels: Path, minutes: float, seed: int, quick: bool
 ) -> tuple[list[list[MonoCut]], Labels, list[str]]:
     """Utterances to train on and to score, everybody's phones, and the classes."""
     phones = read_labels(labels)
     cuts = [spread_cuts(splits.get(name, Split.of([])), phones, minutes, seed, name) for name in ("train", split)]
     check_times(phones, {cut.id: cut.duration for part in cuts for cut in part})
-    return cuts, phones, phone_classes(*([phones[cut.id] for cut in part] for part in cuts))
+    train, scored = ([phones[cut.id] for cut in part] for part in cuts)
+    return cuts, phones, phone_classes(train, train if quick else scored)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,8 @@ def probed_splits(config: ProbeConfig, splits: Splits) -> Splits:
     from w2v2.evaluation.phones import check_times, phone_classes, read_labels
 
     phones = read_labels(Path(config.labels))
-    probed = {name: thin_out(splits[name], phones, config.minutes, name) for name in ("train", "valid")}
-    cuts = [list(split) for split in probed.values()]
+    cuts = [[cut for cut in splits[name] if cut.id in phones] for name in ("train", "valid")]
+    probed = {name: thin_out(part, config.minutes, name) for name, part in zip(("train", "valid"), cuts, strict=True)}
     check_times(phones, {cut.id: cut.duration for part in cuts for cut in part})
     phone_classes(*([phones[cut.id] for cut in part] for part in cuts))
     return probed
