@@ -1,14 +1,23 @@
 """Forced alignment against every path there is, and against paths that were planted."""
 
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from w2v2 import recipes
 from w2v2.errors import UsageError
-from w2v2.inference.align import align_labels, forced_align, spell
+from w2v2.inference.align import align, align_labels, forced_align, spell
+from w2v2.inference.recognizer import Recognizer
+from w2v2.inference.recordings import source_of
+from w2v2.inference.transcribe import Layout
+from w2v2.inference.transcripts import Transcript
+from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.text.vocabulary import Vocabulary
 
 LABELS = 4
@@ -83,3 +92,55 @@ def test_what_cannot_be_aligned_is_said() -> None:
     never[:, 3] = -torch.inf
     with pytest.raises(UsageError, match="no probability at all"):
         align_labels(never, [3, 2], VOCABULARY)
+
+
+def spoken(path: list[int]) -> Recognizer:
+    """Hears these labels, one a frame, whatever the audio."""
+
+    class Fixed(Recognizer):
+        def emissions(self, audio: list[torch.Tensor]) -> list[torch.Tensor]:
+            frames = self.model.config.frames([len(row) for row in audio])
+            assert frames == [len(path)]
+            logits = torch.zeros(len(path), len(VOCABULARY.labels))
+            logits[torch.arange(len(path)), path] = 12.0
+            return [logits.log_softmax(-1)]
+
+    return Fixed(Wav2Vec2ForCTC(recipes.tiny_ctc().model, len(VOCABULARY.labels)), VOCABULARY)
+
+
+def aligned(path: list[int], text: str, folder: Path, **options: bool) -> Transcript:
+    audio = folder / "a.wav"
+    soundfile.write(audio, np.zeros(320 * len(path)), 16_000)
+    result = align(spoken(path), source_of(str(audio)), text, layout=Layout(600.0, 3.0), **options)
+    assert isinstance(result, Transcript)
+    return result
+
+
+A, B, END = 3, 4, 2
+
+
+def test_what_has_no_label_is_left_out_of_the_matching_and_kept_in_the_words(tmp_path: Path) -> None:
+    path = [0] * 20 + [A, B, B, END] + [0] * 46 + [A, A, END, 0, B, END] + [0] * 24
+    result = aligned(path, "3) ab, 25 \u20ac a\u2014 b! \u2026", tmp_path, skip_unknown=True)
+    assert result.text == "3) ab, 25 \u20ac a\u2014 b! \u2026"
+    assert [word.text for word in result.words] == result.text.split()
+    for before, after in itertools.pairwise(result.words):
+        assert before.start < before.end <= after.start + 1e-9
+    times = {word.text: (word.start, word.end) for word in result.words}
+    assert times["ab,"] == pytest.approx((0.4, 0.46), abs=0.13) and times["a\u2014"][0] == pytest.approx(1.4, abs=0.13)
+    assert times["3)"] == pytest.approx((0.0, times["ab,"][0]))
+    assert times["25"][0] == times["ab,"][1] and times["\u20ac"][1] == times["a\u2014"][0]  # said somewhere in between
+    assert times["25"][1] == pytest.approx((times["25"][0] + times["\u20ac"][1]) / 2)
+    assert times["\u2026"][1] == pytest.approx(2.0) and not result.doubt
+    with pytest.raises(UsageError, match="no text to align"):
+        aligned(path, "25 \u20ac", tmp_path, skip_unknown=True)
+
+
+def test_audio_far_longer_than_its_text_is_doubted(tmp_path: Path) -> None:
+    speech = [A, 0, B, END, B, A, END, 0] * 800  # 128 s
+    assert "the model hears 4800 labels in 128 s, the text has 6" in aligned(speech, "AB BA", tmp_path).doubt
+    stretched = [A, *[0] * 5000, B, END]
+    assert "AB lasts 100 s" in aligned(stretched, "AB", tmp_path).doubt
+    silence = [0] * 3000
+    assert not aligned([*silence, A, 0, B, END, *silence], "AB", tmp_path).doubt  # nothing else is said
+    assert not aligned(speech, "AB BA " * 800, tmp_path).doubt

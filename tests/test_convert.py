@@ -18,11 +18,12 @@ import torch
 from conftest import RATE
 
 from w2v2 import recipes
-from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.formats import convert, read
 from w2v2.checkpoint.huggingface import FIELDS, OTHERS, read_huggingface, write_huggingface
 from w2v2.checkpoint.native import save_weights, write_native
+from w2v2.checkpoint.processor import compare_processor
 from w2v2.cli.main import main
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 from w2v2.inference.recognizer import load_recognizer
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.masking import draw_targets, keyed_generator
@@ -61,8 +62,8 @@ def theirs(kind, shape, **options):
         feat_extract_norm=norm, do_stable_layer_norm=stable, conv_bias=bias, hidden_size=48, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7, num_conv_pos_embeddings=32,
         num_conv_pos_embedding_groups=4, num_codevectors_per_group=10, codevector_dim=16, proj_codevector_dim=24,
-        num_negatives=12, vocab_size=len(LETTERS), mask_time_prob=0.65, attn_implementation="eager",
-        **options,
+        num_negatives=12, vocab_size=options.pop("vocab_size", len(LETTERS)), mask_time_prob=0.65,
+        attn_implementation="eager", **options,
     )  # fmt: skip
     return stirred(getattr(transformers, kind)(config)).eval()
 
@@ -338,7 +339,7 @@ def test_there_and_back_is_bitwise_the_same_with_a_certificate_each_way(tmp_path
     assert sum("compared with transformers" in record.getMessage() for record in caplog.records) == 2
     found = json.loads((tmp_path / "back" / "certificate.json").read_text())
     assert (found["model"], found["round_trip"], found["tolerance"]) == (kind, "bitwise", 1e-5)
-    assert found["schema"] == 2 and len({*found["audio"]["samples"]}) == 3
+    assert found["schema"] == 3 and len({*found["audio"]["samples"]}) == 3
     assert {"python", "w2v2", "torch", "transformers"} == found["versions"].keys()
     assert {"config.json", "model.safetensors"} <= found["target"]["files"].keys()
     losses = {"Wav2Vec2Model": set(), "Wav2Vec2ForCTC": {"log_probs", "ctc"}}
@@ -701,3 +702,61 @@ def test_a_tokenizer_of_phonemes_is_a_vocabulary_of_phonemes(tmp_path: Path) -> 
 def test_a_tokenizer_that_spells_otherwise_is_refused(tmp_path: Path, settings: dict, fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         read(phoneme_folder(tmp_path, **settings))
+
+
+# --- transformers 5: the processor's own file -------------------------------------------------------------------------
+
+
+def save_processor(folder: Path, *, normalize: bool) -> Path:
+    """As transformers 5 saves a processor: one file that says what the feature extractor does."""
+    processor = transformers.Wav2Vec2Processor(
+        transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=False),
+        transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json")),
+    )
+    processor.save_pretrained(folder)
+    assert (folder / "processor_config.json").is_file() and not (folder / "preprocessor_config.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_the_processor_file_of_transformers_5_says_how_audio_is_normalised(tmp_path, shape, normalize):
+    folder = save_processor(save_theirs(theirs("Wav2Vec2ForCTC", shape), tmp_path / "hf"), normalize=normalize)
+    recognizer = load_recognizer(folder)
+    assert recognizer.model.config.normalize_audio == normalize
+    audio = 0.5 * noise(SAMPLES[0]) + 0.2
+    processor = transformers.Wav2Vec2Processor.from_pretrained(folder)
+    hf = transformers.Wav2Vec2ForCTC.from_pretrained(folder, attn_implementation="eager").eval()
+    heard = processor(audio.numpy(), sampling_rate=RATE, return_tensors="pt").input_values
+    with torch.no_grad():
+        expected = hf(heard).logits[0].log_softmax(-1)
+    torch.testing.assert_close(recognizer.emissions([audio])[0], expected, atol=2e-4, rtol=0)
+    certificate = convert(folder, tmp_path / "ours", "ours")
+    assert certificate["notes"] == [] and certificate["processor"]["audio"]["normalized"] == normalize
+    assert certificate["processor"]["text"] == {"labels": 6, "same": True}
+
+
+def test_a_certificate_is_refused_where_audio_or_labels_are_taken_otherwise(tmp_path):
+    folder = save_processor(save_theirs(theirs("Wav2Vec2ForCTC", SHAPES[0]), tmp_path / "hf"), normalize=True)
+    checkpoint = read(folder)
+    audio = noise(SAMPLES[0])
+    compare_processor(transformers, folder, checkpoint, audio)
+    deaf = replace(checkpoint, config=replace(checkpoint.config, normalize_audio=False))
+    with pytest.raises(JobError, match=r"feature extractor gives other audio, by 0\.1"):
+        compare_processor(transformers, folder, deaf, audio)
+    labels = list(LETTERS)
+    labels[5], labels[6] = labels[6], labels[5]
+    exchanged = replace(checkpoint, vocabulary=replace(THEIR_LETTERS, labels=tuple(labels)))
+    with pytest.raises(JobError, match="tokenizer does not spell as the vocabulary here"):
+        compare_processor(transformers, folder, exchanged, audio)
+
+
+def test_a_tokenizer_with_a_stray_capital_folds_its_text_and_says_so(tmp_path, caplog):
+    letters = ("<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijE")
+    folder = save_theirs(theirs("Wav2Vec2ForCTC", SHAPES[0], vocab_size=len(letters)), tmp_path / "hf")
+    (folder / "vocab.json").write_text(json.dumps({label: i for i, label in enumerate(letters)}))
+    vocabulary = read(folder).vocabulary
+    assert vocabulary.normalize("ACE bad") == "ace bad" and not vocabulary.strange("ACE BAD")
+    assert "its letters are in lower case but for E" in caplog.text
+    assert convert(folder, tmp_path / "ours", "ours")["processor"]["text"]["same"]
+    assert read(tmp_path / "ours").vocabulary == vocabulary

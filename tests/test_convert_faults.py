@@ -21,6 +21,7 @@ from w2v2.checkpoint.foreign import renamed
 from w2v2.checkpoint.pickles import read_pickle
 from w2v2.cli.main import main
 from w2v2.errors import UsageError
+from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.text.vocabulary import Vocabulary
 
@@ -394,7 +395,7 @@ def test_calls_that_make_no_sense(models, tmp_path, capsys):
 
     assert "w2v2's already" in line(models / "ours" / "ctc", tmp_path / "out", "--to", "ours")
     assert "Hugging Face's already" in line(models / "hf" / "ctc", tmp_path / "out", "--to", "hf")
-    assert "hf download NAME" in line("facebook/wav2vec2-base", tmp_path / "out", "--to", "ours")
+    assert "a name of the hub" in line(tmp_path / "nothing", tmp_path / "out", "--to", "ours")
     assert "no weights in" in line(_without_weights(models, tmp_path), tmp_path / "out", "--to", "ours")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("all of it")
@@ -490,11 +491,15 @@ def test_a_model_without_mask_vector_gets_zeros_that_are_never_used_and_the_cert
         conversion.read(tmp_path / "pretraining")
 
 
-def test_transformers_default_of_five_per_cent_is_not_taken_for_a_pretraining_objective(tmp_path):
+@pytest.mark.parametrize("probability", [0.05, 0.075])
+def test_a_mask_time_prob_of_spec_augment_or_of_starts_is_no_pretraining_objective(tmp_path, probability):
+    """0.05 is transformers' default, 0.075 what XLS-R has."""
     folder = save_theirs(theirs(KINDS[1], SHAPES[0]), tmp_path / "hf")
-    edit(folder / "config.json", mask_time_prob=0.05)
+    edit(folder / "config.json", mask_time_prob=probability)
     contents = conversion.read(folder)
-    assert contents.config.mask_prob == 0.65 and "0.05 is transformers' default" in " ".join(contents.notes)
+    assert f"mask_time_prob {probability} is not the share masked" in " ".join(contents.notes)
+    masks = [contents.config.sample_mask(500, keyed_generator(seed, 500)) for seed in range(50)]
+    assert 0.47 < torch.stack(masks).float().mean() < 0.51  # as the paper says, "approximately 49%"
     edit(folder / "config.json", mask_time_prob=0.5)
     assert conversion.read(folder).config.mask_prob == 0.5
 

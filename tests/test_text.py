@@ -15,7 +15,7 @@ from w2v2.errors import UsageError
 from w2v2.inference.words import word_times
 from w2v2.serial import from_dict, to_dict
 from w2v2.text.check import check_transcripts
-from w2v2.text.spelling import frames_needed
+from w2v2.text.spelling import case_of, frames_needed
 from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary, load_vocabulary
 from w2v2.training.config import FinetuneConfig
 from w2v2.training.units import Characters, Phonemes, SentencePieces
@@ -268,3 +268,58 @@ def test_phonemes_are_matched_by_canonical_equivalence() -> None:
     nasal = PhonemeVocabulary(labels=("<pad>", "<unk>", "a\u0303", "\u00e7"))
     assert nasal.encode("\u00e3 c\u0327") == [2, 3] and not nasal.strange("\u00e3")
     assert nasal.decode([2, 3]) == "\u00e3 \u00e7"
+
+
+# --- Case -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_case_rules_of_a_language_keep_its_letters_apart(tmp_path: Path) -> None:
+    text = "I\u015f\u0131k \u0130stanbul iyi"  # Işık İstanbul iyi
+    turkish = Characters(language="tr").vocabulary([text])
+    assert turkish.normalize(text) == "I\u015eIK \u0130STANBUL \u0130Y\u0130" == turkish.decode(turkish.encode(text))
+    assert turkish.normalize(unicodedata.normalize("NFD", text)) == turkish.normalize(text)
+    lower = Vocabulary(labels=("_", "?", "|", *"\u0131i\u015fk"), language="az")
+    assert lower.normalize("I\u015eIK \u0130K\u0130") == "\u0131\u015f\u0131k iki"
+    german = Characters(language="de").vocabulary(["Ma\u00dfe masse"])
+    assert german.normalize("Ma\u00dfe Masse") == "MA\u1e9eE MASSE"
+    turkish.save(tmp_path / "vocab.json")
+    assert load_vocabulary(tmp_path / "vocab.json").normalize("i\u0131") == "\u0130I"
+    pieces = SentencePieces(size=12, language="tr").vocabulary(["iyi \u0131\u015f\u0131k"] * 9)
+    assert pieces.normalize("i\u0131") == "\u0130I" and pieces.decode(pieces.encode("i\u0131")) == "\u0130I"
+    with pytest.raises(UsageError, match="of tr, az, de or none, got 'upper' and 'turkish'"):
+        Characters(language="turkish").vocabulary([text])
+
+
+def test_letters_that_upper_case_merges_are_named() -> None:
+    text = "ma\u00dfe \u0131\u015f\u0131k \u03bb\u03cc\u03b3\u03bf\u03c2"
+    vocabulary = Characters().vocabulary([text])
+    lines = check_transcripts("train", [("a", 9.0, text)], vocabulary, lambda seconds, text: True, 1)
+    assert lines == [
+        "train: 1 of 1 transcripts have letters that a change of case makes others of (\u00df (as SS) \u0131 (as I)); "
+        "`units.language` tr, az or de: a"
+    ]
+    kept = Characters(upper=False).vocabulary([text])
+    assert check_transcripts("train", [("a", 9.0, text)], kept, lambda seconds, text: True, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "case", "strays"),
+    [
+        ("abcdefghijk", "lower", ""),
+        ("abcdefghijkA", "lower", "A"),
+        ("ABCDEFGHIJKb\u00df", "kept", ""),
+        ("ABCDEFGHIJKLMNOPQb", "upper", "b"),
+        ("abcdefghijkABC", "kept", ""),
+        ("\u65e5\u672c", "upper", ""),
+    ],
+)
+def test_a_stray_capital_is_no_second_case(labels: str, case: str, strays: str) -> None:
+    assert case_of(labels) == (case, strays)
+
+
+def test_one_question_mark_to_validate_on_does_not_refuse_a_run() -> None:
+    rows = [("u", 2.0, "SO ?")]
+    lines = check_transcripts("valid", rows, LETTERS, lambda seconds, text: True, 1)
+    assert lines == ["valid: 1 of 1 transcripts have characters without a label (?), which become unknown: u"]
+    with pytest.raises(UsageError, match="have characters without a label"):
+        check_transcripts("train", rows, LETTERS, lambda seconds, text: True, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.pickles import plain, read_pickle
-from w2v2.checkpoint.tokenizer import dictionary_misfits, read_dictionary, write_dictionary
+from w2v2.checkpoint.tokenizer import dictionary_misfits, read_dictionary, settle_case, write_dictionary
 from w2v2.errors import UsageError
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
@@ -129,7 +129,9 @@ def read_fairseq(path: Path) -> Checkpoint:
     foreign.refuse_other_settings(tuned, {"blank_weight": (0,)}, path)
     extra = plain(checkpoint.get("extra_state"))
     config = _model_config(model, task, tuned, extra.get("w2v2") if isinstance(extra, dict) else None, path)
-    vocabulary = read_dictionary(checkpoint.get("task_state"), path) if kind is Wav2Vec2ForCTC else None
+    vocabulary, notes = None, [] if kind is not Wav2Vec2 else ["no quantizer in the file: the encoder alone"]
+    if kind is Wav2Vec2ForCTC:
+        vocabulary, notes = settle_case(read_dictionary(checkpoint.get("task_state"), path))
     blank = foreign.blank_of(config, kind, len(vocabulary.labels) if vocabulary else 0)
     return Checkpoint(
         source=path,
@@ -138,7 +140,7 @@ def read_fairseq(path: Path) -> Checkpoint:
         vocabulary=vocabulary,
         channel_mask_prob=foreign.setting(tuned, "mask_channel_prob", 0.0, path),
         channel_mask_length=foreign.setting(tuned, "mask_channel_length", 10, path),
-        notes=[] if kind is not Wav2Vec2 else ["no quantizer in the file: the encoder alone"],
+        notes=notes,
     )
 
 
@@ -154,7 +156,7 @@ def _settings(checkpoint: dict[str, Any], kind: type[Wav2Vec2], path: Path) -> _
     name = model.get("_name") or model.get("arch")
     expected = "wav2vec_ctc" if kind is Wav2Vec2ForCTC else "wav2vec2"
     if name != expected:
-        raise UsageError(f"{path} is of a model called {name!r}, expected {expected!r}")
+        raise UsageError(foreign.other_model(name, expected, path))
     if kind is not Wav2Vec2ForCTC:
         return model, task, {}
     if not isinstance(model.get("w2v_args"), dict):
@@ -234,6 +236,8 @@ def fairseq_misfits(checkpoint: Checkpoint) -> list[str]:
     faults = foreign.misfits(checkpoint)
     if config.conv_channels[-1] == config.n_embd:
         faults.append(f"n_embd {config.n_embd} equal to the conv channels: it makes no feature projection then")
+    if config.adapter_dim:
+        faults.append("adapters, which its wav2vec 2.0 has in another order")
     if checkpoint.kind is Wav2Vec2:
         faults.append("no heads: a pretraining model of fairseq has quantizer and projections")
     return faults + ([] if vocabulary is None else dictionary_misfits(vocabulary))

@@ -11,13 +11,16 @@ usual name there. Ids stay what they are.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from w2v2.checkpoint.pickles import plain
+from w2v2.checkpoint.weights import choose_language
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import read_json
+from w2v2.text.spelling import case_of
 from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 
 TOKENS, SETTINGS, SPECIAL, ADDED = (
@@ -65,22 +68,23 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
+def read_tokenizer(folder: Path, n_labels: int, language: str | None = None) -> Vocabulary:
     """Return the vocabulary of a folder's tokenizer: phonemes' is a ``PhonemeVocabulary``.
 
     Args:
         n_labels: outputs of the model; each must have its label.
+        language: of a tokenizer of several; None: the one that it is set to.
 
     Raises:
-        UsageError: no tokenizer, one of several languages, of a kind that spells otherwise, or labels that do not fit
-            the outputs.
+        UsageError: no tokenizer, no such language, a kind that spells otherwise, or labels that do not fit the outputs.
     """
     path = folder / TOKENS
     if not path.is_file():
         raise UsageError(f"no {path}: a CTC model needs its tokenizer's files, {TOKENS} and {SETTINGS}")
     settings = _optional(folder / SPECIAL) | _optional(folder / SETTINGS)
     kind, boundary_token = _kind(settings, folder)
-    labels = _labels(path, settings, _optional(folder / ADDED), n_labels)
+    tokens = choose_language(read_json(path), language, settings.get("target_lang"), path)
+    labels = _labels(tokens, path, settings, _optional(folder / ADDED), n_labels)
     ids = {label: i for i, label in enumerate(labels)}
 
     def place(name: str, default: str | None) -> int | None:
@@ -105,6 +109,24 @@ def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
     )
 
 
+def settle_case(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
+    """Return a vocabulary from elsewhere with the case that text gets for it, and notes where that is a choice.
+
+    A stray capital does not make it one of both cases; labels of Turkish and its kin have their rules of i and \u0131.
+    """
+    notes: list[str] = []
+    case, strays = case_of(vocabulary.ids)
+    if type(vocabulary) is not Vocabulary:
+        return vocabulary, notes
+    if strays:
+        vocabulary = replace(vocabulary, case=case)
+        notes.append(f"its letters are in {case} case but for {strays}: so is all text for it, and these never occur")
+    if any(set(letters) <= vocabulary.ids.keys() for letters in ("\u0131i\u011f\u015f", "\u0130I\u011e\u015e")):
+        vocabulary = replace(vocabulary, language="tr")
+        notes.append("it has dotless \u0131 beside i: text changes case by the rules of Turkish")
+    return vocabulary, notes
+
+
 def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str | None]:
     """Return which vocabulary spells as a tokenizer does, and the tokenizer's word delimiter if it names none."""
     name = settings.get("tokenizer_class") or _optional(folder / "config.json").get("tokenizer_class")
@@ -120,12 +142,9 @@ def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str
     )
 
 
-def _labels(path: Path, settings: dict[str, Any], added: dict[str, Any], n_labels: int) -> tuple[str, ...]:
-    tokens = read_json(path)
-    if any(isinstance(value, dict) for value in tokens.values()):
-        raise UsageError(
-            f"{path} is of several languages ({', '.join(tokens)}), with an adapter each; not to be had here"
-        )
+def _labels(
+    tokens: dict[str, Any], path: Path, settings: dict[str, Any], added: dict[str, Any], n_labels: int
+) -> tuple[str, ...]:
     by_id: dict[int, str] = {}
     for token, i in tokens.items():
         if not isinstance(i, int) or not 0 <= i < n_labels or i in by_id:

@@ -33,6 +33,8 @@ class LM:
     """Whose transcripts to take."""
     keep_case: bool = False
     """Take words as they are, not in upper case."""
+    language: Annotated[str, default("none", "tr|az|de")] = ""
+    """Whose rules of upper case hold."""
     held_out: File = None
     """Text whose perplexity to tell; otherwise that of the text itself, which flatters."""
 
@@ -43,7 +45,9 @@ class LM:
         if not self.paths:
             raise UsageError("name the file to write: w2v2 lm [TEXT ...] OUT.arpa")
         *texts, out = self.paths
-        options = {name: getattr(self, name) for name in ("split", "keep_case", "order", "prune", "held_out")}
+        options = {
+            name: getattr(self, name) for name in ("split", "keep_case", "language", "order", "prune", "held_out")
+        }
         model, score = learn(out, texts, self.data, **options)
         log.info("%s: %s", out, ", ".join(f"{len(keys):,} {n}-grams" for n, keys in enumerate(model.keys, 1)))
         log.info(

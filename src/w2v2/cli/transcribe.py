@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from w2v2.cli.decoding import Decoding
-from w2v2.cli.options import REQUIRED, Device, default
+from w2v2.cli.options import MODEL, REQUIRED, Device, Language, default
 from w2v2.cli.progress import progress
+from w2v2.data.vad import Vad
 from w2v2.decoding.decoder import make_decoder
 from w2v2.errors import Count, JobError, UsageError, check_ranges
 from w2v2.inference.align import align, find_texts
+from w2v2.inference.live import MICROPHONE, Live, LiveLayout, listen, microphone_pieces, stream_pieces
 from w2v2.inference.recognizer import Recognizer, load_recognizer, place
 from w2v2.inference.recordings import Failure, Source, choose_channel, find_sources
 from w2v2.inference.transcribe import Layout, transcribe
@@ -31,8 +35,7 @@ Format = Literal["txt", "json", "srt", "vtt", "ctm", "TextGrid"]
 class _Windows:
     """What is written, and how long recordings are cut."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Fine-tuning run, or folder of weights of a CTC model."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
     out: Annotated[Path | None, default("standard output", "DIR")] = None
     """Folder for a file of each recording."""
     batch_size: Count = 1
@@ -41,6 +44,7 @@ class _Windows:
     """Longer audio is cut into such windows."""
     context_seconds: float = 3.0
     """Heard at each side of a window and thrown away."""
+    language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
 
@@ -59,7 +63,7 @@ class _Windows:
         """The model, and how to cut."""
         check_ranges(self)
         layout = Layout(self.window_seconds, self.context_seconds)
-        recognizer = load_recognizer(self.model)
+        recognizer = load_recognizer(self.model, self.language)
         place(recognizer.model, self.device)
         return recognizer, layout
 
@@ -76,9 +80,19 @@ class Transcribe(Decoding, _Windows):
         Literal["none", "word", "char"] | None, default("none in txt, otherwise word", "none|word|char")
     ] = None
     """Times to write."""
+    live: bool = False
+    """Write while one speaks: AUDIO is - for 16-bit PCM of one channel, or mic."""
+    rate: Count = 16_000
+    """Of live PCM, Hz."""
+    look_ahead: float = LiveLayout.look_ahead
+    """Live: seconds that are heard before text is final."""
+    vad: bool = False
+    """Leave out what is no speech; live, a pause ends a line."""
 
     def run(self, named: Collection[str]) -> None:
         """Write what is said in each recording, and say which could not be transcribed."""
+        if self.live:
+            return self._listen(named)
         timestamps = self.timestamps or ("none" if self.format == "txt" else "word")
         check_format(self.format, timestamps)
         if not self.audio:
@@ -103,6 +117,31 @@ class Transcribe(Decoding, _Windows):
             total = len(sources) + len(failures)
             raise JobError(f"{failed} of {total} could not be transcribed; the lines above say why")
 
+    def _listen(self, named: Collection[str]) -> None:
+        """Write final words as they come; in JSON each update."""
+        if self.audio not in (("-",), (MICROPHONE,)):
+            raise UsageError(f"`live` listens to - or {MICROPHONE}, got {' '.join(self.audio) or 'nothing'}")
+        refused = sorted({"out", "batch_size", "window_seconds", "context_seconds", "channel", "timestamps"} & {*named})
+        if refused or any(value is not None and value != () for value in self.decoder(named).values()):
+            names = ", ".join(f"`{name}`" for name in refused) or "a language model, lexicon, hot words or beam"
+            raise UsageError(f"`live` is greedy and writes to standard output, without {names}; leave them out")
+        if self.format not in ("txt", "json"):
+            raise UsageError(f"`live` writes `format` txt or json, got {self.format}")
+        layout = LiveLayout(look_ahead=self.look_ahead)
+        recognizer, _ = self.ready()
+        live = Live(recognizer, layout, Vad() if self.vad else None)
+        microphone = self.audio == (MICROPHONE,)
+        pieces = microphone_pieces(self.rate) if microphone else stream_pieces(sys.stdin.buffer)
+        between = False
+        for update in listen(live, recognizer, pieces, self.rate):
+            if self.format == "json":
+                sys.stdout.write(json.dumps(update.fields(), ensure_ascii=False) + "\n")
+            else:
+                text = "".join(f" {word.text}" for word in update.words)
+                sys.stdout.write((text if between else text[1:]) + "\n" * update.ended)
+                between = (between or bool(text)) and not update.ended
+            sys.stdout.flush()
+
 
 @dataclass(kw_only=True)
 class Align(_Windows):
@@ -116,29 +155,43 @@ class Align(_Windows):
     """Of what is written."""
     timestamps: Literal["word", "char"] = "word"
     """Times to write."""
+    skip_unknown: bool = False
+    """Match without digits, punctuation and whatever else has no label, and keep it in what is written."""
 
     def run(self, named: Collection[str]) -> None:
-        """Write the times of each recording's words, and say which could not be aligned."""
+        """Write the times of each recording's words, and say which could not be aligned, or hardly."""
         check_format(self.format, self.timestamps)
         known_texts = find_texts(self.audio, self.text)
         pairs = [(heard, text) for source, text in known_texts for heard in self.heard([source])]
         recognizer, layout = self.ready()
         known = [source for source, text in pairs if isinstance(text, str)]
-        failed, writer = 0, TranscriptWriter(known, self.format, self.timestamps, self.out)
+        failed, doubtful, writer = 0, 0, TranscriptWriter(known, self.format, self.timestamps, self.out)
         with progress("align") as show:
             for done, (source, text) in enumerate(pairs, 1):
                 try:
                     if isinstance(text, UsageError):
                         raise text
-                    result = align(recognizer, source, text, layout=layout, batch_size=self.batch_size)
+                    result = align(
+                        recognizer,
+                        source,
+                        text,
+                        layout=layout,
+                        batch_size=self.batch_size,
+                        skip_unknown=self.skip_unknown,
+                    )
                 except UsageError as error:
                     if self.text is not None:
                         raise
                     result = Failure(source.name, str(error))
                 failed += not _take(writer, result)
+                if isinstance(result, Transcript) and result.doubt:
+                    doubtful += 1
+                    log.warning("%s: %s; written all the same", result.name, result.doubt)
                 show("align", done / len(pairs))
         if failed:
             raise JobError(f"{failed} of {len(pairs)} could not be aligned; the lines above say why")
+        if doubtful:
+            raise JobError(f"{doubtful} of {len(pairs)} may be of other texts; the lines above say why")
 
 
 def _take(writer: TranscriptWriter, result: Transcript | Failure) -> bool:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-import threading
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from w2v2.data.child import child, rest
 from w2v2.errors import AudioError
 
-PATIENCE_SECONDS = 30.0
-"""A process that works longer than this on one step is ended, and its file refused."""
 _BLOCK_BYTES = 1 << 22
 
 FloatArray = npt.NDArray[np.float32]
@@ -62,7 +55,7 @@ class ContainerFile:
         if importlib.util.find_spec("av") is None:
             raise AudioError(f"{container} needs PyAV: pip install av")
         self.file, self.format = file, container
-        self.process = _process()
+        self.process = child("w2v2.data.libav")
         size = file.seek(0, os.SEEK_END)
         description, _ = self._ask(do="open", size=size, name=name, rates=rates, channels=most_channels)
         self.samplerate: int = description["rate"]
@@ -104,94 +97,12 @@ class ContainerFile:
         with contextlib.suppress(AudioError):
             if self.process.alive():
                 self._ask(do="close")
-                _idle().append(self.process)
+                rest(self.process)
 
     def _ask(self, **command: Any) -> tuple[dict[str, Any], bytes]:
         answer, data = self.process.ask(command, self.file)
         if "error" in answer:
             if command["do"] == "open":  # nobody will close it
-                _idle().append(self.process)
+                rest(self.process)
             raise AudioError(answer["error"].strip() or "it cannot be decoded")
         return answer, data
-
-
-class _Process:
-    """A Python that runs libav.py."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("libav.py")
-        self.popen = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        assert self.popen.stdin is not None and self.popen.stdout is not None
-        self.input, self.output = self.popen.stdin, self.popen.stdout
-
-    def alive(self) -> bool:
-        return self.popen.poll() is None
-
-    def ask(self, command: dict[str, Any], file: BinaryIO) -> tuple[dict[str, Any], bytes]:
-        """The answer to a command, with its data; meanwhile the process is given what it wants of the file."""
-        try:
-            self._send(command)
-            while True:
-                answer, data = self._receive()
-                if "need" not in answer:
-                    return answer, data
-                start, count = answer["need"]
-                file.seek(start)
-                piece = file.read(count)
-                self._send({"bytes": len(piece)}, piece)
-        except (OSError, ValueError) as error:
-            self.end()
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise
-            raise AudioError(f"FFmpeg crashed on it, or took more than {PATIENCE_SECONDS:g} s for a step") from error
-
-    def _send(self, message: dict[str, Any], data: bytes = b"") -> None:
-        self.input.write(json.dumps(message).encode() + b"\n" + data)
-        self.input.flush()
-
-    def _receive(self) -> tuple[dict[str, Any], bytes]:
-        watch = threading.Timer(PATIENCE_SECONDS, self.popen.kill)
-        watch.daemon = True
-        watch.start()
-        try:
-            answer = json.loads(self.output.readline())  # of nothing, if it has ended: a ValueError
-            data = self.output.read(answer["bytes"])
-            if len(data) < answer["bytes"]:
-                raise ValueError("cut off")
-            return answer, data
-        finally:
-            watch.cancel()
-
-    def end(self) -> None:
-        self.popen.kill()
-        self.popen.wait()
-        for stream in (self.input, self.output):
-            with contextlib.suppress(OSError):
-                stream.close()
-
-
-_processes: dict[int, list[_Process]] = {}
-
-
-def _idle() -> list[_Process]:
-    """Processes that wait for a file, of this process alone: what a fork has inherited is its parent's."""
-    return _processes.setdefault(os.getpid(), [])
-
-
-def _process() -> _Process:
-    while idle := _idle():
-        if (process := idle.pop()).alive():
-            return process
-    return _Process()
-
-
-@atexit.register
-def _end_all() -> None:
-    for process in _idle():
-        process.end()

@@ -138,7 +138,7 @@ def _wav_header(file: BinaryIO, start: int, at: int, length: int, chunks: dict[b
 def _ogg(file: BinaryIO, size: int) -> Layout:
     """Each link of a chain (RFC 3533), with the mark of its end: pages that begin streams start one, but together."""
     links: list[list[int]] = []  # where each begins, where its last page does, and that page's flags
-    at, begins, missing = 0, False, ""
+    at, begins, missing, table = 0, False, "", b""
     while at < size:
         head = read_at(file, at, 27)
         if head[:4] != b"OggS"[: len(head)]:  # lost bytes, or something after the audio
@@ -153,6 +153,8 @@ def _ogg(file: BinaryIO, size: int) -> Layout:
             links.append([at, at, 0])
         links[-1][1:] = at, head[5]
         begins, at = bool(head[5] & 2), end
+    if links and not missing and not links[-1][2] & 4 and table[-1:] == b"\xff":
+        missing = "its last packet goes on in a page that is not there"
     if missing or (len(links) == 1 and links[0][2] & 4):
         return Layout(missing=missing)
     ends = [start for start, _, _ in links[1:]] + [size]

@@ -1,21 +1,17 @@
-"""Decodes with FFmpeg's libraries in a process of its own, which hostile files may end: started by containers.py.
-
-It imports nothing of this package, opens no file, and talks by standard input and output: a line of JSON each way,
-followed by so many bytes as its ``bytes`` says. What it needs of the file it asks its parent for.
-"""
+"""Decodes with FFmpeg's libraries in a process of its own (child.py): started by containers.py, opens no file."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import sys
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
+
+from w2v2.data.child import ParentsFile, limit_memory, receive, send
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,amr,amrnb,amrwb,aac,flv"
 APART_SECONDS = 0.02
@@ -23,60 +19,12 @@ APART_SECONDS = 0.02
 JUMP_SECONDS = 60.0
 """In formats whose time stamps may jump (MPEG), more than this is no hole."""
 MOST_SILENCE_SECONDS = 6 * 3600.0
-MEMORY_BYTES = 4 << 30
 
 Samples = npt.NDArray[np.float32]
 
 
 class RefusedError(Exception):
     """A file that is not read; the message says why."""
-
-
-def send(answer: dict[str, Any], data: bytes = b"") -> None:
-    """One message to the parent."""
-    sys.stdout.buffer.write(json.dumps({**answer, "bytes": len(data)}).encode() + b"\n")
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-
-
-def receive(stream: BinaryIO) -> dict[str, Any]:
-    """One line from the parent; it ends the process if there is none."""
-    line = stream.readline()
-    if not line:
-        sys.exit(0)
-    message: dict[str, Any] = json.loads(line)
-    return message
-
-
-class _ParentsFile(io.RawIOBase):
-    """The file that the parent has open."""
-
-    def __init__(self, size: int, name: str) -> None:
-        self.size, self.name, self.position = size, name, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence])
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self.size - self.position))
-        if not count:
-            return 0
-        send({"need": [self.position, count]})
-        data = sys.stdin.buffer.read(receive(sys.stdin.buffer)["bytes"])
-        view[: len(data)] = data
-        self.position += len(data)
-        return len(data)
 
 
 class Decoder:
@@ -114,7 +62,7 @@ class Decoder:
     def open(self) -> Any:
         """The container from its first byte."""
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-        container = av.open(_ParentsFile(self.size, self.name), options=options, metadata_errors="ignore")
+        container = av.open(ParentsFile(self.size, self.name), options=options, metadata_errors="ignore")
         if not container.streams.audio:
             raise RefusedError("no audio stream in it")
         return container
@@ -227,10 +175,7 @@ def answer(command: dict[str, Any], decoder: Decoder | None) -> Decoder | None:
 
 def main() -> None:
     """Answer the parent until it is gone."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_memory()
     av.logging.set_level(av.logging.PANIC)
     decoder: Decoder | None = None
     while True:

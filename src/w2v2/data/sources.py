@@ -75,8 +75,8 @@ def folder_rows(root: Path, speaker: str | None = None, passed_over: Counter[str
 def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterator[tuple[str, str | UsageError | None]]:
     """Every audio file of a tree, relative to it, in the order of their names, and its transcript.
 
-    Instead of that, what is wrong with the file that it should be in; None: there is no such file. What looks like
-    transcripts and is not read is named once, at the end.
+    Instead of that, what is wrong with the file that it should be in; None: there is no such file. Where some audio has
+    no transcript, what looks like transcripts and is not read is named once, at the end.
 
     Raises:
         UsageError: as for ``audio_paths``.
@@ -85,6 +85,7 @@ def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterato
     below: list[Transcripts] = []
     passed_over = Counter() if passed_over is None else passed_over
     unread: list[str] = []
+    without = 0
     for folder, names in _walk(str(root), ()):
         above = [other for other in above if Path(folder).is_relative_to(other.folder)]
         here = folder_transcripts(Path(folder), names)
@@ -95,6 +96,7 @@ def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterato
                 text = here.beside(name)
             for other in reversed(above):
                 text = other[os.path.relpath(os.path.join(folder, name), other.folder)] if text is None else text
+            without += text is None
             yield path, text if text is not None else here.fault
         if here.below:
             above.append(here)
@@ -108,7 +110,7 @@ def folder_texts(root: Path, passed_over: Counter[str] | None = None) -> Iterato
                 if ending.lower() in LIKELY:
                     unread.append(os.path.join(folder, name))
     passed_over["transcripts without audio"] += sum(len(each.texts.keys() - each.used) for each in below)
-    if unread:
+    if unread and without:
         log.warning(
             "%d files look like transcripts and are not read, such as %s: expected %s; or prepare a table",
             len(unread), unread[0], EXPECTED,

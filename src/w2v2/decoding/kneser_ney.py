@@ -26,7 +26,7 @@ from w2v2.decoding.ngram import (
     open_text,
 )
 from w2v2.errors import UsageError
-from w2v2.text.spelling import normalize_text
+from w2v2.text.spelling import UPPER, casing, normalize_text
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def learn(
     *,
     split: str | None = None,
     keep_case: bool = False,
+    language: str = "",
     order: int = 3,
     prune: Sequence[int] = (),
     held_out: Path | None = None,
@@ -62,25 +63,36 @@ def learn(
         raise UsageError(f"{out} exists and is no ARPA file to replace; name the file to write last, or remove it")
     if order not in ORDERS:
         raise UsageError(f"`order` must be {min(ORDERS)} to {max(ORDERS)}, which beam search can read, got {order}")
-    model = estimate(read_sentences(texts, corpora, split=split, keep_case=keep_case), order, prune)
     tested, spoken = ([held_out], ()) if held_out else (texts, corpora)
-    score = model.score(read_sentences(tested, spoken, split=split, keep_case=keep_case))
+    learnt, scored = (
+        read_sentences(*of, split=split, keep_case=keep_case, language=language)
+        for of in ((texts, corpora), (tested, spoken))
+    )
+    model = estimate(learnt, order, prune)
+    score = model.score(scored)
     model.save(out)
     return model, score
 
 
 def read_sentences(
-    texts: Iterable[Path], corpora: Iterable[str] = (), *, split: str | None = None, keep_case: bool = False
+    texts: Iterable[Path],
+    corpora: Iterable[str] = (),
+    *,
+    split: str | None = None,
+    keep_case: bool = False,
+    language: str = "",
 ) -> Iterator[list[str]]:
     """Words of each line and transcript that has any, in upper case unless it is kept.
 
     Args:
         texts: a sentence a line, in LibriSpeech's ``*.trans.txt`` after its id; gzipped if the name ends in .gz.
         corpora: whose transcripts of a split to read; None: of ``train``, or of the only one that there is.
+        language: whose rules of case hold, as for ``casing``.
     """
+    upper = casing(UPPER, language)
 
     def words(text: str) -> list[str]:
-        return (text if keep_case else normalize_text(text)).split()
+        return (text if keep_case else normalize_text(text, upper)).split()
 
     for path in texts:
         with open_text(path) as file:

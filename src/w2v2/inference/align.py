@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,16 +16,21 @@ from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError
 from w2v2.data.sources import folder_texts
-from w2v2.decoding.greedy import Hypothesis, path_hypothesis
+from w2v2.decoding.greedy import Greedy, Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import Failure, Source, source_of
 from w2v2.inference.transcribe import Layout, transcribe
 from w2v2.inference.transcripts import Transcript
+from w2v2.inference.words import Word
 from w2v2.text.vocabulary import Vocabulary
 
 MOST_STEPS = 10**10
 """Frames times labels that are aligned at most: an hour of speech, some minutes of a CPU core."""
+
+
+STRETCHED = 3.0
+"""Seconds, and a second for each label: a word that lasts longer was not said where it was put."""
 
 
 def forced_align(log_probs: Tensor, ids: Sequence[int], blank: int) -> Tensor:
@@ -148,24 +154,90 @@ def align_labels(log_probs: Tensor, ids: Sequence[int], vocabulary: Vocabulary) 
 
 
 def align(
-    recognizer: Recognizer, source: Source, text: str, *, layout: Layout | None = None, batch_size: int = 1
+    recognizer: Recognizer,
+    source: Source,
+    text: str,
+    *,
+    layout: Layout | None = None,
+    batch_size: int = 1,
+    skip_unknown: bool = False,
 ) -> Transcript | Failure:
     """When each word of a known text is said in a recording of any length, which is aligned as a whole.
+
+    Args:
+        skip_unknown: what has no label, such as digits and punctuation, is left out of the matching and kept in the
+            words, which are then as they were written; a word without any label lasts from the one before to the next.
+
+    Returns:
+        With a ``doubt`` where the recording is hardly of this text.
 
     Raises:
         UsageError: a text that cannot be aligned with it.
     """
-    ids = spell(text, recognizer.vocabulary)
+    vocabulary = recognizer.vocabulary
+    written = known_parts(text, vocabulary) if skip_unknown else []
+    ids = spell(" ".join(known for _, known in written) if skip_unknown else text, vocabulary)
     if os.path.isfile(source.path):  # what else there is may be read but once
         with contextlib.suppress(AudioError, OSError), source.open() as file:  # transcribe says what is wrong with it
             if file.frames < 2**62:  # more where the header of a stream leaves it open
                 samples = round(file.frames * SAMPLE_RATE / file.rate)
                 _refuse_endless(recognizer.model.config.frames([samples])[0], len(ids))
+    heard = 0
 
     def decoder(log_probs: Tensor) -> Hypothesis:
-        return align_labels(log_probs, ids, recognizer.vocabulary)
+        nonlocal heard
+        heard = len(Greedy(vocabulary)(log_probs).ids)
+        return align_labels(log_probs, ids, vocabulary)
 
-    return next(transcribe(recognizer, [source], decoder, layout=layout, batch_size=batch_size, stretch=math.inf))
+    result = next(transcribe(recognizer, [source], decoder, layout=layout, batch_size=batch_size, stretch=math.inf))
+    if isinstance(result, Failure):
+        return result
+    result = replace(result, doubt=_doubt(result, len(ids), heard))
+    if sum(bool(known) for _, known in written) != len(result.words):
+        return result  # the labels do not say where words end
+    texts = [word for word, _ in written]
+    return replace(result, text=" ".join(texts), words=tuple(_as_written(written, result.words, result.seconds)))
+
+
+def known_parts(text: str, vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Each word of a text as it is written, and what of it has labels, as these spell it; "": nothing."""
+    pairs = []
+    for word in text.split():
+        known = vocabulary.normalize(word)
+        for sign in vocabulary.strange(word):
+            known = known.replace(sign, "")
+        pairs.append((word, known))
+    return pairs
+
+
+def _as_written(written: Sequence[tuple[str, str]], words: Sequence[Word], seconds: float) -> list[Word]:
+    """Words as they are written; those without labels share the time between their neighbours, 20 ms each at least."""
+    result: list[Word] = []
+    place = 0
+    for spelled, group in itertools.groupby(written, key=lambda pair: bool(pair[1])):
+        texts = [text for text, _ in group]
+        if spelled:
+            result += [replace(word, text=text) for text, word in zip(texts, words[place:], strict=False)]
+            place += len(texts)
+            continue
+        end = words[place].start if place < len(words) else seconds
+        start = min(result[-1].end if result else 0.0, max(end - 0.02 * len(texts), 0.0))
+        if result:
+            start = max(start, (result[-1].start + result[-1].end) / 2)
+            result[-1] = replace(result[-1], end=start)
+        step = max(end - start, 0.0) / len(texts)
+        result += [Word(text, start + i * step, start + (i + 1) * step) for i, text in enumerate(texts)]
+    return result
+
+
+def _doubt(transcript: Transcript, labels: int, heard: int) -> str:
+    """Why a recording is hardly of the text that it was aligned with; empty: it may be."""
+    if 2 * labels < transcript.seconds and heard > 2 * labels:
+        return f"the model hears {heard} labels in {transcript.seconds:.0f} s, the text has {labels}"
+    for word in transcript.words:
+        if word.end - word.start > STRETCHED + len(word.characters):
+            return f"{word.text} lasts {word.end - word.start:.0f} s, the audio is hardly of this text"
+    return ""
 
 
 def find_texts(audio: str, text: str | None) -> list[tuple[Source, str | UsageError]]:

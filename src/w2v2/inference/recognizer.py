@@ -5,30 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.formats import onnx_file, read
+from w2v2.checkpoint.hub import locate
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
+from w2v2.inference.onnx import OnnxModel, load_onnx
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 from w2v2.text.vocabulary import Vocabulary
 
 NOT_FINITE = "the model's output is not finite: is the recording far beyond full scale?"
 """Said of a recording; a model that has diverged does this to every one."""
 
 
+class CTCModel(Protocol):
+    """What gives log-probabilities of labels: a ``Wav2Vec2ForCTC``, or an ``OnnxModel`` that was exported from one."""
+
+    @property
+    def config(self) -> Wav2Vec2Config:
+        """The shape of it, and whether it is to be given normalised audio."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def eval(self) -> Self:
+        """Itself, in evaluation mode."""
+
+    def __call__(self, audio: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Padded audio (B, S) on its device -> (B, T, labels) float32, and the frames of each row."""
+
+
 @dataclass
 class Recognizer:
     """What is needed to turn audio into text."""
 
-    model: Wav2Vec2ForCTC
+    model: CTCModel
     vocabulary: Vocabulary
 
     def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> str:
@@ -57,14 +76,12 @@ class Recognizer:
         Returns:
             (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
         """
-        config = self.model.config
-        device = next(self.model.parameters()).device
-        rows = [normalize_waveform(row) if config.normalize_audio and len(row) else row for row in audio]
-        frames = config.frames([len(row) for row in rows])
+        frames = self.model.config.frames([len(row) for row in audio])
+        rows = [self.model.config.normalized(row) for row in audio]
         usable = [row for row, count in zip(rows, frames, strict=True) if count]
         found: list[Tensor] = []
         if usable:
-            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(device)
+            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(self.model.device)
             found = self.batch_emissions(batch, [len(row) for row in usable])
         rest = iter(found)
         return [next(rest) if count else torch.zeros(0, len(self.vocabulary.labels)) for count in frames]
@@ -76,51 +93,60 @@ class Recognizer:
         return [row[:count].cpu() for row, count in zip(log_probs, frames, strict=True)]
 
 
-def normalize_waveform(audio: Tensor) -> Tensor:
-    """(..., S) with zero mean and unit variance over S, as in training."""
-    mean, var = audio.mean(-1, keepdim=True), audio.var(-1, correction=0, keepdim=True)
-    return (audio - mean) / torch.sqrt(var + 1e-5)
+def load(name: str | PathLike[str], language: str | None = None) -> Recognizer | Wav2Vec2 | OnnxModel:
+    """Load a model by name.
 
-
-def load(path: str | PathLike[str]) -> Recognizer | Wav2Vec2:
-    """Load a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
+    Args:
+        name: anything that ``locate`` finds: what ``formats.read`` reads, or an exported ONNX model.
+        language: as for ``formats.read``.
 
     Returns:
         On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a pretraining
-        run its model; of an encoder alone a ``Wav2Vec2``.
+        run its model; of an encoder alone a ``Wav2Vec2``, of an exported one an ``OnnxModel``.
 
     Raises:
         UsageError: nothing there, something else, or weights that do not fit.
     """
-    checkpoint = read(Path(path))
-    model = checkpoint.build()
-    if not isinstance(model, Wav2Vec2ForCTC):
-        return model
+    path = locate(name, language)
+    if graph := onnx_file(path):
+        if language is not None:
+            raise UsageError(f"{name} is an export of one model; leave `language` out")
+        model, vocabulary = load_onnx(graph)
+        return model if vocabulary is None else Recognizer(model, vocabulary)
+    checkpoint = read(path, language)
+    network = checkpoint.build()
+    if not isinstance(network, Wav2Vec2ForCTC):
+        return network
     assert checkpoint.vocabulary is not None
-    return Recognizer(model, checkpoint.vocabulary)
+    return Recognizer(network, checkpoint.vocabulary)
 
 
-def load_recognizer(path: str | PathLike[str]) -> Recognizer:
+def load_recognizer(name: str | PathLike[str], language: str | None = None) -> Recognizer:
     """Load a model as ``load`` does, if it is one that writes.
 
     Raises:
         UsageError: as ``load``, or a model without a CTC head.
     """
-    recognizer = load(path)
+    recognizer = load(name, language)
     if not isinstance(recognizer, Recognizer):
         raise UsageError(
-            f"{path} has no CTC head: expected a run of 'w2v2 finetune'; "
+            f"{name} has no CTC head: expected a run of 'w2v2 finetune'; "
             "a pretrained encoder has to be fine-tuned first"
         )
     return recognizer
 
 
-def place(model: nn.Module, device: str | None) -> None:
+def place(model: CTCModel | nn.Module, device: str | None) -> None:
     """Move a model to a device; None: to a GPU if there is one.
 
     Raises:
         UsageError: there is no such device.
     """
+    if isinstance(model, OnnxModel):
+        if device not in (None, "cpu"):
+            raise UsageError(f"`device` {device} cannot be used by an ONNX model; expected cpu")
+        return
+    assert isinstance(model, nn.Module)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(name)

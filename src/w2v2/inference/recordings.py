@@ -69,14 +69,14 @@ def source_of(path: str) -> Source:
     return Source(path, name, os.path.basename(name))
 
 
-def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[Failure]]:
+def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> tuple[list[Source], list[Failure]]:
     """Recordings that arguments stand for: files and URLs as they are, folders with all audio below them.
 
     Files are not opened here. A folder that cannot be used is a failure, and the rest goes on.
     """
     sources: list[Source] = []
     failures: list[Failure] = []
-    for path in inputs:
+    for path in (os.fspath(given) for given in inputs):
         if path == STDIN or is_remote(path) or not os.path.isdir(path):
             sources.append(source_of(path))
             continue

@@ -39,6 +39,8 @@ class Transcript:
     """In their order; none overlaps the next."""
     channel: int | None = None
     """That was heard, from 1; None: the mean over all."""
+    doubt: str = ""
+    """Of an alignment: why the recording is hardly of the text."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,15 @@ def to_json(transcript: Transcript, timestamps: str) -> str:
     }
     if timestamps != "none":
         made["words"] = [
-            _fields(word) | ({"characters": [_fields(c) for c in word.characters]} if timestamps == "char" else {})
+            word_fields(word)
+            | ({"characters": [word_fields(c) for c in word.characters]} if timestamps == "char" else {})
             for word in transcript.words
         ]
     return json.dumps(made, ensure_ascii=False) + "\n"
 
 
-def _fields(word: Word) -> dict[str, Any]:
+def word_fields(word: Word) -> dict[str, Any]:
+    """``text``, ``start`` and ``end`` in seconds, ``score`` where there is one."""
     score = {} if word.score is None else {"score": round(word.score, 4)}
     return {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3), **score}
 

@@ -72,7 +72,7 @@ class TranscriptWriter:
             if self.several and self.format == "txt":
                 name = printable(transcript.name)
                 label = f"{name}:{transcript.channel}" if self.by_channel else name
-                text = "".join(f"{label}\t{line}\n" for line in text.splitlines())
+                text = "".join(f"{label}\t{line}\n" for line in text.rstrip("\n").split("\n"))
             self.stream.write(text)
             self.stream.flush()
             return

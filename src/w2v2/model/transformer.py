@@ -120,8 +120,22 @@ class MLP(nn.Module):
         return out
 
 
+class Adapter(nn.Module):
+    """A narrow MLP with a residual, which is all that a language has of its own in MMS (arXiv:2305.13516)."""
+
+    def __init__(self, n_embd: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(n_embd)
+        self.linear_1, self.linear_2 = nn.Linear(n_embd, width), nn.Linear(width, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        out: Tensor = x + self.linear_2(F.relu(self.linear_1(self.norm(x))))
+        return out
+
+
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each with one residual dropout; norms before (``norm_first``) or after them."""
+    """Attention and MLP, each with one residual dropout; norms before (``norm_first``) or after; perhaps an adapter."""
 
     def __init__(
         self,
@@ -133,6 +147,7 @@ class TransformerBlock(nn.Module):
         attention_dropout: float,
         activation_dropout: float,
         norm_first: bool,
+        adapter_dim: int = 0,
     ) -> None:
         super().__init__()
         self.attn = SelfAttention(n_embd, n_head, attention_dropout)
@@ -141,6 +156,7 @@ class TransformerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
+        self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else nn.Identity()
         self.methods = (Methods(self),)  # no child of its own child
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
@@ -164,7 +180,7 @@ class TransformerBlock(nn.Module):
         else:
             x = self.ln_1(x + self.dropout(self.attn.out_proj(attended)))
             x = self.ln_2(x + self.dropout(self.mlp(x)))
-        return x
+        return cast(Tensor, self.adapter(x))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile`` what is around attention, which is a kernel of its own: no graph depends on utterances."""

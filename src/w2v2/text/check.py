@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from w2v2.errors import Show, UsageError, quiet
+from w2v2.text.spelling import merged
 from w2v2.text.vocabulary import SPACE, PieceVocabulary, Vocabulary
 
 _NAMED = 4
 
 
 _STRANGE = 0.05
-"""Share of labels that may be unknown; more is another script, or another case, not a rare character."""
+"""Share of train's labels that may be unknown; more is another script or case, not a rare character."""
 
 
 Transcribed = tuple[str, float, str]
@@ -58,6 +59,7 @@ class TranscriptCheck:
     colliding: _Fault = field(default_factory=_Fault)
     strange: _Fault = field(default_factory=_Fault)
     changed: _Fault = field(default_factory=_Fault)
+    merged: _Fault = field(default_factory=_Fault)
     infeasible: _Fault = field(default_factory=_Fault)
 
     def __post_init__(self) -> None:
@@ -83,6 +85,8 @@ class TranscriptCheck:
             self.strange.add(name, strange)
             if vocabulary.unknown is None:
                 return
+        if not text.isascii() and (others := merged(text, vocabulary.change_case)):
+            self.merged.add(name, [f"{c} (as {vocabulary.change_case(c)})" for c in others])
         ids = vocabulary.encode(text)
         self.labels += len(ids)
         self.unknown += ids.count(vocabulary.unknown) if vocabulary.unknown is not None else 0
@@ -91,8 +95,8 @@ class TranscriptCheck:
         if not self.fits(seconds, text):
             self.infeasible.add(name)
 
-    def refuse(self) -> None:
-        """Refuse what cannot be trained on.
+    def refuse(self, *, learnt: bool) -> None:
+        """Refuse what cannot be trained on; unknown labels only where they are ``learnt``, in train.
 
         Raises:
             UsageError: the first such fault.
@@ -104,7 +108,7 @@ class TranscriptCheck:
                 f"for itself: {self.colliding}; remove it from the transcripts"
             )
         unknown = self.unknown / max(self.labels, 1)
-        if self.strange.count and (vocabulary.unknown is None or unknown > _STRANGE):
+        if self.strange.count and (vocabulary.unknown is None or (learnt and unknown > _STRANGE)):
             share = "no unknown label stands for them" if vocabulary.unknown is None else f"{unknown:.0%} of all labels"
             raise UsageError(
                 f"{self.name}: {self.strange.count} {of} have characters without a label ({self.strange.signs}), "
@@ -126,6 +130,7 @@ class TranscriptCheck:
         """A line for each fault that training goes on with."""
         lines = {
             "have characters without a label ({signs}), which become unknown": self.strange,
+            "have letters that a change of case makes others of ({signs}); `units.language` tr, az or de": self.merged,
             "have more labels than CTC can emit in their frames and are left out": self.infeasible,
             "are empty and left out": self.empty,
         }
@@ -162,7 +167,7 @@ def check_transcripts(
         if at % 1000 == 0:
             show(f"check transcripts of {name}", at / max(size, 1))
     show(f"check transcripts of {name}", 1.0)
-    check.refuse()
+    check.refuse(learnt=name == "train")
     return check.warnings()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import from_dict, read_json, to_dict
-from w2v2.text.spelling import composed_ids, letters, normalize_text
+from w2v2.text.spelling import KEPT, LOWER, UPPER, casing, composed_ids, letters, normalize_text
 
 BLANK, UNKNOWN, BOUNDARY = "<blank>", "<unk>", "|"
 SPACE = "\u2581"
@@ -44,6 +44,10 @@ class Vocabulary:
     """Id that ends each word; None: the labels say themselves where words end."""
     silent: tuple[int, ...] = ()
     """Further ids that stand for nothing in a text, such as ``<s>`` of a model from elsewhere."""
+    case: str = ""
+    """That text is given, one of ``spelling.CASES``; empty: that of the labels, or its own where they have both."""
+    language: str = ""
+    """Whose rules of case hold, as for ``spelling.casing``."""
 
     def __post_init__(self) -> None:
         twice = [label for label, count in Counter(self.labels).items() if count > 1]
@@ -54,18 +58,22 @@ class Vocabulary:
             raise UsageError(
                 f"blank, unknown, boundary and silent must be different ids below {len(self.labels)}, got {special}"
             )
+        casing(self.case or UPPER, self.language)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], case: Callable[[str], str] = str.upper) -> Vocabulary:
+    def from_texts(cls, texts: Iterable[str], case: str = UPPER, language: str = "") -> Vocabulary:
         """The characters that occur in transcripts, sorted, after blank, unknown and boundary.
 
-        The boundary's own sign gets no label of its own; ``text_check.py`` refuses transcripts that have it.
+        The boundary's own sign gets no label of its own; ``text_check.py`` refuses transcripts that have it. Case and
+        language are as for ``spelling.casing``.
 
         Raises:
             UsageError: no characters at all.
         """
-        characters = {c for text in texts for c in normalize_text(text, case)} - {" ", BOUNDARY}
-        return cls(labels=(BLANK, UNKNOWN, BOUNDARY, *_some(characters)))
+        change = casing(case, language)
+        characters = {c for text in texts for c in normalize_text(text, change)} - {" ", BOUNDARY}
+        labels = (BLANK, UNKNOWN, BOUNDARY, *_some(characters))
+        return cls(labels=labels, case="" if case == UPPER else case, language=language)
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -78,15 +86,15 @@ class Vocabulary:
         return composed_ids({i: label for i, label in enumerate(self.labels) if i not in self.special})
 
     @cached_property
-    def _case(self) -> Callable[[str], str]:
+    def change_case(self) -> Callable[[str], str]:
         """As the labels are: the one place that decides it. Upper where they have no case."""
         letters = "".join(self.ids)
         lower, upper = letters != letters.upper(), letters != letters.lower()
-        return str.lower if lower and not upper else str if lower else str.upper
+        return casing(self.case or (LOWER if lower and not upper else KEPT if lower else UPPER), self.language)
 
     def normalize(self, text: str) -> str:
         """Text as this vocabulary spells it, in its labels' case: what references and hypotheses are compared in."""
-        return normalize_text(text, self._case)
+        return normalize_text(text, self.change_case)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, a boundary after each word, the last one too. Of a single word: its spelling.
@@ -128,15 +136,16 @@ class PhonemeVocabulary(Vocabulary):
     """Labels of any length that transcripts separate by spaces, such as phonemes. Case matters; a label is a word."""
 
     boundary: int | None = None
+    case: str = KEPT
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], case: Callable[[str], str] = str) -> PhonemeVocabulary:
+    def from_texts(cls, texts: Iterable[str], case: str = KEPT, language: str = "") -> PhonemeVocabulary:
         """The labels that occur in transcripts, sorted, after blank and unknown, whose names are none of them.
 
         Raises:
             UsageError: no labels at all.
         """
-        labels = {label for text in texts for label in normalize_text(text, case).split()}
+        labels = {label for text in texts for label in normalize_text(text, casing(case, language)).split()}
         return cls(labels=(_other_than(labels, BLANK), _other_than(labels, UNKNOWN), *_some(labels)))
 
     def normalize(self, text: str) -> str:
@@ -174,7 +183,7 @@ class PieceVocabulary(Vocabulary):
 
     @classmethod
     def from_texts(
-        cls, texts: Iterable[str], case: Callable[[str], str] = str.upper, size: int = 500
+        cls, texts: Iterable[str], case: str = UPPER, language: str = "", *, size: int = 500
     ) -> PieceVocabulary:
         """Train a unigram model (arXiv:1804.10959) of at most so many pieces on transcripts; the same from the same.
 
@@ -183,7 +192,8 @@ class PieceVocabulary(Vocabulary):
         """
         module = _sentencepiece()
         model = io.BytesIO()
-        lines = (line for line in (normalize_text(text, case) for text in texts) if line)
+        change = casing(case, language)
+        lines = (line for line in (normalize_text(text, change) for text in texts) if line)
         try:
             module.SentencePieceTrainer.train(
                 sentence_iterator=lines, model_writer=model, vocab_size=size, hard_vocab_limit=False,
@@ -197,7 +207,8 @@ class PieceVocabulary(Vocabulary):
             ) from error
         processor = module.SentencePieceProcessor(model_proto=model.getvalue())
         pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-        return cls(labels=(BLANK, *pieces), model=base64.b64encode(model.getvalue()).decode())
+        encoded = base64.b64encode(model.getvalue()).decode()
+        return cls(labels=(BLANK, *pieces), model=encoded, case="" if case == UPPER else case, language=language)
 
     @cached_property
     def _processor(self) -> Any:

@@ -5,7 +5,7 @@ Your own is a dataclass with ``vocabulary``, in your recipe file, and a subclass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,14 @@ class Characters:
 
     upper: bool = True
     """Whether text is upper-cased; else case is kept, and both cases are labels."""
+    language: str = ""
+    """Whose rules of upper case hold: ``tr``, ``az`` (two letters i) or ``de`` (ß is not ss); empty: none of these."""
 
     def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
         """Labels for transcripts."""
         from w2v2.text.vocabulary import Vocabulary  # late: pretraining, whose recipes stand beside, needs no text
 
-        return Vocabulary.from_texts(texts, _case(self.upper))
+        return Vocabulary.from_texts(texts, _case(self.upper), self.language)
 
 
 @dataclass(kw_only=True)
@@ -46,13 +48,15 @@ class SentencePieces:
     """Pieces at most; fewer where the transcripts do not hold as many."""
     upper: bool = True
     """Whether text is upper-cased; else case is kept."""
+    language: str = ""
+    """Whose rules of upper case hold: ``tr``, ``az`` (two letters i) or ``de`` (ß is not ss); empty: none of these."""
 
     def vocabulary(self, texts: Iterable[str]) -> Vocabulary:
         """Labels for transcripts."""
         from w2v2.text.vocabulary import PieceVocabulary
 
-        return PieceVocabulary.from_texts(texts, _case(self.upper), self.size)
+        return PieceVocabulary.from_texts(texts, _case(self.upper), self.language, size=self.size)
 
 
-def _case(upper: bool) -> Callable[[str], str]:
-    return str.upper if upper else str
+def _case(upper: bool) -> str:
+    return "upper" if upper else "kept"
