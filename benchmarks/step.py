@@ -63,8 +63,8 @@ def draw(samples: list[int]) -> ContrastiveDraws:
 
 def hugging_face(
     samples: list[int], audio: torch.Tensor, *, shipped: bool
-) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
-    """``Wav2Vec2ForPreTraining`` (sdpa attention) and its loss."""
+) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """``Wav2Vec2ForPreTraining`` (sdpa attention) and what it is given."""
     dropouts = {} if shipped else {"attention_dropout": 0.0, "activation_dropout": 0.0}
     config = HFConfig(
         layerdrop=0.0, feat_quantizer_dropout=0.1, do_stable_layer_norm=False, feat_extract_norm="group",
@@ -81,15 +81,10 @@ def hugging_face(
         mask[i, at] = True
         negatives[i, at] = at[draws.distractors[start : start + count].long()] + i * width
         start, offset = start + count, offset + length
-    attention = (
-        (torch.arange(audio.shape[1]) < torch.tensor(samples)[:, None]).long() if min(samples) < max(samples) else None
-    )
-
-    def loss() -> Tensor:
-        out = model(audio, attention_mask=attention, mask_time_indices=mask, sampled_negative_indices=negatives)
-        return out.loss / len(draws.masked)
-
-    return model, loss
+    inputs = {"input_values": audio, "mask_time_indices": mask, "sampled_negative_indices": negatives}
+    if min(samples) < max(samples):
+        inputs["attention_mask"] = (torch.arange(audio.shape[1]) < torch.tensor(samples)[:, None]).long()
+    return model, inputs
 
 
 def stepper(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
@@ -127,9 +122,10 @@ def compare(samples: list[int], rounds: int, *, shipped: bool) -> dict[str, Any]
     for row, length in zip(audio, samples, strict=True):
         row[length:] = 0
     torch.manual_seed(0)
+    peer, inputs = hugging_face(samples, audio, shipped=shipped)
     sides = {
         "w2v2": ours(samples, audio, shipped=shipped),
-        "hugging_face": hugging_face(samples, audio, shipped=shipped),
+        "hugging_face": (peer, lambda: peer(**inputs).loss / inputs["mask_time_indices"].sum()),
     }
     activations = {side: kept(*parts) for side, parts in sides.items()}
     steps = {side: stepper(*parts) for side, parts in sides.items()}

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from w2v2.model.attention import attend
 from w2v2.model.packing import Rows, is_plain, pack, row_index, spread, starts_of, unpack
 from w2v2.model.precision import Methods, low_precision
+from w2v2.model.wide_conv import wide_conv
 
 
 def touch(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -47,6 +48,10 @@ class PositionalConvEmbedding(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> positions, same shape. They are to be added to x."""
+        fast = not is_plain() and x.device.type == "cpu" and torch.is_grad_enabled()
+        if fast and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            y = wide_conv(x.flatten(0, 1), self.conv.weight, lengths or [x.shape[1]] * x.shape[0])
+            return F.gelu(y + self.conv.bias).view_as(x)
         if lengths is None or is_plain():
             y = self.conv(unpack(x, lengths).transpose(1, 2))  # (B, D, T + trim)
             y = F.gelu(y[..., : y.shape[-1] - self.trim])
