@@ -29,7 +29,8 @@ from w2v2.decoding.hot_words import Phrases
 from w2v2.decoding.kneser_ney import estimate, read_sentences
 from w2v2.decoding.ngram import NGram
 from w2v2.errors import JobError, UsageError
-from w2v2.evaluation.tuning import EmissionCache, Trial, tune, weights_key
+from w2v2.evaluation.tuning import EmissionCache, Trial, tune
+from w2v2.inference.recognizer import weights_key
 from w2v2.inference.words import label_scores, word_times
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.pretraining import ContrastiveConfig

@@ -124,7 +124,7 @@ class Prepare:
     def _cut(self, model: Path, source: str, config: PrepareConfig) -> tuple[Path, PrepareConfig]:
         """A table of utterances instead of the source, and how to read it."""
         from w2v2.inference.cut import cut_table
-        from w2v2.inference.recognizer import load_recognizer, place
+        from w2v2.inference.recognizer import load_recognizer, place, weights_key
 
         if source.startswith("hf:"):
             raise UsageError("`cut_by` is for folders and tables; prepare hf: first, and its audio with a table of it")
@@ -134,7 +134,7 @@ class Prepare:
         place(recognizer.model, None)
         table = self.out.with_name(self.out.name + "-cut.jsonl").absolute()
         with progress("cut") as show:
-            counts = cut_table(recognizer, path, table, config, show)
+            counts = cut_table(recognizer, weights_key(model), path, table, config, show)
         log.info("%s: %s", table, ", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing to cut")
         listed = (path if path.is_dir() else path.parent) / "splits.tsv"
         splits = config.splits or (str(listed) if listed.exists() else "")

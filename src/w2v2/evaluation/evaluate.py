@@ -28,9 +28,9 @@ from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, public, quiet
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
-from w2v2.evaluation.tuning import tune_on, weights_key
+from w2v2.evaluation.tuning import tune_on
 from w2v2.files import whole, write_text
-from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place
+from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place, weights_key
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -150,9 +150,7 @@ def evaluate_model(
     tuned_on = None if tune is None else choose_split(splits, tune, corpus, "tune")
     if against is not None:
         hypotheses_file(against)
-    folder = Path(model) if os.path.isdir(model) else out
-    if folder is None:
-        raise UsageError(f"{model} is no folder to put results into; name one with `out`")
+    folder = _folder(model, out)
     recognizer = load_recognizer(model, language)
     place(recognizer.model, device)
     decoder = make_decoder(recognizer.vocabulary, lm=lm, lexicon=lexicon, hot_words=hot_words, beam=beam)
@@ -160,9 +158,8 @@ def evaluate_model(
         if not isinstance(decoder, TunableDecoder) or (lm is None and lexicon is None):
             raise UsageError("`tune` looks for weights of an LM and of words; name one with `lm`, or a `lexicon`")
         _refuse_scored(tune, tuned_on, scored)
-        tuning = tune_on(
-            recognizer, decoder, tuned_on, data, folder, weights_key(model, language), trials=trials, show=show
-        )
+        key = weights_key(model, language)
+        tuning = tune_on(recognizer, decoder, tuned_on, data, folder, key, trials=trials, show=show)
         decoder = decoder.tuned(tuning.best)
         for line in tuning.table()[:6]:
             log.info("%s", line)
@@ -177,6 +174,14 @@ def evaluate_model(
         {"run": str(model), "data": corpus, "split": split, "decoder": settings},
         against=against,
     )
+
+
+def _folder(model: str | PathLike[str], out: Path | None) -> Path:
+    """Of a model, or where its results go."""
+    folder = Path(model) if os.path.isdir(model) else out
+    if folder is None:
+        raise UsageError(f"{model} is no folder to put results into; name one with `out`")
+    return folder
 
 
 def _refuse_scored(name: str | None, tuned_on: Split, scored: Split) -> None:

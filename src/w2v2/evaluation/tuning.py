@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from os import PathLike
 from pathlib import Path
 
 import jiwer
@@ -15,9 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from w2v2.checkpoint.formats import file_hashes, onnx_file, recognize
-from w2v2.checkpoint.hub import locate
-from w2v2.checkpoint.native import WEIGHTS
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split
 from w2v2.data.loader import whole_utterances
@@ -241,13 +236,3 @@ class EmissionCache:
         with whole(path) as partial:
             save_file(tensors, partial)
         self._files |= dict.fromkeys(tensors, path)
-
-
-def weights_key(name: str | PathLike[str], language: str | None = None) -> str:
-    """Return a hash of the weights of a model, as ``load`` finds it; :class:`UsageError` where there are none."""
-    path = locate(name, language)
-    if (path / WEIGHTS).is_file() and language is None:
-        with (path / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    hashes = file_hashes(onnx_file(path) or recognize(path)[1])
-    return hashlib.sha256(f"{hashes} {language}".encode()).hexdigest()

@@ -115,7 +115,7 @@ def _short(group: list[int], words: Sequence[Word], longest: float) -> Iterator[
 
 
 def cut_table(
-    recognizer: Recognizer, source: Path, table: Path, config: PrepareConfig, show: Show = quiet
+    recognizer: Recognizer, key: str, source: Path, table: Path, config: PrepareConfig, show: Show = quiet
 ) -> Counter[str]:
     """Write a table of a source's recordings, in which those with a transcript that are long are cut.
 
@@ -124,6 +124,7 @@ def cut_table(
 
     Args:
         recognizer: knows the language.
+        key: of its weights (``weights_key``).
         source: folder of audio or table.
         table: to write, JSONL.
         config: how the source is read; ``min_confidence`` tells which words match.
@@ -134,7 +135,7 @@ def cut_table(
     Raises:
         UsageError: as of reading the source.
     """
-    counts, model = Counter[str](), hashlib.sha256(recognizer.model.lm_head.weight.detach().cpu().numpy().tobytes())
+    counts = Counter[str]()
     cache = table.with_name(f"{table.stem}.aligned.jsonl")
     known: dict[str, Any] = {}
     if cache.exists():
@@ -145,7 +146,7 @@ def cut_table(
         for done, (row, stamp, _) in enumerate(stamped(root, rows)):
             location, cuts = locate(root, row.path), None
             if row.text and row.text.strip() and _seconds(location, row) > config.audit.max_seconds:
-                what = (model.hexdigest(), stamp, row, config.audit.max_seconds, config.min_confidence)
+                what = (key, stamp, row, config.audit.max_seconds, config.min_confidence)
                 name = hashlib.sha256(repr(what).encode()).hexdigest()
                 cuts = known[name] if name in known else _cut(recognizer, location, row, config)
                 kept.write(json.dumps((name, cuts), ensure_ascii=False) + "\n")

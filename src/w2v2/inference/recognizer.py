@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from w2v2.checkpoint.formats import onnx_file, read
+from w2v2.checkpoint.formats import file_hashes, onnx_file, read, recognize
 from w2v2.checkpoint.hub import locate
+from w2v2.checkpoint.native import WEIGHTS
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.inference.onnx import OnnxModel, load_onnx
@@ -134,6 +136,16 @@ def load_recognizer(name: str | PathLike[str], language: str | None = None) -> R
             "a pretrained encoder has to be fine-tuned first"
         )
     return recognizer
+
+
+def weights_key(name: str | PathLike[str], language: str | None = None) -> str:
+    """Return a hash of the weights of a model, as ``load`` finds it; :class:`UsageError` where there are none."""
+    path = locate(name, language)
+    if (path / WEIGHTS).is_file() and language is None:
+        with (path / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = file_hashes(onnx_file(path) or recognize(path)[1])
+    return hashlib.sha256(f"{hashes} {language}".encode()).hexdigest()
 
 
 def place(model: CTCModel | nn.Module, device: str | None) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from w2v2.errors import Count, NotNegative, Positive, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, FeatureProjection, frame_center, output_lengths
+from w2v2.model.initialization import init_weights
 from w2v2.model.masking import sample_span_mask
 from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
-from w2v2.model.quantizer import GumbelVectorQuantizer
 from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
 
 SAMPLE_RATE = 16_000
@@ -287,36 +287,3 @@ class Wav2Vec2(nn.Module):
                 x, rows = block(x, lengths, rows), None
         x = x if rows is None else take(x, rows)
         return self.ln_f(x) if self.config.norm_first else x
-
-
-@torch.no_grad()
-def init_weights(model: nn.Module) -> None:
-    """Initialise whatever parts of a model are given.
-
-    | part | init | source |
-    |---|---|---|
-    | convolutions | Kaiming normal, fan in; optionally smoothed | fairseq |
-    | linear layers of the transformer | N(0, 0.02), bias 0 | fairseq `init_bert_params` |
-    | positional convolution | N(0, sqrt(4 / (kernel D))), bias 0, at its construction | fairseq |
-    | mask vector | U(0, 1) | fairseq |
-    | quantizer | projector N(0, 1), bias 0; codebook U(0, 1) | fairseq |
-    | feature projection, out_linear, project_q, norms | PyTorch's default | fairseq |
-    """
-    for module in model.modules():
-        if isinstance(module, Wav2Vec2):
-            smoothing = module.config.conv_init_smoothing
-            for i, weight in enumerate(module.feature_encoder.conv_weights()):
-                nn.init.kaiming_normal_(weight)
-                if i > 0 and smoothing > 0:
-                    # Kernels of nearly equal taps: low-pass on the way down, so that untrained features already move
-                    # slowly. The response to a constant stays what it was.
-                    weight.copy_((1 - smoothing) * weight + smoothing * weight.mean(-1, keepdim=True))
-            nn.init.uniform_(module.mask_vector)
-        elif isinstance(module, TransformerBlock):
-            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
-                nn.init.normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
-        elif isinstance(module, GumbelVectorQuantizer):
-            nn.init.normal_(module.projector.weight)
-            nn.init.zeros_(module.projector.bias)
-            nn.init.uniform_(module.codebook)

@@ -89,13 +89,34 @@ def prepare(
         return _as_it_is(finished, out, strict=strict)
     if finished:
         log.info("%s: changed are %s; doing what is new", out, changes)
-    with open_journal(work / _JOURNAL) as journal, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         if executor is None:
             executor = stack.enter_context(local_executor(jobs))
+        summary = _write(root, out, config, options, executor, jobs, sources, strict=strict, show=show)
+    shutil.rmtree(work)
+    return summary
+
+
+def _write(
+    root: Path,
+    out: Path,
+    config: PrepareConfig,
+    options: dict[str, Any],
+    executor: Executor,
+    jobs: int,
+    sources: dict[str, str],
+    *,
+    strict: bool,
+    show: Show,
+) -> dict[str, Any]:
+    """Audit what has not been, and write the corpus; returns what ``corpus.json`` holds."""
+    work = out / ".prepare"
+    with open_journal(work / _JOURNAL) as journal:
         _audit(journal, root, config.audit, executor, jobs, show)
         table = _splits(options)
-        listed = listed_splits(table) if config.splits or (table.exists() and not source.startswith(HF)) else ()
-        settle(journal, listed, {"valid": config.valid_share, "test": config.test_share}, config.seed)
+        known = config.splits or (table.exists() and not options["source"].startswith(HF))
+        shares = {"valid": config.valid_share, "test": config.test_share}
+        settle(journal, listed_splits(table) if known else (), shares, config.seed)
         counts, content = _write_audit(journal, out), journal.content_hash()
         if strict:
             _refuse_findings(counts, out)
@@ -103,10 +124,10 @@ def prepare(
 
         (out / "corpus.json").unlink(missing_ok=True)  # what is written from here is another one
         splits = CorpusWriter(journal, root, out, config, executor, jobs).write(content, show)
-    head = {"schema": SCHEMA, "source": source, "options": options, "sources": sources, "content_hash": content}
-    write_json(out / "corpus.json", summary := head | {"audit": counts, "splits": splits})
+    head = {"schema": SCHEMA, "source": options["source"], "options": options, "sources": sources}
+    summary = {**head, "content_hash": content, "audit": counts, "splits": splits}
+    write_json(out / "corpus.json", summary)
     os.replace(work / _JOURNAL, out / _JOURNAL)  # what is known of each recording, for the next time
-    shutil.rmtree(work)
     return summary
 
 

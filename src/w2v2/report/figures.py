@@ -129,10 +129,11 @@ def curves(title: str, unit: str, lines: list[Line], level: tuple[float, str] | 
 
 def _style(kind: str, lines: list[Line]) -> dict[str, Any]:
     """Of a kind of line; probes of layers are darker the deeper they are."""
+    styles: dict[str, dict[str, Any]] = STYLES
     layers = [other for *_, other in lines if other.startswith("probe/layer")]
     if kind not in layers:
-        return STYLES.get(kind, {})
-    return STYLES["valid"] | {"alpha": 0.3 + 0.7 * layers.index(kind) / max(len(layers) - 1, 1)}
+        return styles.get(kind, {})
+    return styles["valid"] | {"alpha": 0.3 + 0.7 * layers.index(kind) / max(len(layers) - 1, 1)}
 
 
 def _figure(
