@@ -98,7 +98,7 @@ class FeatureEncoder(nn.Module):
         self.kernel_sizes, self.strides, self.paddings = tuple(kernel_sizes), tuple(strides), tuple(paddings)
         self.gradient_scale = gradient_scale
         self.recompute = False
-        """Whether the backward pass computes GELU again, as on a CPU, where fresh memory costs more."""
+        """Whether the backward pass computes GELU again."""
         self.conv_layers = nn.ModuleList()
         fan_in = 1
         for width, kernel, stride, padding, norm in zip(channels, kernel_sizes, strides, paddings, norms, strict=True):
@@ -156,8 +156,7 @@ class FeatureEncoder(nn.Module):
         """All utterances in one go."""
         rows = list(lengths) if lengths is not None else [audio.shape[1]] * len(audio)
         with self._first(audio, rows) as (windows, first, slots, eps):
-            keep = audio.is_cuda and not self.recompute
-            x = conv_stack(windows, first, slots, layers, eps, keep=keep)
+            x = conv_stack(windows, first, slots, layers, eps, keep=not self.recompute)
         return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
 
     def _in_parts(self, audio: Tensor, layers: Layers) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
+
+import torch
 
 from w2v2.checkpoint.native import CONFIG
 from w2v2.data.config import DataConfig
@@ -58,8 +61,10 @@ class TrainConfig:
     shard: bool = False
     """Share parameters, gradients and optimiser state out over the processes, block by block (FSDP2), instead of
     keeping all of them on each (DDP): for models that would not fit otherwise. The numbers are the same."""
+    bf16_gradients: bool = False
+    """Send gradients between GPUs as bf16: half the traffic, sums less exact."""
     compile: bool = False
-    """``torch.compile`` each block."""
+    """``torch.compile`` each block, around its attention: three graphs for all batches."""
     sentinel: bool = True
     """Stop a pretraining run that has collapsed, and keep the last checkpoint before that (``training/health.py``)."""
     max_steps_left_out: Whole = 10
@@ -125,6 +130,12 @@ class RunConfig:
     def max_steps(self) -> int:
         """Optimiser steps at which the run ends."""
         return self.train.max_steps or self.optim.schedule.total_steps
+
+    @property
+    def threads(self) -> int:
+        """CPU threads: one for a model whose products are so small that threads would mostly wait for each other."""
+        small = self.model.n_embd < 256 and "OMP_NUM_THREADS" not in os.environ
+        return 1 if small else torch.get_num_threads()
 
     def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
         """Take a pretrained model's architecture.

@@ -196,12 +196,9 @@ class FinetuneTask(NormalizedTask):
     def training_step(self, batch: CTCBatch, batch_idx: int) -> Tensor:
         """Summed CTC loss of one micro-batch."""
         self.seed_step(batch_idx)
-        log_probs, frames = self.model(
-            batch.audio,
-            batch.lengths,
-            draws=batch.draws,
-            freeze_encoder=self.global_step < self.config.freeze_encoder_steps,
-        )
+        frozen = self.global_step < self.config.freeze_encoder_steps
+        with self.casts_kept():
+            log_probs, frames = self.model(batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=frozen)
         loss, counts = self._count(log_probs, frames, batch)
         self.record({"ctc": loss}, batch.audio)
         self.sums.add(counts)

@@ -73,7 +73,7 @@ def start_folder(out: Path, config: RunConfig, splits: Splits, resume: bool) -> 
         _refuse_changes(out, config, splits)
     save_config(config, out / CONFIG)
     if not resume:
-        write_json(out / "environment.json", environment(splits))
+        write_json(out / "environment.json", environment(splits, config.threads))
 
 
 _MAY_CHANGE = (
@@ -109,7 +109,7 @@ def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
         )
 
 
-def environment(splits: Splits) -> dict[str, Any]:
+def environment(splits: Splits, threads: int) -> dict[str, Any]:
     """Versions, machine, source revision and data of a run."""
     packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
     revision = subprocess.run(
@@ -124,6 +124,6 @@ def environment(splits: Splits) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "git_revision": revision.stdout.strip() or None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "data": describe(splits),
     }

@@ -17,8 +17,9 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
 
 from w2v2.data.corpora import Splits
@@ -69,6 +70,8 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     pretraining = isinstance(config, PretrainConfig)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
     tune(task.model, train)
+    if _on_gpu(train) and "mixed" in _precision(train):
+        torch.set_float32_matmul_precision("high")  # TF32 for what of bf16 or fp16 training stays fp32
     board = TensorBoardLogger(out, name="", version=TENSORBOARD, purge_step=metrics.last + 1)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
     progress = Progress(train.log_every, max_steps, flops)
@@ -100,7 +103,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             logger=[metrics, board, *_wandb(config, out)],
             callbacks=[sentinel, progress, *probing, checkpoints],
         )
-        with _failures_named(checkpoints, last):
+        with _threads(config.threads), _failures_named(checkpoints, last):
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
             if trainer.global_step != checkpoints.validated:
                 trainer.validate(task, data, verbose=False)
@@ -118,6 +121,16 @@ def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: 
     if step == max_steps:
         rank_zero_only(log.info)("%s has done its %d steps: nothing is left to do", out, step)
     return path
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -158,8 +171,11 @@ def _unusable(last: Path, error: Exception) -> Exception:
 
 def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
     """One device, DDP, or FSDP2 over all processes; a checkpoint is one whole file in each case."""
-    if not train.shard or train.devices * train.num_nodes == 1:
+    if train.devices * train.num_nodes == 1:
         return "auto"
+    if not train.shard:  # gradients lie where they are sent from: no copy, and half their memory
+        hook = bf16_compress_hook if train.bf16_gradients else None
+        return DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)
     transformer_blocks(model, "`train.shard`")
     return ModelParallelStrategy(train.devices * train.num_nodes, 1, save_distributed_checkpoint=False)
 
@@ -250,6 +266,8 @@ def check_device(train: TrainConfig) -> None:
     if train.precision not in known:
         raise UsageError(f"`train.precision` must be one of {', '.join(known)}, got {train.precision!r}")
     check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
+    if train.bf16_gradients and (train.shard or not _on_gpu(train)):
+        raise UsageError("`train.bf16_gradients` works between GPUs, without `train.shard`; leave it out")
     if train.shard and train.precision == "16-mixed":
         raise UsageError("`train.shard` works with bf16-mixed, bf16-true or 32-true, got `train.precision` 16-mixed")
 
