@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
+import io
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,12 @@ from lhotse import MonoCut
 
 from w2v2.data.config import DataConfig
 from w2v2.data.folders import folder_cuts
-from w2v2.data.splits import SCHEMA, choose_labelled
+from w2v2.data.splits import SCHEMA, Prepared, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
-from w2v2.data.utterance import Utterance, location_of, read_cut, repeated
-from w2v2.errors import JobError, UsageError
+from w2v2.data.utterance import Utterance, location_of, read_cut, read_line, repeated
+from w2v2.errors import JobError, UsageError, shown
+from w2v2.files import MOST_BYTES
+from w2v2.serial import checked, parse_json
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ class Piece:
             yield from (Row(cut.duration, cut.id, cut, place=(number, i)) for i, cut in enumerate(self.held))
             return
         try:
-            lines = gzip.decompress(read_bytes(self.manifest)).splitlines()
+            with gzip.GzipFile(fileobj=io.BytesIO(read_bytes(self.manifest))) as file:
+                content = file.read(MOST_BYTES)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise JobError(
                 f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
             ) from error
-        yield from (Row(*_head(line), line, self.audio, (number, i)) for i, line in enumerate(lines))
+        for i, line in enumerate(content.splitlines()):
+            cut = read_line(line, f"{self.manifest}, line {i + 1},")
+            yield Row(cut.duration, cut.id, line, self.audio, (number, i))
 
     def read(self) -> Iterator[MonoCut]:
         """The cuts, in order."""
@@ -95,17 +99,6 @@ class Row(NamedTuple):
         if isinstance(self.content, bytes):
             return Utterance.from_line(self.content, self.audio)
         return Utterance.of(self.content)
-
-
-_HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [^,]+, "duration": ([^,]+),')
-
-
-def _head(line: bytes) -> tuple[float, str]:
-    """Seconds and id of a manifest's line; all of it is parsed only where it does not begin as they do."""
-    if head := _HEAD.match(line):
-        return float(head[2]), head[1].decode()
-    cut = json.loads(line)
-    return cut["duration"], cut["id"]
 
 
 @dataclass(frozen=True)
@@ -237,15 +230,13 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
 
 def _prepared(location: str, description: str) -> Splits:
     try:
-        corpus = json.loads(read_bytes(description))
+        values = parse_json(read_bytes(description), description)
     except FileNotFoundError as error:
         raise UsageError(f"no {description}: expected a corpus that 'w2v2 prepare' wrote") from error
-    except ValueError as error:
-        raise UsageError(f"{description} is not what 'w2v2 prepare' writes ({error}); check the address") from error
-    if corpus.get("schema") != SCHEMA:
-        raise UsageError(
-            f"{description} has schema {corpus.get('schema')}, expected {SCHEMA}; prepare the corpus again"
-        )
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"{description} has schema {shown(schema)}, expected {SCHEMA}; prepare the corpus again")
+    corpus: Prepared = checked(values, Prepared, description)
     splits = {}
     for name, split in corpus["splits"].items():
         pieces = tuple(

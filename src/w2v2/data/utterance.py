@@ -2,14 +2,77 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 from w2v2.data.storage import is_remote
+from w2v2.errors import JobError
 
 if TYPE_CHECKING:
     from lhotse import MonoCut, Recording
+
+
+_Whole = Annotated[int, Meta(ge=0, le=1 << 53)]
+_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class _Supervision(TypedDict, total=False):
+    text: str | None
+    speaker: str | None
+
+
+class _Source(TypedDict):
+    source: str
+
+
+class _Recording(TypedDict):
+    sources: Annotated[list[_Source], Meta(min_length=1)]
+    sampling_rate: Annotated[int, Meta(ge=1, le=1 << 31)]
+    num_samples: _Whole
+
+
+_Custom = TypedDict(
+    "_Custom",
+    {
+        "unreadable": str,
+        "ctc_infeasible": bool,
+        "pass": _Whole | None,
+        "shard_offset": _Whole,
+        "shard_bytes": _Whole,
+        "channel": _Whole | None,
+        "gain": float,
+    },
+    total=False,
+)
+
+
+class Line(msgspec.Struct, frozen=True):
+    """What a line of a manifest must have."""
+
+    id: str
+    start: _Seconds
+    duration: _Seconds
+    supervisions: Annotated[list[_Supervision], Meta(min_length=1)]
+    recording: _Recording
+    custom: _Custom | None = None
+
+
+_decoder = msgspec.json.Decoder(Line)
+
+
+def read_line(line: bytes, where: str = "a manifest") -> Line:
+    """Read a line of a manifest.
+
+    Raises:
+        JobError: it is none.
+    """
+    try:
+        return _decoder.decode(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise JobError(f"{where} is damaged ({error}); copy it again, or prepare the corpus again") from None
 
 
 @dataclass(frozen=True)
@@ -39,10 +102,9 @@ class Utterance:
     @classmethod
     def from_line(cls, line: bytes, tar: str = "") -> Utterance:
         """Read a line of a manifest, which takes less than to make a cut of it; ``tar`` as of :func:`read_cut`."""
-        cut = json.loads(line)
-        supervision = cut["supervisions"][0]
-        text, speaker = supervision.get("text"), supervision.get("speaker")
-        return cls._read(cut["id"], cut["duration"], text, speaker, cut.get("custom"), tar)
+        cut = read_line(line)
+        supervision = cut.supervisions[0]
+        return cls._read(cut.id, cut.duration, supervision.get("text"), supervision.get("speaker"), cut.custom, tar)
 
     @classmethod
     def _read(
@@ -65,10 +127,13 @@ def read_cut(line: bytes, tar: str = "") -> MonoCut:
     """The cut that a line of a manifest is; ``tar`` is where its audio lies, which manifests do not say."""
     from lhotse.serialization import deserialize_item
 
-    values = json.loads(line)
+    values = msgspec.json.decode(line)
     if tar:
         values["recording"]["sources"][0]["source"] = tar
-    cut: MonoCut = deserialize_item(values)
+    try:
+        cut: MonoCut = deserialize_item(values)
+    except Exception as error:  # lhotse checks nothing
+        raise JobError(f"a manifest holds what is no cut: {type(error).__name__} {error}; prepare it again") from error
     return cut
 
 

@@ -196,12 +196,9 @@ class FinetuneTask(NormalizedTask):
     def training_step(self, batch: CTCBatch, batch_idx: int) -> Tensor:
         """Summed CTC loss of one micro-batch."""
         self.seed_step(batch_idx)
-        log_probs, frames = self.model(
-            batch.audio,
-            batch.lengths,
-            draws=batch.draws,
-            freeze_encoder=self.global_step < self.config.freeze_encoder_steps,
-        )
+        frozen = self.global_step < self.config.freeze_encoder_steps
+        with self.casts_kept():
+            log_probs, frames = self.model(batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=frozen)
         loss, counts = self._count(log_probs, frames, batch)
         self.record({"ctc": loss}, batch.audio)
         self.sums.add(counts)
@@ -266,9 +263,9 @@ class FinetuneTask(NormalizedTask):
                 logger.experiment.add_text("valid/samples", text, self.global_step)
 
     def score(self) -> tuple[float, ...]:
-        """WER, as published; where no word is right yet, CER."""
+        """CER: WER is near 1 until words are right, and lower for a model that says nothing yet."""
         figures = self.valid_figures
-        return figures["wer"], figures["cer"], figures["loss"]
+        return figures["cer"], figures["wer"], figures["loss"]
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The weights, low-rank updates added to them, and the vocabulary: all that transcribing needs."""
