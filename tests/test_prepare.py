@@ -167,7 +167,7 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path: Path, workers: 
     assert json.loads((tmp_path / "out" / "corpus.json").read_text())["audit"]["reasons"] == {
         reason: counts[reason] for reason in REASONS
     }
-    assert set(counts) == set(REASONS)
+    assert set(counts) == set(REASONS) - {"no_speech"}  # test_vad.py
     counts = {"ok": 3, "warned": 13, "rejected": 15, "unlisted": 0, "passed_over": {}, "reasons": None}
     assert summary["audit"] | {"reasons": None} == counts
     kept = {Path(path).stem for path, why in expected.items() if not set(why) & REJECTED}

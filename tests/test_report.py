@@ -295,9 +295,9 @@ def test_utterances_can_be_heard_and_read(page: Page) -> None:
     assert soundfile.info(io.BytesIO(sound)).duration == 3.0
     first = page.source.split("<article>")[1]
     assert "&lt;MAN&gt; from 0.40 to 1.10" in first and ">&lt;MAN&gt;</text>" in first
-    assert re.search(r"pretrained, greedy</th><td>THE &lt;MAN&gt; <mark>CALL</mark>\s*</td><td>1 of 3<", first)
-    assert re.search(r"with a trigram</th><td>THE &lt;MAN&gt; CALLED\s*</td><td>0 of 3<", first)
-    assert "random weights, with a trigram" in first and "<caption>" in first
+    assert re.search(r"pretrained</th><td>THE &lt;MAN&gt; <mark>CALL</mark>\s*</td><td>1 of 3<", first)
+    assert re.search(r"pretrained \+ trigram</th><td>THE &lt;MAN&gt; CALLED\s*</td><td>0 of 3<", first)
+    assert "random weights + trigram" in first and "<caption>" in first
 
 
 def test_what_the_layers_know_is_told_beside_its_baselines(page: Page) -> None:

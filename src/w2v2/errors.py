@@ -30,8 +30,11 @@ class StoppedError(Exception):
     """A signal ended the work, and everything is saved. ``exit_code`` tells a scheduler to run it again, or not."""
 
     def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(number, message)  # all of it, to cross to another process
         self.exit_code = 130 if number == signal.SIGINT else 75  # what shells give for Ctrl-C; EX_TEMPFAIL
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class JobError(RuntimeError):

@@ -127,9 +127,6 @@ _OTHER_MODELS = {
     "data2vec": "data2vec has five positional convolutions, and predicts a teacher's states",
     "conformer": "its blocks are conformers, with convolutions and relative positions in them",
     "wav2vec2-bert": "w2v-BERT hears mel spectra, by conformers",
-    "unispeech": "UniSpeech has heads of its own",
-    "sew": "SEW squeezes the frames between convolutions and blocks",
-    "wav2vec_u": "wav2vec-U is a generator on top of features",
 }
 """Part of the name of models that are near, and why they are not to be had here."""
 

@@ -42,6 +42,8 @@ def read_weights(folder: Path, language: str | None = None) -> tuple[dict[str, T
 
 
 def _read_adapter(folder: Path, language: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not any(".adapter_layer." in name for name in tensors):
+        raise UsageError(f"{folder} has no adapters of languages; leave `language` out")
     files = [folder / f"adapter.{language}{ending}" for ending in (".safetensors", ".bin")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:

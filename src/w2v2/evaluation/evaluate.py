@@ -140,13 +140,11 @@ def evaluate_model(
         tune: split to tune the weights of LM and words on, with so many ``trials``.
         out: folder of results; None: RUN/evaluation/SPLIT, of a model that is a folder here.
         against, show: as in ``run_evaluation``; stage ``evaluate``, and those of ``tune_on``.
-        data: how the corpus is read.
-        device: as in ``place``.
+        data, device: how the corpus is read; as in ``place``.
 
     Returns what ``evaluation.json`` holds. Raises as ``choose_split``, ``make_decoder``, ``run_evaluation``.
     """
-    data = data or DataConfig()
-    data.check()
+    (data := data or DataConfig()).check()
     scored = choose_split(splits, split, corpus)
     tuned_on = None if tune is None else choose_split(splits, tune, corpus, "tune")
     if against is not None:
@@ -164,8 +162,7 @@ def evaluate_model(
         decoder = decoder.tuned(tuning.best)
         for line in tuning.table()[:6]:
             log.info("%s", line)
-    files = {name: None if path is None else str(path) for name, path in (("lm", lm), ("lexicon", lexicon))}
-    asked = {**files, "hot_words": tuple(hot_words), "tuned_on": tune}
+    asked = {"lm": lm and str(lm), "lexicon": lexicon and str(lexicon), "hot_words": tuple(hot_words), "tuned_on": tune}
     settings = {**asked, **asdict(decoder.config)} if isinstance(decoder, TunableDecoder) else {}
     return run_evaluation(
         recognizer,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError
+from w2v2.data.layouts import refuse_layout
 from w2v2.data.sources import folder_texts
 from w2v2.decoding.greedy import Greedy, Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
@@ -256,6 +257,7 @@ def find_texts(audio: str, text: str | None) -> list[tuple[Source, str | UsageEr
         raise UsageError(
             f"{audio} is a folder, whose transcripts lie beside the audio; name a file, or leave the text out"
         )
+    refuse_layout(Path(audio))
     transcripts = list(folder_texts(Path(audio)))
     expected = "expected *.trans.txt, or a .txt beside each recording"
     if not any(words is not None for _, words in transcripts):

@@ -145,12 +145,12 @@ class TransformerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
-        self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else nn.Identity()
+        self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else None
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> same shape; (1, N, D) if only rows are wanted."""
-        modules = (self.attn, self.mlp, self.ln_1, self.ln_2, self.adapter)
-        with low_precision(x, *modules) as (x, attn, mlp, ln_1, ln_2, adapter):
+        parts = [self.attn, self.mlp, self.ln_1, self.ln_2, *([] if self.adapter is None else [self.adapter])]
+        with low_precision(x, *parts) as (x, attn, mlp, ln_1, ln_2, *adapters):
             asked: Tensor = x if rows is None else take(x, rows)
             if self.norm_first:
                 asked = asked + self.dropout(attn(ln_1(x), lengths, rows))
@@ -158,7 +158,8 @@ class TransformerBlock(nn.Module):
             else:
                 asked = ln_1(asked + self.dropout(attn(x, lengths, rows)))
                 asked = ln_2(asked + self.dropout(mlp(asked)))
-            asked = adapter(asked)
+            for adapter in adapters:
+                asked = adapter(asked)
         return asked
 
     def skip(self, x: Tensor) -> Tensor:

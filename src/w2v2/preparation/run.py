@@ -24,7 +24,7 @@ from w2v2.data.tables import hf_rows, listed_splits
 from w2v2.errors import JobError, Show, UsageError, public, quiet
 from w2v2.files import open_text, whole, write_json
 from w2v2.preparation.audit import audit_all
-from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.executors import in_order, local_executor
 from w2v2.preparation.findings import REASONS
 from w2v2.preparation.journal import Journal, open_journal
@@ -113,7 +113,7 @@ def _write(
     """Audit what has not been, and write the corpus; returns what ``corpus.json`` holds."""
     work = out / ".prepare"
     with open_journal(work / _JOURNAL) as journal:
-        _audit(journal, root, config.audit, executor, jobs, show)
+        _audit(journal, root, config, executor, jobs, show)
         table = _splits(options)
         known = config.splits or (table.exists() and not options["source"].startswith(HF))
         shares = {"valid": config.valid_share, "test": config.test_share}
@@ -249,13 +249,16 @@ def _enter(
 # --- The audit --------------------------------------------------------------------------------------------------------
 
 
-def _audit(journal: Journal, root: Path, config: AuditConfig, executor: Executor, jobs: int, show: Show) -> None:
+def _audit(journal: Journal, root: Path, config: PrepareConfig, executor: Executor, jobs: int, show: Show) -> None:
     """Decode what has not been decoded yet, and keep what is found."""
     totals = journal.totals()
     if totals.checked:
         log.info("%d of %d checked already", totals.checked, totals.rows)
     done = totals.checked_size
-    tasks = (([(locate(root, path), parts) for path, parts in recordings], config) for recordings in journal.pending())
+    tasks = (
+        ([(locate(root, path), parts) for path, parts in recordings], config.audit, config.vad)
+        for recordings in journal.pending()
+    )
     for findings in in_order(executor, audit_all, tasks, 4 * jobs):
         done += journal.record(findings)
         show("check", done / totals.size)

@@ -96,6 +96,7 @@ def write_run_report(run: Path) -> Path:
         final=[
             (figures.title_of(name), *(_final(name, metrics.get(f"{kind}/{name}")) for kind in figures.KINDS))
             for name in names
+            if any(f"{kind}/{name}" in metrics for kind in figures.KINDS)
         ],
         curves=[figures.panel(name, metrics, config) for name in dict.fromkeys((*PANELS, *names)) if name in drawn],
     )
@@ -152,7 +153,7 @@ def _heard(item: dict[str, Any]) -> dict[str, Any]:
     written = {
         f"{ARMS[arm][0]}{how}": _differences(item["reference"], item[arm + key])
         for arm in COMPARED
-        for key, how in (("", ", greedy"), ("_trigram", ", with a trigram"))
+        for key, how in (("", ""), ("_trigram", " + trigram"))
         if arm + key in item
     }
     return item | {"figure": figures.utterance(item["id"], samples_of(item["flac"]), item["words"]), "written": written}

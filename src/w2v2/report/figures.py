@@ -26,7 +26,7 @@ INK, PALE, GREY = "#1f2328", "#d9dde1", "#7d858e"
 BLUE, ORANGE, GREEN = "#2563a8", "#c2571a", "#2f7d5b"
 COLOURS = {INK: "ink", PALE: "pale", GREY: "grey", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
 """Colours of the figures, each a variable of page.css: they follow the reader's light or dark mode."""
-STYLES: dict[str, Any] = {
+STYLES: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 1.0, "alpha": 0.6},
     "valid": {"linewidth": 1.5, "marker": "o", "markersize": 3},
 }
@@ -43,8 +43,6 @@ PANELS = {
     "blank_share": ("Blank frames", "% of frames"),
     "loss_per_label": ("Loss per label", "nats"),
     "phones_one": ("Phones told from one frame", "% of frames"),
-    "phones_five": ("Phones told from five frames", "% of frames"),
-    "speakers": ("Speakers told from one frame", "% of frames"),
     "purity": ("Purity of the codes", "% of frames with their code's phone"),
     "information": ("What codes tell of phones", "% of the phones' entropy"),
     "length_ratio": ("Length of what is said", "labels of greedy decoding per label of the reference"),

@@ -266,9 +266,9 @@ class FinetuneTask(NormalizedTask):
                 logger.experiment.add_text("valid/samples", text, self.global_step)
 
     def score(self) -> tuple[float, ...]:
-        """WER, as published; where no word is right yet, CER."""
+        """CER: WER is near 1 until words are right, and lower for a model that says nothing yet."""
         figures = self.valid_figures
-        return figures["wer"], figures["cer"], figures["loss"]
+        return figures["cer"], figures["wer"], figures["loss"]
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The weights, low-rank updates added to them, and the vocabulary: all that transcribing needs."""

@@ -80,7 +80,7 @@ _MAY_CHANGE = (
     "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
     "data.max_bad", "train.sentinel", "train.max_steps_left_out", "train.wandb",
-    "train.shard",
+    "train.shard", "probe.every", "probe.labels", "probe.minutes",
 )  # fmt: skip
 
 

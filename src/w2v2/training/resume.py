@@ -153,6 +153,7 @@ class Checkpoints(pl.Callback):
         """Whether an optimiser step has been done."""
         self.before_validation: dict[str, Any] = {}
         """What a checkpoint holds at the step whose validation is under way."""
+        self.validated = -1  # last step after which there was a validation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
@@ -239,6 +240,7 @@ class Checkpoints(pl.Callback):
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
         self.before_validation = {}
+        self.validated = trainer.global_step
         score = pl_module.score()
         # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
         if not trainer.strategy.broadcast(score < self.best and not self.suspected):

@@ -32,6 +32,7 @@ from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
+from w2v2.training.probing import Probing, probed_splits
 from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.training.sharding import transformer_blocks, whole_weights
 from w2v2.training.task import NormalizedTask
@@ -70,6 +71,10 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     tune(task.model, train)
     board = TensorBoardLogger(out, name="", version=TENSORBOARD, purge_step=metrics.last + 1)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
+    progress = Progress(train.log_every, max_steps, flops)
+    probing: list[pl.Callback] = []
+    if isinstance(config, PretrainConfig) and config.probe.every:
+        probing = [Probing(config.probe, data.splits, train.seed, progress)]
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(
@@ -93,11 +98,11 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=[metrics, board, *_wandb(config, out)],
-            callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
+            callbacks=[sentinel, progress, *probing, checkpoints],
         )
         with _failures_named(checkpoints, last):
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
-            if trainer.global_step % train.val_every:
+            if trainer.global_step != checkpoints.validated:
                 trainer.validate(task, data, verbose=False)
     weights = whole_weights(task.model)
     if trainer.is_global_zero:
@@ -216,6 +221,8 @@ def check_run(config: RunConfig, splits: Splits, out: Path | None = None, resume
     schedule, steps = config.optim.schedule, config.max_steps
     if schedule(steps) > schedule(steps - 1):
         rank_zero_only(log.warning)("the warm-up of `optim.schedule` is longer than the run, which has %d steps", steps)
+    if isinstance(config, PretrainConfig) and config.probe.every:
+        probed_splits(config.probe, splits)
     if out is not None:
         check_world(config.train)
         check_folder(out, resume, config.max_steps)

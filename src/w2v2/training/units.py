@@ -26,7 +26,7 @@ class Characters:
         """Labels for transcripts."""
         from w2v2.text.vocabulary import Vocabulary  # late: pretraining, whose recipes stand beside, needs no text
 
-        return Vocabulary.from_texts(texts, _case(self.upper), self.language)
+        return Vocabulary.from_texts(texts, "upper" if self.upper else "kept", self.language)
 
 
 @dataclass(kw_only=True)
@@ -55,8 +55,5 @@ class SentencePieces:
         """Labels for transcripts."""
         from w2v2.text.vocabulary import PieceVocabulary
 
-        return PieceVocabulary.from_texts(texts, _case(self.upper), self.language, size=self.size)
-
-
-def _case(upper: bool) -> str:
-    return "upper" if upper else "kept"
+        case = "upper" if self.upper else "kept"
+        return PieceVocabulary.from_texts(texts, case, self.language, size=self.size)
