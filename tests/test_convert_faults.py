@@ -64,7 +64,7 @@ def spoil(folder, **values):
 
 
 CONFIG_FAULTS = {
-    "another model": ({"model_type": "hubert"}, "of a model of type 'hubert', expected 'wav2vec2'"),
+    "another model": ({"model_type": "hubert"}, "of a model called 'hubert', expected 'wav2vec2'"),
     "width": ({"hidden_size": 64}, "layers.1.final_layer_norm.bias has (48,), expected (64,)"),
     "layers": ({"num_hidden_layers": 3}, "missing wav2vec2.encoder.layers.2.attention.q_proj.weight"),
     "fewer layers": ({"num_hidden_layers": 1}, "unexpected wav2vec2.encoder.layers.1.attention.k_proj.bias"),
@@ -261,7 +261,7 @@ def test_names_that_only_look_like_fairseqs_are_inert(tmp_path, monkeypatch):
         (lambda folder: edit(folder / "vocab.json", Z=10), "has 'Z' at 10; expected ids 0 to 9"),
         (lambda folder: edit(folder / "vocab.json", Z=9), "has 'Z' at 9; expected ids 0 to 9, each once"),
         (lambda folder: (folder / "vocab.json").write_text('{"<pad>": 0}'), "no token for 9 of the model's 10 outputs"),
-        (lambda folder: (folder / "vocab.json").write_text('{"en": {"A": 0}, "de": {}}'), "several languages (en, de)"),
+        (lambda folder: (folder / "vocab.json").write_text('{"en": {"A": 0}, "de": {}}'), "is of 2 languages, got None"),
         (lambda folder: edit(folder / "config.json", vocab_size=11), "lm_head.weight has (10, 48), expected (11, 48)"),
     ],
 )  # fmt: skip

@@ -134,7 +134,7 @@ _OTHER_MODELS = {
 def other_model(name: Any, expected: str, where: Path) -> str:
     """Return the line that refuses a model which is no wav2vec 2.0, by the name that its file gives it."""
     why = next((why for part, why in _OTHER_MODELS.items() if part in str(name)), "")
-    return f"{where} is of a model called {name!r}, expected {expected!r}{why and ': '}{why}"
+    return f"{where} is of a model called {shown(name)}, expected {expected!r}{why and ': '}{why}"
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------------

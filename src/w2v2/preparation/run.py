@@ -145,8 +145,7 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if path.exists():
         with contextlib.suppress(UsageError):  # not of ours
             corpus = read_json(path)
-            parts = [corpus.get("options"), corpus.get("audit"), corpus.get("sources", {})]
-            checked(parts, list[dict[str, Any]], str(path))
+            checked([corpus.get(part, 0) for part in ("options", "audit")], list[dict[str, Any]], str(path))
             if corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
@@ -162,7 +161,7 @@ class _Finding(TypedDict):
 
 def _changes(journal: Journal, finished: dict[str, Any], now: dict[str, str], out: Path) -> str:
     """What is not as it was when the corpus was made of it; empty: all is."""
-    before = finished.get("sources", now)
+    before = checked(finished.get("sources", now), dict[str, str], str(out / "corpus.json"))
     changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
     if now[_ROWS] != before[_ROWS]:
         with open_text(audit := out / "audit.jsonl") as lines:

@@ -131,7 +131,7 @@ def write_demo_report(folder: Path) -> Path:
             data=data,
             updates={name: _end(columns) for name, columns in metrics.items()},
             model=config.get("model", {}),
-            listening=[_heard(item) for item in _json(folder / "listening.json", [])],
+            listening=[_heard(item) for item in _json(folder / "listening.json", [], list[dict[str, Any]])],
             probe=probe,
             layers=figures.layers(probe["rows"]) if probe else [],
             curves=[figures.panel(name, metrics["pretrain"], config) for name in PRETRAINING],
