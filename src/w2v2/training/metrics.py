@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -143,3 +144,16 @@ class Progress(pl.Callback):
             step, self.total_steps, figures["loss"], accuracy, speed, 100 * figures["wait_share"],
             timedelta(seconds=round(remaining)),
         )  # fmt: skip
+
+
+def silence_lightning() -> None:
+    """Suppress advice that does not apply: workers are a setting, the loader's length is not known by design."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*train_dataloader yielded None.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*overridden `.*` in `LightningModule`.*",
+    ):
+        warnings.filterwarnings("ignore", message)

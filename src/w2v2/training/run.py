@@ -32,7 +32,7 @@ from w2v2.training.config import PretrainConfig, RunConfig, TrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
 from w2v2.training.health import Sentinel
-from w2v2.training.metrics import CSVMetrics, Progress
+from w2v2.training.metrics import CSVMetrics, Progress, silence_lightning
 from w2v2.training.probing import Probing, probed_splits
 from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.training.sharding import transformer_blocks, whole_weights
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 def validate_task(task: NormalizedTask, data: SpeechDataModule, split: str) -> dict[str, float]:
     """Figures of a task on a split, in one process."""
     with warnings.catch_warnings():
-        _silence_lightning()
+        silence_lightning()
         trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, devices=1)
         trainer.validate(task, data.eval_dataloader(split), verbose=False)
     return task.valid_figures
@@ -79,7 +79,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     if isinstance(config, PretrainConfig) and config.probe.every:
         probing = [Probing(config.probe, data.splits, train.seed, progress)]
     with warnings.catch_warnings():
-        _silence_lightning()
+        silence_lightning()
         trainer = pl.Trainer(
             accelerator=train.accelerator,
             devices=train.devices,
@@ -214,19 +214,6 @@ def tune(model: torch.nn.Module, train: TrainConfig) -> None:
     if train.compile:
         for block in transformer_blocks(model, "`train.compile`"):
             block.compile(dynamic=True)
-
-
-def _silence_lightning() -> None:
-    """Advice that does not apply: workers are a setting of ours, and the loader's length is not known by design."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*train_dataloader yielded None.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*overridden `.*` in `LightningModule`.*",
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def check_run(config: RunConfig, splits: Splits, out: Path | None = None, resume: bool = False) -> None:
