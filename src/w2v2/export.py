@@ -37,6 +37,7 @@ from w2v2.errors import JobError, Show, UsageError, quiet
 from w2v2.evaluation.evaluate import error_rates
 from w2v2.files import write_json
 from w2v2.inference.recognizer import normalize_waveform
+from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.packing import plain_path
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
@@ -63,17 +64,20 @@ class Graph(nn.Module):
         self.model = model
 
     def forward(self, audio: Tensor) -> Tensor:
-        """As ``Wav2Vec2.encode`` and ``Wav2Vec2ForCTC.forward``, which count frames in Python, where a graph cannot."""
+        """As the model's own method, which counts frames in Python, where a graph cannot."""
         model = self.model
         audio = normalize_waveform(audio) if model.config.normalize_audio else audio
         _, x = model.feature_projection(model.feature_encoder(audio))
-        x = model.contextualize(x)
+        states: list[Tensor] = []
+        x = model.contextualize(x, inputs=states)
+        if isinstance(model, Wav2Vec2ForClassification):
+            return model.classifier([*states, x], None).float().log_softmax(-1)  # type: ignore[no-any-return]
         return model.lm_head(x).float().log_softmax(-1) if isinstance(model, Wav2Vec2ForCTC) else x
 
 
 def eager(model: Wav2Vec2) -> Runs:
     """Return what an export must agree with: the model itself, given audio as training gives it."""
-    encode = model if isinstance(model, Wav2Vec2ForCTC) else model.encode
+    encode = model if isinstance(model, Wav2Vec2WithHead) else model.encode
     normalize = model.config.normalize_audio
     return lambda audio: encode(normalize_waveform(audio) if normalize else audio)[0]
 
@@ -232,8 +236,8 @@ def _finish(
     save_config(checkpoint.config, folder / CONFIG)
     # What a model wants normalised an export normalises itself, exactly as in training.
     write_extractor(folder, normalize=False, attention_mask=False)
-    if checkpoint.vocabulary is not None:
-        checkpoint.vocabulary.save(folder / VOCABULARY)
+    if labels := checkpoint.vocabulary or checkpoint.classes:
+        labels.save(folder / VOCABULARY)
     check = {
         "schema": 1,
         "format": name,

@@ -20,6 +20,7 @@ from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError, public
 
 if TYPE_CHECKING:
+    from w2v2.inference.recognizer import Classifier
     from w2v2.model.wav2vec2 import Wav2Vec2
 
 log = logging.getLogger("w2v2")
@@ -88,14 +89,14 @@ class Evaluate(Decoding):
     def run(self, named: Collection[str]) -> None:
         """Evaluate, and print a table or JSON."""
         from w2v2.data.corpora import choose_split, read_corpus
-        from w2v2.inference.recognizer import Recognizer, load
+        from w2v2.inference.recognizer import Classifier, Recognizer, load
         from w2v2.training.pretrain import evaluate_pretrained
 
         splits = read_corpus(self.data, training=False)
         choose_split(splits, self.split, self.data)
         model = load(self.model)
         if self.probe:
-            self._probe(splits, model.model if isinstance(model, Recognizer) else model)
+            self._probe(splits, model.model if isinstance(model, Recognizer | Classifier) else model)
             return
         if given := [f"`{name}`" for name in ("labels", "layers", "minutes") if name in named]:
             raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
@@ -104,6 +105,9 @@ class Evaluate(Decoding):
                 raise UsageError("`trials` is of `tune` SPLIT; name a split to tune on")
             self._warn(one_split=len(splits) == 1)
             self._recognizer(splits, named)
+            return
+        if isinstance(model, Classifier):
+            self._classifier(splits, model)
             return
         needless = [f"`{name}`" for name in named if name not in ("data", "split", "json")]
         if needless:
@@ -121,6 +125,20 @@ class Evaluate(Decoding):
             results = probe(model, splits, self.split, labels, layers=layers, minutes=self.minutes, show=show)
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
         sys.stdout.write("\n".join(lines) + "\n")
+
+    def _classifier(self, splits: Splits, model: Classifier) -> None:
+        from w2v2.evaluation.classes import classes_table, evaluate_classifier
+
+        about = {"run": str(self.model), "data": self.data, "split": self.split}
+        data = DataConfig(batch_seconds=self.batch_seconds, num_workers=self.num_workers, max_bad=self.max_bad)
+        data.check()
+        out = self.out or self.model / "evaluation" / self.split
+        with progress("evaluate") as show:
+            results = evaluate_classifier(
+                model, splits, self.split, out, about, data=data, device=self.device, show=show
+            )
+        lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else classes_table(results)
+        sys.stdout.write(public("\n".join(lines)) + "\n")
 
     def _recognizer(self, splits: Splits, named: Collection[str]) -> None:
         from w2v2.evaluation.evaluate import evaluate_model

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from lhotse import MonoCut, Recording
 
 
+TEXT = "text"
+"""The label that an utterance has without any other: its transcript."""
+
+
 @dataclass(frozen=True)
 class Utterance:
     """A cut, read out."""
@@ -37,11 +41,16 @@ class Utterance:
         return cls._read(cut.id, cut.duration, supervision.text, supervision.speaker, cut.custom, location_of(cut))
 
     @classmethod
-    def from_line(cls, line: bytes, tar: str = "") -> Utterance:
-        """Read a line of a manifest, which takes less than to make a cut of it; ``tar`` as of :func:`read_cut`."""
+    def from_line(cls, line: bytes, tar: str = "", label: str = TEXT) -> Utterance:
+        """Read a line of a manifest, which takes less than to make a cut of it.
+
+        Args:
+            tar: as of :func:`read_cut`.
+            label: as of :func:`labelled`.
+        """
         cut = json.loads(line)
         supervision = cut["supervisions"][0]
-        text, speaker = supervision.get("text"), supervision.get("speaker")
+        text, speaker = {**(supervision.get("custom") or {}), **supervision}.get(label), supervision.get("speaker")
         return cls._read(cut["id"], cut["duration"], text, speaker, cut.get("custom"), tar)
 
     @classmethod
@@ -120,6 +129,17 @@ def file_cut(
         supervisions=[SupervisionSegment(name, identity, 0.0, duration, text=text, speaker=speaker)],
         custom=custom or None,
     )
+
+
+def labelled(cut: MonoCut, label: str) -> MonoCut:
+    """The cut, with another label of its supervision as text: ``speaker``, ``language``, or one of lhotse's custom."""
+    from lhotse import fastcopy
+
+    if label == TEXT:
+        return cut
+    (supervision,) = cut.supervisions
+    text = getattr(supervision, label, None)
+    return fastcopy(cut, supervisions=[fastcopy(supervision, text=None if text is None else str(text))])
 
 
 def repeated(cut: MonoCut, repeats: int) -> MonoCut:

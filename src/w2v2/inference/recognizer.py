@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from w2v2.checkpoint.formats import read
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
+from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
+from w2v2.text.classes import ClassNames
 from w2v2.text.vocabulary import Vocabulary
 
 NOT_FINITE = "the model's output is not finite: is the recording far beyond full scale?"
@@ -38,14 +40,7 @@ class Recognizer:
             audio: (S,) samples of one channel.
             rate: of the samples, Hz; resampled to 16 kHz if it is another.
         """
-        samples = np.asarray(audio, dtype=np.float32)
-        if samples.ndim != 1:
-            raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
-        if rate != SAMPLE_RATE:
-            from w2v2.data.audio import resample
-
-            samples = resample(samples, rate)
-        return Greedy(self.vocabulary)(self.emissions([torch.from_numpy(samples)])[0]).text
+        return Greedy(self.vocabulary)(self.emissions([_samples(audio, rate)])[0]).text
 
     @torch.no_grad()
     def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
@@ -82,18 +77,62 @@ def normalize_waveform(audio: Tensor) -> Tensor:
     return (audio - mean) / torch.sqrt(var + 1e-5)
 
 
-def load(path: str | PathLike[str]) -> Recognizer | Wav2Vec2:
+@dataclass
+class Classifier:
+    """What is needed to tell the class of an utterance."""
+
+    model: Wav2Vec2ForClassification
+    classes: ClassNames
+
+    def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> dict[str, float]:
+        """Probability of each class of one recording, the most probable first; arguments as of :class:`Recognizer`."""
+        (log_probs,) = self.log_probs([_samples(audio, rate)])
+        order = log_probs.argsort(descending=True).tolist()
+        return {self.classes.labels[i]: log_probs[i].exp().item() for i in order}
+
+    @torch.no_grad()
+    def log_probs(self, audio: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities (B, classes) on the host of waveforms as for ``Recognizer.emissions``.
+
+        Raises:
+            UsageError: audio that is shorter than a frame.
+        """
+        config, lengths = self.model.config, [len(row) for row in audio]
+        if 0 in config.frames(lengths):
+            raise UsageError(f"audio of {min(lengths)} samples is shorter than one frame: it has no class")
+        rows = [normalize_waveform(row) if config.normalize_audio else row for row in audio]
+        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(self.model.parameters()).device)
+        log_probs: Tensor = self.model.eval()(batch, lengths)[0].cpu()
+        return log_probs
+
+
+def _samples(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
+    """(S,) float32 at 16 kHz."""
+    samples = np.asarray(audio, dtype=np.float32)
+    if samples.ndim != 1:
+        raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
+    if rate != SAMPLE_RATE:
+        from w2v2.data.audio import resample
+
+        samples = resample(samples, rate)
+    return torch.from_numpy(samples)
+
+
+def load(path: str | PathLike[str]) -> Recognizer | Classifier | Wav2Vec2:
     """Load a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
 
     Returns:
-        On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a pretraining
-        run its model; of an encoder alone a ``Wav2Vec2``.
+        On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a classifier
+        a ``Classifier``, with its classes; of a pretraining run its model; of an encoder alone a ``Wav2Vec2``.
 
     Raises:
         UsageError: nothing there, something else, or weights that do not fit.
     """
     checkpoint = read(Path(path))
     model = checkpoint.build()
+    if isinstance(model, Wav2Vec2ForClassification):
+        assert checkpoint.classes is not None
+        return Classifier(model, checkpoint.classes)
     if not isinstance(model, Wav2Vec2ForCTC):
         return model
     assert checkpoint.vocabulary is not None

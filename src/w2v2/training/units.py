@@ -58,5 +58,16 @@ class SentencePieces:
         return PieceVocabulary.from_texts(texts, _case(self.upper), self.language, size=self.size)
 
 
+@dataclass(kw_only=True)
+class Classes:
+    """A class of each utterance, by its speaker or another label: no CTC, but a classifier (``classify.py``)."""
+
+    label: str = "speaker"
+    """``speaker``; ``text``, the transcript as it is, which any column of a table may be (``w2v2 prepare --columns
+    text=emotion``); or what lhotse's supervisions have, such as ``language`` or ``gender``."""
+    attention: bool = False
+    """Whether frames are pooled by learned weights; else by their mean."""
+
+
 def _case(upper: bool) -> str:
     return "upper" if upper else "kept"
