@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from w2v2 import Wav2Vec2ForCTC, recipes
+from w2v2.checkpoint.formats import GRAPH, INT8_GRAPH, read
 from w2v2.checkpoint.native import save_weights
 from w2v2.data.corpora import read_corpus
-from w2v2.export import CHECK, INT8, MODEL, TORCH, eager, export_onnx, export_torch, onnx_session, speed
+from w2v2.export import CHECK, TORCH, eager, export_onnx, export_torch, onnx_session, speed
 from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary
 
@@ -43,19 +44,19 @@ def measure(name: str, seconds: float, rounds: int) -> dict[str, Any]:
         save_weights(model, run)
         save_config(config, run / "config.json")
         vocabulary.save(run / "vocab.json")
-        export_onnx(run, onnx, int8=True)
-        export_torch(run, exported)
+        export_onnx(read(run), onnx, int8=True)
+        export_torch(read(run), exported)
         checks = [json.loads((folder / CHECK).read_text()) for folder in (onnx, exported)]
         runs = {
             "pytorch": eager(model),
-            MODEL: onnx_session(onnx / MODEL),
-            INT8: onnx_session(onnx / INT8),
+            GRAPH: onnx_session(onnx / GRAPH),
+            INT8_GRAPH: onnx_session(onnx / INT8_GRAPH),
             TORCH: torch.export.load(exported / TORCH).module(),
         }
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "bytes": checks[0]["bytes"] | checks[1]["bytes"],
-            "largest_difference": {MODEL: checks[0]["largest_difference"], TORCH: checks[1]["largest_difference"]},
+            "largest_difference": {GRAPH: checks[0]["largest_difference"], TORCH: checks[1]["largest_difference"]},
             "int8": checks[0]["int8"],
             **speed(runs, seconds=seconds, rounds=rounds),
         }
@@ -64,7 +65,7 @@ def measure(name: str, seconds: float, rounds: int) -> dict[str, Any]:
 def trained(run: Path, data: str) -> dict[str, Any]:
     """Error rates of a trained run in float32 and in 8 bits."""
     with tempfile.TemporaryDirectory() as root:
-        export_onnx(run, Path(root), int8=True, speech=(read_corpus(data, training=False), "test"))
+        export_onnx(read(run), Path(root), int8=True, speech=(read_corpus(data, training=False), "test"))
         check = json.loads((Path(root) / CHECK).read_text())
     return {name: check[name] for name in ("error_rates", "int8", "bytes", "speed", "largest_difference")}
 

@@ -19,6 +19,7 @@ FLOORS = [
 model text data
 decoding checkpoint preparation
 inference
+serve
 evaluation
 training
 recipes

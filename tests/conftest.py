@@ -105,6 +105,7 @@ def nano():
     config.model.n_entries, config.model.codebook_dim, config.model.similarity_dim = 32, 16, 32
     config.model.num_distractors = 20
     config.data.batch_seconds, config.data.max_seconds, config.data.num_workers = 4.0, 2.0, 2
+    config.data.augment.speed, config.data.augment.noise, config.data.augment.room = 0.1, 0.5, 0.5
     config.warm_start.updates, config.model.conv_gradient_scale, config.model.neighbourhood = 0, 0.1, 0
     config.loss_weights = {"contrastive": 1.0, "diversity": 0.25, "feature_penalty": 10.0}
     config.optim.schedule.warmup_steps, config.optim.schedule.total_steps = 10, 500

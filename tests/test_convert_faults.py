@@ -395,7 +395,7 @@ def test_calls_that_make_no_sense(models, tmp_path, capsys):
 
     assert "w2v2's already" in line(models / "ours" / "ctc", tmp_path / "out", "--to", "ours")
     assert "Hugging Face's already" in line(models / "hf" / "ctc", tmp_path / "out", "--to", "hf")
-    assert "hf download NAME" in line("facebook/wav2vec2-base", tmp_path / "out", "--to", "ours")
+    assert "a name of the hub" in line(tmp_path / "nothing", tmp_path / "out", "--to", "ours")
     assert "no weights in" in line(_without_weights(models, tmp_path), tmp_path / "out", "--to", "ours")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("all of it")

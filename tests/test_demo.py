@@ -33,7 +33,14 @@ def test_the_demo_leaves_its_summary_report_and_runs(demo: Path) -> None:
     }  # fmt: skip
     assert stages["total"] == pytest.approx(sum(v for k, v in stages.items() if k != "total"))
     assert 0.1 < summary["peak_memory_gib"] < 4
-    assert "<html" in (demo / "report.html").read_text()
+    page = (demo / "report.html").read_text()
+    assert page.count("<audio controls") == 3 and "What the layers know" in page
+    heard = json.loads((demo / "listening.json").read_text())
+    assert len({item["speaker"] for item in heard}) == 3
+    for item in heard:
+        assert [word for word, _, _ in item["words"]] == item["reference"].split()
+        assert item["words"][0][1] >= 0 and item["words"][-1][2] <= item["seconds"]
+    assert json.loads((demo / "probe.json").read_text())["rows"][0]["features"] == "log-mel"
     assert len(json.loads((demo / "hypotheses.json").read_text())) == 10
 
 
@@ -65,3 +72,4 @@ def test_the_demo_runs_on_a_folder_of_real_speech_too(corpus: Path, tmp_path: Pa
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["data"]["train"]["utterances"] == 16
     assert "synthesise" not in summary["seconds"] and summary["probe"] is None
+    assert "What the layers know" not in (tmp_path / "out" / "report.html").read_text()

@@ -31,8 +31,8 @@ from w2v2.decoding.greedy import Greedy
 from w2v2.evaluation.evaluate import error_rates, evaluate, paired_test
 from w2v2.evaluation.scoring import Tally
 from w2v2.evaluation.significance import MAX_GROUPS, Units, _standard_error, paired_difference, ratio_interval
-from w2v2.evaluation.tuning import EmissionCache, weights_key
-from w2v2.inference.recognizer import Recognizer
+from w2v2.evaluation.tuning import EmissionCache
+from w2v2.inference.recognizer import Recognizer, weights_key
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.serial import load_config, save_config
 from w2v2.text.vocabulary import Vocabulary

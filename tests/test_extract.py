@@ -280,3 +280,18 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(pretrained, corpus, tmp_
     assert main(["extract", str(pretrained), *words, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_channel_can_be_chosen_and_channels_that_cancel_are_no_silence(pretrained, tmp_path, capsys):
+    left = sound(1.0, 1)
+    soundfile.write(tmp_path / "opposite.flac", np.stack([left, -left], 1), 16_000)
+    soundfile.write(tmp_path / "left.flac", left, 16_000)
+    arguments = ["extract", str(pretrained), str(tmp_path / "opposite.flac"), "--out"]
+    assert main([*arguments, str(tmp_path / "mix")]) == 1
+    assert "its channels cancel each other out" in (tmp_path / "mix" / "index.jsonl").read_text()
+    assert main([*arguments, str(tmp_path / "one"), "--channel", "1"]) == 0
+    [expected] = extract(read(pretrained).build(), [read_audio(tmp_path / "left.flac")])
+    [(name, vectors)] = [item for item in expected.items() if item[0] != "times"]
+    torch.testing.assert_close(load_file(tmp_path / "one" / "opposite.safetensors")[name], vectors)
+    assert main([*arguments, str(tmp_path / "three"), "--channel", "3"]) == 1
+    assert "it has no channel 3, only 2" in (tmp_path / "three" / "index.jsonl").read_text()

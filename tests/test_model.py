@@ -16,10 +16,11 @@ from torch import nn
 from w2v2 import recipes
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.feature_encoder import FeatureEncoder, output_lengths, receptive_field
+from w2v2.model.initialization import init_weights
 from w2v2.model.masking import Draws
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.transformer import MLP, PositionalConvEmbedding, SelfAttention, TransformerBlock
-from w2v2.model.wav2vec2 import Wav2Vec2, init_weights
+from w2v2.model.wav2vec2 import Wav2Vec2
 
 PRESETS = ("base", "paper_base", "paper_large_lv60k", "small", "tiny")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from w2v2 import recipes
+from w2v2.model.initialization import init_weights
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
@@ -27,7 +28,6 @@ from w2v2.model.masking import (
 )
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.quantizer import GumbelVectorQuantizer, gumbel_temperature, perplexity
-from w2v2.model.wav2vec2 import init_weights
 
 
 def generator(seed=0):

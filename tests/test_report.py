@@ -1,6 +1,8 @@
 """The report of a run and of a demo, from made-up figures."""
 
+import base64
 import csv
+import io
 import json
 import math
 import re
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from w2v2.errors import UsageError
 from w2v2.report import write_demo_report, write_run_report
@@ -95,7 +98,28 @@ def demo_folder(folder: Path) -> Path:
     (folder / "codebook.json").write_text(json.dumps({"counts": counts}))
     (folder / "summary.json").write_text(json.dumps(summary))
     write_example(folder / "example.npz", rng)
+    rows = [
+        {"features": name, "layer": layer, "phones_one": one, "phones_five": one + 0.1, "speakers": 0.05}
+        for name, shares in {"log-mel": [0.381], "model": [0.373, 0.492, 0.507], "random": [0.25, 0.296, 0.298]}.items()
+        for layer, one in enumerate(shares)
+    ]
+    rows[0] |= {"layer": None, "speakers": None}
+    frames, speakers = {"train": 41_000, "scored": 29_000}, {"train": 72, "scored": 12}
+    probe = {"rows": rows, "classes": ["a", "e"], "frames": frames, "speakers": speakers}
+    (folder / "probe.json").write_text(json.dumps(probe | {"codes": {"purity": 0.426, "information": 0.56}}))
+    (folder / "listening.json").write_text(json.dumps([listening(number, rng) for number in range(3)]))
     return folder
+
+
+def listening(number: int, rng: np.random.Generator) -> dict[str, Any]:
+    file = io.BytesIO()
+    soundfile.write(file, 0.1 * rng.standard_normal(48_000), 16_000, format="FLAC", subtype="PCM_16")
+    words = [("THE", 0.2, 0.4), ("<MAN>", 0.4, 1.1), ("CALLED", 2.0, 2.8)]
+    return {
+        "id": f"u-{number}", "speaker": f"{number}", "seconds": 3.0, "words": words,
+        "flac": base64.b64encode(file.getvalue()).decode(), "reference": "THE <MAN> CALLED",
+        "finetuned": "THE <MAN> CALL", "finetuned_trigram": "THE <MAN> CALLED", "scratch": "E", "scratch_trigram": "",
+    }  # fmt: skip
 
 
 def write_example(path: Path, rng: np.random.Generator) -> None:
@@ -156,8 +180,9 @@ def page(folder: Path) -> Page:
 
 def test_sections_come_in_order(page: Page) -> None:
     assert page.headings == [
-        "w2v2 demo: does pretraining help?", "Key figures", "Pretraining", "Fine-tuning, both arms", "Codebook use",
-        "What the model gets to hear", "Transcripts", "Time and memory", "Settings and environment", "Make this page",
+        "w2v2 demo: does pretraining help?", "Listen", "What the layers know", "Key figures", "Pretraining",
+        "Fine-tuning", "Codebook use", "What the model gets to hear", "Transcripts", "Time and memory",
+        "Settings and environment", "Make this page",
     ]  # fmt: skip
 
 
@@ -169,13 +194,17 @@ def test_page_fetches_nothing_and_repeats_no_id(page: Page) -> None:
     for _, attributes in page.tags:
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name) or "#"
-            assert value.startswith("data:image/png;base64,") or value == "#" or value[1:] in ids
+            assert (
+                value.startswith(("data:image/png;base64,", "data:audio/flac;base64,"))
+                or value == "#"
+                or value[1:] in ids
+            )
     assert len(page.source) < 1.5e6
 
 
 def test_every_figure_has_an_alternative_text_and_page_colours(page: Page) -> None:
     figures = page.all("svg")
-    assert len(figures) == len(page.all("figure")) == 4 + 2 + 2 + 1
+    assert len(figures) == len(page.all("figure")) == 3 + 2 + 4 + 2 + 2 + 1
     assert all(f["role"] == "img" and len(f["aria-label"] or "") > 40 for f in figures)
     assert "var(--ink)" in page.source and "#1f2328" not in page.source.split("</style>")[1]
 
@@ -200,14 +229,14 @@ def test_intervals_are_shown_where_the_summary_has_them(page: Page, folder: Path
 
 
 def test_both_arms_are_drawn_in_full(page: Page) -> None:
-    for label in ("pretrained", "from-scratch"):
+    for label in ("pretrained", "random-weights"):
         for rate in ("character-error-rate-cer", "word-error-rate-wer"):
             path = re.search(rf'<g id="{rate}-{label}">\s*<path d="([^"]*)"', page.source)
             assert path is not None
             assert len(re.findall("[ML]", path[1])) == 4
     for rates in CER.values():
         assert all(f">{rate:.1%}</td>" in page.source for rate in rates)
-    assert "lower CER at 3 of 4" in page.text
+    assert "lower CER than random weights at 3 of 4" in page.text
 
 
 @pytest.mark.parametrize(
@@ -245,7 +274,7 @@ def test_unequal_arms_are_called_unfair(folder: Path, tmp_path: Path) -> None:
 
 def test_optional_inputs_only_cost_their_section(folder: Path, tmp_path: Path, page: Page) -> None:
     copy_runs(folder, tmp_path, json.loads((folder / "summary.json").read_text()))
-    left_out = {"Codebook use", "What the model gets to hear", "Transcripts"}
+    left_out = {"Listen", "What the layers know", "Codebook use", "What the model gets to hear", "Transcripts"}
     assert Page(write_demo_report(tmp_path)).headings == [title for title in page.headings if title not in left_out]
     assert "not a fair comparison" not in page.text
 
@@ -257,6 +286,24 @@ def test_transcripts_are_escaped_and_differences_marked(page: Page) -> None:
     assert "<del>A</del> <del>&lt;B&gt;</del> <del>&amp;</del> <del>C</del>" in page.source
     assert page.source.count('class="words"') == 1
     assert len(re.findall(r"errors in \d+ words", page.source)) == 2 * 10
+
+
+def test_utterances_can_be_heard_and_read(page: Page) -> None:
+    audio = page.all("audio")
+    assert len(audio) == 3 and all("controls" in item and "3.0 seconds" in (item["aria-label"] or "") for item in audio)
+    sound = base64.b64decode((audio[0]["src"] or "").partition("base64,")[2])
+    assert soundfile.info(io.BytesIO(sound)).duration == 3.0
+    first = page.source.split("<article>")[1]
+    assert "&lt;MAN&gt; from 0.40 to 1.10" in first and ">&lt;MAN&gt;</text>" in first
+    assert re.search(r"pretrained, greedy</th><td>THE &lt;MAN&gt; <mark>CALL</mark>\s*</td><td>1 of 3<", first)
+    assert re.search(r"with a trigram</th><td>THE &lt;MAN&gt; CALLED\s*</td><td>0 of 3<", first)
+    assert "random weights, with a trigram" in first and "<caption>" in first
+
+
+def test_what_the_layers_know_is_told_beside_its_baselines(page: Page) -> None:
+    for text in ("tells 50.7%", "38.1% by a log-mel", "29.8% by the same model", "56.0% of the phones' entropy"):
+        assert text in page.text.replace("\n", " ")
+    assert "pretrained, layer 2" in page.text and "29,000 frames of 12 voices" in page.text
 
 
 def test_masked_share_and_dead_entries(page: Page) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -350,48 +351,85 @@ def again(source: Path, out: Path, **options: Any) -> dict[str, Any]:
     return prepare(source, out, PrepareConfig(**options))
 
 
-def test_what_has_changed_since_is_told_and_the_corpus_left_alone(tmp_path: Path) -> None:
+def decoded(caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
+    """What the last preparation said: how many were checked already, and what has changed."""
+    lines = "\n".join(caplog.messages)
+    caplog.clear()
+    known, changes = re.search(r"(\d+) of \d+ checked already", lines), re.search(r"changed are (.*); doing", lines)
+    return known[1] if known else "", changes[1] if changes else ""
+
+
+def test_what_is_new_since_is_done_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     root, out = tmp_path / "in", tmp_path / "out"
     for i in range(3):
         save(root / "ann" / f"{i}.wav", i).with_suffix(".txt").write_text("OH")
-    first = again(root, out)
+    first = again(root, out, valid_share=0.0)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert again(root, out) == json.loads(json.dumps(first))
+    assert again(root, out, valid_share=0.0) == json.loads(json.dumps(first))
     (root / "notes.pdf").write_text("no part of it")
-    again(root, out)
-
-    def refused(message: str) -> None:
-        with pytest.raises(UsageError, match=message):
-            again(root, out)
-        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    again(root, out, valid_share=0.0)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    caplog.clear()
 
     (root / "ann" / "0.txt").write_text("WELL")
-    refused("changed are some of its recordings and transcripts; prepare into another folder")
-    (root / "ann" / "0.txt").write_text("OH")
-    again(root, out)
+    again(root, out, valid_share=0.0)
+    assert decoded(caplog) == ("2", "some of its recordings and transcripts")
+    assert "WELL" in {cut.supervisions[0].text for split in read_corpus(str(out)).values() for cut in split}
     save(root / "ann" / "3.wav", 3)
     (root / "ann" / "1.wav").unlink()
-    refused("1 new and 1 gone of its recordings")
-    (root / "ann" / "3.wav").unlink()
-    save(root / "ann" / "1.wav", 1)
-    refused("some of its recordings")  # other audio under the same name
-    again(root, tmp_path / "other")
+    again(root, out, valid_share=0.0)
+    assert decoded(caplog) == ("2", "1 new and 1 gone of its recordings and transcripts")
+    assert [line["path"] for line in findings(out)] == ["ann/0.wav", "ann/2.wav", "ann/3.wav"]
+    save(root / "ann" / "3.wav", 7)  # other audio under the same name
+    again(root, out, valid_share=0.0)
+    assert decoded(caplog) == ("2", "some of its recordings and transcripts")
+    fresh = again(root, tmp_path / "other", valid_share=0.0)
+    assert json.loads((out / "corpus.json").read_text())["content_hash"] == fresh["content_hash"]
     (root / "splits.tsv").write_text("utt\trole\nann_0\ttrain\n")
-    with pytest.raises(UsageError, match=r"changed are .*splits\.tsv"):
-        again(root, tmp_path / "other")
+    assert again(root, out, valid_share=0.0)["splits"]["train"]["utterances"] == 1
+    assert "splits.tsv" in decoded(caplog)[1]
 
 
-def test_a_table_that_has_changed_since_is_told(tmp_path: Path) -> None:
+def test_a_table_that_has_changed_since_is_read_again(tmp_path: Path) -> None:
     for i in range(2):
         save(tmp_path / f"{i}.wav", i)
     table = tmp_path / "t.csv"
     table.write_text("path,text,speaker\n0.wav,OH,a\n1.wav,OH,b\n")
     again(table, tmp_path / "out")
-    table.write_text("path,text,speaker\n0.wav,OH,a\n1.wav,OH,c\n")
-    with pytest.raises(UsageError, match="some of its recordings"):
-        again(table, tmp_path / "out")
+    table.write_text("path,text,speaker\n0.wav,OH,a\n1.wav,OH,a\n")
+    assert sum(split["speakers"] for split in again(table, tmp_path / "out")["splits"].values()) == 2  # one, in both
     table.unlink()
-    assert again(table, tmp_path / "out")["audit"]["ok"] == 2  # nothing to compare with
+    assert again(table, tmp_path / "out")["audit"]["ok"] == 0  # nothing to compare with
+
+
+def test_who_is_held_out_stays_so_when_others_come(tmp_path: Path) -> None:
+    def held() -> set[str]:
+        corpus = read_corpus(str(tmp_path / "out"))
+        return {str(cut.supervisions[0].speaker) for cut in corpus["valid"]}
+
+    for i in range(8):
+        save(tmp_path / "in" / f"s{i}" / "a.wav", i)
+    again(tmp_path / "in", tmp_path / "out", valid_share=0.25)
+    first = held()
+    for i in range(8, 40):
+        save(tmp_path / "in" / f"s{i}" / "a.wav", i)
+    again(tmp_path / "in", tmp_path / "out", valid_share=0.25)
+    assert len(first) == 2 and len(held()) == 10 and first < held()
+
+
+def test_rows_of_less_confidence_are_left_out_and_counted(tmp_path: Path) -> None:
+    for i in range(4):
+        save(tmp_path / f"{i}.wav", i)
+    rows = ["path,Confidence", "0.wav,0.9", "1.wav,0.1", "2.wav,", "3.wav,1"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    corpus = again(tmp_path / "t.csv", tmp_path / "out", min_confidence=0.5)
+    assert [line["path"] for line in findings(tmp_path / "out")] == ["0.wav", "2.wav", "3.wav"]
+    assert corpus["audit"]["passed_over"] == {"rows of less confidence than 0.5": 1}
+    for wrong in ("1.5", "nan", "sure"):
+        (tmp_path / "w.csv").write_text(f"path,confidence\n0.wav,{wrong}\n")
+        with pytest.raises(UsageError, match="row 1: expected a confidence of 0 to 1"):
+            again(tmp_path / "w.csv", tmp_path / f"out-{wrong}")
 
 
 # --- Lists of splits --------------------------------------------------------------------------------------------------

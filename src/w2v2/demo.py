@@ -35,6 +35,7 @@ from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.preparation.run import prepare
 from w2v2.report import write_demo_report
+from w2v2.report.listening import listening_examples
 from w2v2.synthetic.corpus import synthesize
 from w2v2.synthetic.speakers import SyntheticConfig
 from w2v2.text.spelling import normalize_text
@@ -84,13 +85,15 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         assert isinstance(pretrained, Wav2Vec2ForPretraining)
         figures = evaluate_pretrained(out / "pretrain", splits, "valid")
     with _stage("probe", seconds):
-        known = _probe(pretrained, splits, split, data)
+        probed = _probe(pretrained, splits, split, data, out)
     labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
     with _stage("finetune", seconds):
         _finetune_all(out, labelled, seed, shrink)
     with _stage("evaluate", seconds):
         rows = _hypotheses(out, splits, split)
         write_json(out / "hypotheses.json", _spread(rows, 10))
+        recognizer = load_recognizer(out / "finetuned")
+        write_json(out / "listening.json", listening_examples(list(splits[split]), rows, recognizer))
         _write_codebook(out, pretrained, splits, config)
         _write_example(out, splits, config)
     rates = {arm: _rates(rows, arm) for arm in ARMS}
@@ -99,7 +102,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         "schema": 2,
         "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in names}},
         "warm_start": _warm_start(out, splits),
-        "probe": known,
+        "probe": probed,
         **rates,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "peak_memory_gib": _peak_memory_gib(),
@@ -116,22 +119,28 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
 def _tell(rows: list[dict[str, str]], rates: dict[str, Any]) -> None:
     """What came of it, in figures and in some sentences, to the log."""
     for row in _spread(rows, 3):
-        log.info("spoken:       %s", row["reference"])
-        for arm, name in (("finetuned", "pretrained"), ("scratch", "from scratch")):
-            log.info("%-13s %s", f"{name}:", row[arm])
+        log.info("spoken:         %s", row["reference"])
+        for arm, name in (("finetuned", "pretrained"), ("scratch", "random weights")):
+            log.info("%-15s %s", f"{name}:", row[arm])
             if f"{arm}_trigram" in row:
-                log.info("%-13s %s", "  + trigram:", row[f"{arm}_trigram"])
+                log.info("%-15s %s", "  + trigram:", row[f"{arm}_trigram"])
     log.info(
-        "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% warm start alone, %.1f %% from scratch",
+        "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% warm start alone, %.1f %% random weights",
         *(100 * rates[arm]["cer"] for arm in ("finetuned", "warm_start_only", "scratch")),
     )
 
 
-def _probe(model: Wav2Vec2, splits: Splits, split: str, data: Path) -> dict[str, Any] | None:
-    """Accuracies on phones of log-mel and of the best layers, from one frame and from five; None: no labels."""
+def _probe(model: Wav2Vec2, splits: Splits, split: str, data: Path, out: Path) -> dict[str, Any] | None:
+    """Accuracies on phones of log-mel and of the best layers, from one frame and from five; None: no labels.
+
+    All of them are in ``probe.json``.
+    """
+    (out / "probe.json").unlink(missing_ok=True)  # of an earlier demo
     if not any(data.rglob("*.phones.ctm")):
         return None
-    rows = probe(model, splits, split, data, minutes=PROBE_MINUTES)["rows"]
+    results = probe(model, splits, split, data, minutes=PROBE_MINUTES)
+    write_json(out / "probe.json", results)
+    rows = results["rows"]
     kinds = {"log_mel": "log-mel", "random": "random", "pretrained": "model"}
     return {
         name: {

@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from torch.export import Dim
 from w2v2.checkpoint.card import CHECK
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.extractor import write_extractor
-from w2v2.checkpoint.formats import file_hashes, read
+from w2v2.checkpoint.formats import GRAPH, INT8_GRAPH, file_hashes
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
@@ -36,22 +36,19 @@ from w2v2.decoding.greedy import Greedy
 from w2v2.errors import JobError, Show, UsageError, quiet
 from w2v2.evaluation.evaluate import error_rates
 from w2v2.files import write_json
-from w2v2.inference.recognizer import normalize_waveform
-from w2v2.model.classifier import Wav2Vec2ForClassification
+from w2v2.inference.onnx import AUDIO, LOG_PROBS, VECTORS, Runs, open_session
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.packing import plain_path
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary
 
-MODEL, INT8, TORCH = "model.onnx", "model.int8.onnx", "model.pt2"
+TORCH = "model.pt2"
 LIMIT = 1e-4
 """Largest difference to the model in PyTorch, where values are at most 1; relative to the largest value elsewhere."""
 BATCHES = (1, 3)
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-Runs = Callable[[Tensor], Tensor]
-"""(B, S) float32 audio at 16 kHz -> (B, T, labels) log-probabilities, or (B, T, D) contextual vectors."""
 Checks = list[dict[str, Any]]
 """Batch, samples, and the largest difference at that size."""
 
@@ -64,44 +61,43 @@ class Graph(nn.Module):
         self.model = model
 
     def forward(self, audio: Tensor) -> Tensor:
-        """As the model's own method, which counts frames in Python, where a graph cannot."""
+        """As ``Wav2Vec2.encode`` and ``Wav2Vec2ForCTC.forward``, which count frames in Python, where a graph cannot."""
         model = self.model
-        audio = normalize_waveform(audio) if model.config.normalize_audio else audio
-        _, x = model.feature_projection(model.feature_encoder(audio))
-        states: list[Tensor] = []
-        x = model.contextualize(x, inputs=states)
-        if isinstance(model, Wav2Vec2ForClassification):
-            return model.classifier([*states, x], None).float().log_softmax(-1)  # type: ignore[no-any-return]
+        _, x = model.feature_projection(model.feature_encoder(model.config.normalized(audio)))
+        x = model.contextualize(x)
         return model.lm_head(x).float().log_softmax(-1) if isinstance(model, Wav2Vec2ForCTC) else x
 
 
 def eager(model: Wav2Vec2) -> Runs:
     """Return what an export must agree with: the model itself, given audio as training gives it."""
-    encode = model if isinstance(model, Wav2Vec2WithHead) else model.encode
-    normalize = model.config.normalize_audio
-    return lambda audio: encode(normalize_waveform(audio) if normalize else audio)[0]
+    encode = model if isinstance(model, Wav2Vec2ForCTC) else model.encode
+    return lambda audio: encode(model.config.normalized(audio))[0]
 
 
 def export_onnx(
-    source: Path, folder: Path, *, int8: bool = False, speech: tuple[Splits, str] | None = None, show: Show = quiet
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    int8: bool = False,
+    speech: tuple[Splits, str] | None = None,
+    show: Show = quiet,
 ) -> None:
     """Write ``model.onnx`` and, on demand, ``model.int8.onnx`` of a run, with what belongs to them.
 
     Args:
-        source: run folder, or folder of weights.
+        checkpoint: whose graph it is.
         folder: exists.
         int8: also with the weights of linear layers in 8 bits, one scale for each output; the rest stays float32.
         speech: corpus and split to state word and character error rates on, of a CTC model.
         show: told how far that is.
 
     Raises:
-        UsageError: no such run, or onnxruntime is not installed.
+        UsageError: onnxruntime is not installed.
         JobError: the model cannot be exported, or the export differs from it.
     """
-    checkpoint = read(source)
     model, vocabulary = checkpoint.build(), checkpoint.vocabulary
     if speech is not None and vocabulary is None:
-        raise UsageError(f"error rates need a CTC model; {source} is a pretraining run")
+        raise UsageError(f"error rates need a CTC model; {checkpoint.source} is a pretraining run")
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f"an ONNX export needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime")
@@ -110,22 +106,22 @@ def export_onnx(
             Graph(model),
             (check_audio(2, SAMPLE_RATE),),
             dynamo=True,
-            input_names=["audio"],
-            output_names=["vectors" if vocabulary is None else "log_probs"],
+            input_names=[AUDIO],
+            output_names=[VECTORS if vocabulary is None else LOG_PROBS],
             dynamic_shapes={"audio": {0: "batch", 1: "samples"}},
             verbose=False,
         )
         assert program is not None
         for node in program.model.graph:
             node.metadata_props.clear()  # where in whose files each operation comes from
-        program.save(folder / MODEL)  # past 2 GB, ONNX's limit, with the weights in a file beside it
-    runs = {"pytorch": eager(model), MODEL: onnx_session(folder / MODEL)}
-    checks = compare(runs["pytorch"], runs[MODEL], check_lengths(model.config))
+        program.save(folder / GRAPH)  # past 2 GB, ONNX's limit, with the weights in a file beside it
+    runs = {"pytorch": eager(model), GRAPH: onnx_session(folder / GRAPH)}
+    checks = compare(runs["pytorch"], runs[GRAPH], check_lengths(model.config))
     more: dict[str, Any] = {}
     if int8:
-        quantize(folder / MODEL, folder / INT8)
-        runs[INT8] = onnx_session(folder / INT8)
-        more["int8"] = distance(runs[MODEL], runs[INT8], labels=vocabulary is not None)
+        quantize(folder / GRAPH, folder / INT8_GRAPH)
+        runs[INT8_GRAPH] = onnx_session(folder / INT8_GRAPH)
+        more["int8"] = distance(runs[GRAPH], runs[INT8_GRAPH], labels=vocabulary is not None)
     if speech is not None and vocabulary is not None:
         graphs = {name: run for name, run in runs.items() if name != "pytorch"}
         more["error_rates"] = _error_rates(graphs, vocabulary, *speech, check_lengths(model.config)[0], show)
@@ -133,9 +129,8 @@ def export_onnx(
     _finish(folder, checkpoint, "onnx", checks, _ONNX_PACKAGES, **more, speed=speed(runs))
 
 
-def export_torch(source: Path, folder: Path) -> None:
+def export_torch(checkpoint: Checkpoint, folder: Path) -> None:
     """Write ``model.pt2``, which ``torch.export.load`` reads, and what belongs to it. Raises as ``export_onnx``."""
-    checkpoint = read(source)
     model = checkpoint.build()
     shape = {"audio": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     with _exporting(), plain_path(), torch.no_grad():
@@ -151,13 +146,9 @@ def export_torch(source: Path, folder: Path) -> None:
 
 
 def onnx_session(path: Path) -> Runs:
-    """Return a graph in onnxruntime, on the CPU, with as many threads as torch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda audio: torch.from_numpy(session.run(None, {"audio": audio.numpy()})[0])
+    """Return a graph in onnxruntime as a function."""
+    session = open_session(path)
+    return lambda audio: torch.from_numpy(session.run(None, {AUDIO: audio.numpy()})[0])
 
 
 def quantize(path: Path, to: Path) -> None:
@@ -236,8 +227,8 @@ def _finish(
     save_config(checkpoint.config, folder / CONFIG)
     # What a model wants normalised an export normalises itself, exactly as in training.
     write_extractor(folder, normalize=False, attention_mask=False)
-    if labels := checkpoint.vocabulary or checkpoint.classes:
-        labels.save(folder / VOCABULARY)
+    if checkpoint.vocabulary is not None:
+        checkpoint.vocabulary.save(folder / VOCABULARY)
     check = {
         "schema": 1,
         "format": name,

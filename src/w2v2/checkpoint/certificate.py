@@ -55,13 +55,16 @@ def _about(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> dict[str, Any]:
+def certify(
+    checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet, language: str | None = None
+) -> dict[str, Any]:
     """Compare a model with transformers'.
 
     Args:
         checkpoint: ours.
         theirs: folder for transformers to load; None: it is not installed, and nothing is compared.
         show: told how far it is.
+        language: whose adapter transformers is to load.
 
     Returns:
         The part of the certificate that says what was compared and what came out; docs/convert.md has its keys.
@@ -78,7 +81,7 @@ def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> 
         }
     # GroupNorm's statistics are over padding too in transformers: an utterance's numbers depend on its batch.
     invariant = checkpoint.config.conv_norm == "layer"
-    model, other = checkpoint.build(), _load(theirs, class_name(checkpoint.kind))
+    model, other = checkpoint.build(), _load(theirs, class_name(checkpoint.kind), language)
     with torch.no_grad():
         utterances = _utterances(model, checkpoint)
         singles, together = [[row] for row in utterances], [utterances]
@@ -91,7 +94,7 @@ def certify(checkpoint: Checkpoint, theirs: Path | None, show: Show = quiet) -> 
             rows[part] = _rows(results, [_theirs(other, batch, checkpoint, attend=invariant) for batch in their])
             show("compare", len(rows) / 2)
         with quiet_transformers() as transformers:
-            processor = compare_processor(transformers, theirs, checkpoint, utterances[0].audio)
+            processor = compare_processor(transformers, theirs, checkpoint, utterances[0].audio, language)
     faults = [f"{row['what']} {row['relative']:.2g} ({part})" for part in rows for row in rows[part] if not row["same"]]
     if faults:
         raise JobError(
@@ -137,7 +140,7 @@ def quiet_transformers() -> Iterator[Any]:
             transformers.logging.enable_progress_bar()
 
 
-def _load(folder: Path, name: str) -> nn.Module:
+def _load(folder: Path, name: str, language: str | None) -> nn.Module:
     """Their model from a folder, with nothing missing, left over or of another shape; float32, evaluation mode."""
     with quiet_transformers() as transformers:
         model, info = getattr(transformers, name).from_pretrained(
@@ -146,7 +149,11 @@ def _load(folder: Path, name: str) -> nn.Module:
             local_files_only=True,
             dtype=torch.float32,
             attn_implementation="eager",
+            # Another language has an output layer of another size, which comes with its adapter.
+            **({} if language is None else {"target_lang": language, "ignore_mismatched_sizes": True}),
         )
+    if language is not None:
+        info.pop("mismatched_keys")
     faults = {key: sorted(map(str, names)) for key, names in info.items() if names}
     faults["missing_keys"] = [n for n in faults.get("missing_keys", []) if not n.endswith("masked_spec_embed")]
     if any(faults.values()):

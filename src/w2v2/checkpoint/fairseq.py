@@ -156,7 +156,7 @@ def _settings(checkpoint: dict[str, Any], kind: type[Wav2Vec2], path: Path) -> _
     name = model.get("_name") or model.get("arch")
     expected = "wav2vec_ctc" if kind is Wav2Vec2ForCTC else "wav2vec2"
     if name != expected:
-        raise UsageError(f"{path} is of a model called {name!r}, expected {expected!r}")
+        raise UsageError(foreign.other_model(name, expected, path))
     if kind is not Wav2Vec2ForCTC:
         return model, task, {}
     if not isinstance(model.get("w2v_args"), dict):
@@ -236,6 +236,8 @@ def fairseq_misfits(checkpoint: Checkpoint) -> list[str]:
     faults = foreign.misfits(checkpoint)
     if config.conv_channels[-1] == config.n_embd:
         faults.append(f"n_embd {config.n_embd} equal to the conv channels: it makes no feature projection then")
+    if config.adapter_dim:
+        faults.append("adapters, which its wav2vec 2.0 has in another order")
     if checkpoint.kind is Wav2Vec2:
         faults.append("no heads: a pretraining model of fairseq has quantizer and projections")
     return faults + ([] if vocabulary is None else dictionary_misfits(vocabulary))

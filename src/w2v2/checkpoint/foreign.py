@@ -160,6 +160,25 @@ def misfits(checkpoint: Checkpoint) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
+_OTHER_MODELS = {
+    "hubert": "HuBERT predicts clusters: it has no quantizer and no contrast",
+    "wavlm": "WavLM's attention has gated relative positions",
+    "data2vec": "data2vec has five positional convolutions, and predicts a teacher's states",
+    "conformer": "its blocks are conformers, with convolutions and relative positions in them",
+    "wav2vec2-bert": "w2v-BERT hears mel spectra, by conformers",
+    "unispeech": "UniSpeech has heads of its own",
+    "sew": "SEW squeezes the frames between convolutions and blocks",
+    "wav2vec_u": "wav2vec-U is a generator on top of features",
+}
+"""Part of the name of models that are near, and why they are not to be had here."""
+
+
+def other_model(name: Any, expected: str, where: Path) -> str:
+    """Return the line that refuses a model which is no wav2vec 2.0, by the name that its file gives it."""
+    why = next((why for part, why in _OTHER_MODELS.items() if part in str(name)), "")
+    return f"{where} is of a model called {name!r}, expected {expected!r}{why and ': '}{why}"
+
+
 # --- Tensors ----------------------------------------------------------------------------------------------------------
 
 Rules = Sequence[tuple[str, str]]

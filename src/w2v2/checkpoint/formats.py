@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from w2v2.checkpoint.certificate import certify, has_transformers
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.fairseq import fairseq_misfits, read_fairseq, write_fairseq
 from w2v2.checkpoint.foreign import differing_fields
+from w2v2.checkpoint.hub import locate
 from w2v2.checkpoint.huggingface import hf_misfits, read_huggingface, write_huggingface
-from w2v2.checkpoint.native import CONFIG, read_native, write_native
+from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_native, write_native
 from w2v2.errors import JobError, Show, UsageError, quiet
 from w2v2.files import whole_folder, write_json
 from w2v2.serial import read_json
@@ -26,6 +28,7 @@ from w2v2.serial import read_json
 log = logging.getLogger(__name__)
 
 CERTIFICATE = "certificate.json"
+GRAPH, INT8_GRAPH = "model.onnx", "model.int8.onnx"
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,22 @@ FAIRSEQ = Format("fairseq", "fairseq", read_fairseq, write_fairseq, fairseq_misf
 FORMATS = {form.name: form for form in (OURS, HUGGINGFACE, FAIRSEQ)}
 
 
+def onnx_file(path: Path) -> Path | None:
+    """Return the exported graph that a file is, or a folder without weights holds; None: there is none."""
+    if path.suffix == ".onnx" and path.is_file():
+        return path
+    files = [path / name for name in (GRAPH, INT8_GRAPH) if (path / name).is_file() and not (path / WEIGHTS).exists()]
+    return files[0] if files else None
+
+
 def recognize(path: Path) -> tuple[Format, Path]:
     """Return the format of a checkpoint, by what it holds, and what to give its reader.
 
     Raises:
         UsageError: nothing there, or none of the three.
     """
+    if onnx_file(path) is not None:
+        raise UsageError(f"{path} is an exported graph, which has no weights to take; name what it was made of")
     if path.is_file():
         return FAIRSEQ, path
     if (path / CONFIG).is_file():
@@ -65,31 +78,45 @@ def recognize(path: Path) -> tuple[Format, Path]:
     if len(files) == 1:
         return FAIRSEQ, files[0]
     raise UsageError(
-        f"no {path / CONFIG}: expected a finished run folder, a folder of Hugging Face, or a .pt file of fairseq; "
-        "a model of the Hub has to be downloaded first: hf download NAME --local-dir DIR"
+        f"no {path / CONFIG}: expected a finished run folder, a folder of Hugging Face, a .pt file of fairseq, or a "
+        "name of the hub such as facebook/wav2vec2-base-960h"
     )
 
 
-def read(path: Path) -> Checkpoint:
+def read(name: str | PathLike[str], language: str | None = None) -> Checkpoint:
     """Read a model: a run folder, a folder of weights, a folder of Hugging Face, or a file of fairseq.
 
     What the file left open is logged.
 
+    Args:
+        name: anything that ``locate`` finds.
+        language: of a model of Hugging Face with an adapter for each language (MMS).
+
     Raises:
         UsageError: nothing there, something else, or a model that is not whole.
     """
-    form, place = recognize(path)
-    checkpoint = form.read(place)
+    form, place = recognize(locate(name, language))
+    checkpoint = _read(form, place, language)
     for note in checkpoint.notes:
-        log.warning("%s: %s", path, note)
+        log.warning("%s: %s", name, note)
     return checkpoint
 
 
-def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, Any]:
+def _read(form: Format, place: Path, language: str | None) -> Checkpoint:
+    if language is None:
+        return form.read(place)
+    if form is not HUGGINGFACE:
+        raise UsageError(f"{place} has no adapters; leave `language` out")
+    return read_huggingface(place, language)
+
+
+def convert(
+    source: str | PathLike[str], out: Path, to: str, show: Show = quiet, language: str | None = None
+) -> dict[str, Any]:
     """Write a checkpoint in another format, and compare both.
 
     Args:
-        source: of any format.
+        source, language: as of ``read``.
         out: folder; new or empty.
         to: ``ours``, ``hf`` or ``fairseq``.
         show: told how far it is.
@@ -101,11 +128,11 @@ def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, A
         UsageError: a source that cannot be read or has no twin in that format; ``out`` is not touched.
         JobError: the two do not compute the same; ``out`` is not touched.
     """
-    form, place = recognize(source)
+    form, place = recognize(locate(source, language))
     target = FORMATS[to]
     if form is target:
         raise UsageError(f"{source} is {form.title}'s already; nothing to convert")
-    checkpoint = read(source)
+    checkpoint = read(source, language)
     show("read", 1.0)
     faults = ["it is a classifier"] if checkpoint.classes else target.misfits(checkpoint)
     if faults:
@@ -117,8 +144,8 @@ def convert(source: Path, out: Path, to: str, show: Show = quiet) -> dict[str, A
         again = target.read(recognize(folder)[1])
         _check_round_trip(checkpoint, again)
         show("write", 1.0)
-        with _transformers_folder(form, target, checkpoint, source, folder) as theirs:
-            certificate = certify(again, theirs, show)
+        with _transformers_folder(form, target, checkpoint, folder) as theirs:
+            certificate = certify(again, theirs, show, language if form is HUGGINGFACE else None)
         certificate |= {
             "source": {"format": form.title, "files": file_hashes(place)},
             "target": {"format": target.title, "files": file_hashes(folder)},
@@ -145,15 +172,13 @@ def _check_round_trip(checkpoint: Checkpoint, again: Checkpoint) -> None:
 
 
 @contextlib.contextmanager
-def _transformers_folder(
-    form: Format, target: Format, checkpoint: Checkpoint, source: Path, folder: Path
-) -> Iterator[Path | None]:
+def _transformers_folder(form: Format, target: Format, checkpoint: Checkpoint, folder: Path) -> Iterator[Path | None]:
     """A folder for transformers to load: of the two sides the one that is its own, else made for the purpose.
 
     None where neither side is and transformers is not installed.
     """
     if HUGGINGFACE in (form, target):
-        yield source if form is HUGGINGFACE else folder
+        yield checkpoint.source if form is HUGGINGFACE else folder
     elif not has_transformers():
         yield None
     else:

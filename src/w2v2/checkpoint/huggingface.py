@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.extractor import normalizes, write_extractor
-from w2v2.checkpoint.native import CONFIG, WEIGHTS, read_safetensors
-from w2v2.checkpoint.pickles import read_pickle
+from w2v2.checkpoint.native import CONFIG, WEIGHTS
 from w2v2.checkpoint.tokenizer import read_tokenizer, settle_case, tokenizer_misfits, write_tokenizer
+from w2v2.checkpoint.weights import read_weights
 from w2v2.errors import UsageError
 from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
@@ -28,7 +27,8 @@ from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.serial import read_json
 from w2v2.text.vocabulary import Vocabulary
 
-BINARY = "pytorch_model.bin"
+EPSILON = 1e-7
+"""That transformers' feature extractor adds to the variance of audio."""
 
 _ENCODER: foreign.Rules = (
     (r"feature_encoder\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.conv."),
@@ -42,6 +42,7 @@ _ENCODER: foreign.Rules = (
     (r"transformer\.(\d+)\.mlp\.fc_1\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
     (r"transformer\.(\d+)\.mlp\.fc_2\.", r"encoder.layers.\1.feed_forward.output_dense."),
     (r"transformer\.(\d+)\.ln_2\.", r"encoder.layers.\1.final_layer_norm."),
+    (r"transformer\.(\d+)\.adapter\.", r"encoder.layers.\1.adapter_layer."),
     (r"ln_f\.", "encoder.layer_norm."),
 )
 _HEADS: foreign.Rules = (
@@ -98,7 +99,7 @@ OTHERS: dict[str, Any] = {
     "adapter_attn_dim": None,
 }
 """Fields with no single counterpart, and their defaults."""
-_FIXED = ("hidden_act", "feat_extract_activation", "layer_norm_eps", "add_adapter", "adapter_attn_dim")
+_FIXED = ("hidden_act", "feat_extract_activation", "layer_norm_eps", "add_adapter")
 _ALLOWED = {name: (OTHERS[name],) for name in _FIXED} | {"feat_extract_norm": ("group", "layer")}
 _START_PROB = 0.1
 """Below it ``mask_time_prob`` is no share of frames of pretraining: it is SpecAugment's, or fairseq's former share of
@@ -136,6 +137,7 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "mask_time_prob": config.mask_prob or 0.05,
         "mask_feature_prob": checkpoint.channel_mask_prob,
         "mask_feature_length": checkpoint.channel_mask_length,
+        "adapter_attn_dim": config.adapter_dim or None,
         "final_dropout": 0.0,
         "ctc_loss_reduction": "sum",
         "ctc_zero_infinity": True,
@@ -167,17 +169,21 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         write_tokenizer(checkpoint.vocabulary, folder)
 
 
-def read_huggingface(folder: Path) -> Checkpoint:
+def read_huggingface(folder: Path, language: str | None = None) -> Checkpoint:
     """Read a folder of transformers' ``save_pretrained``, or one of the Hub's.
+
+    Args:
+        folder: with configuration, weights and, of a CTC model, the tokenizer's files.
+        language: of a model with adapters (MMS), if not the one whose adapter is among the weights.
 
     Raises:
         UsageError: another model than wav2vec 2.0, settings that we do not have, weights that do not fit.
     """
     values, where = read_json(folder / CONFIG), folder / CONFIG
     if values.get("model_type") != "wav2vec2":
-        raise UsageError(f"{where} is of a model of type {values.get('model_type')!r}, expected 'wav2vec2'")
+        raise UsageError(foreign.other_model(values.get("model_type"), "wav2vec2", where))
     foreign.refuse_other_settings(values, _ALLOWED, where)
-    tensors, file = _read_tensors(folder)
+    tensors, file = read_weights(folder, language)
     kind = foreign.kind_of(tensors)
     normalize, notes = normalizes(folder, layer_norm=values.get("feat_extract_norm") == "layer")
     config = _model_config(values, kind, normalize, where)
@@ -193,15 +199,17 @@ def read_huggingface(folder: Path) -> Checkpoint:
         config = replace(config, mask_prob=0.0)
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
     n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
+    if language is not None:
+        n_labels = len(tensors["lm_head.weight"])  # an output layer of its own
     blank = foreign.blank_of(config, kind, n_labels)
-    vocabulary = None
+    state, vocabulary = foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file), None
     if kind is Wav2Vec2ForCTC:
-        vocabulary, choices = settle_case(_read_vocabulary(folder, values, n_labels))
+        vocabulary, choices = settle_case(_read_vocabulary(folder, values, n_labels, language))
         notes += choices
     return Checkpoint(
         source=folder,
         config=config,
-        state=foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file),
+        state=state,
         vocabulary=vocabulary,
         channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
         channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
@@ -209,9 +217,9 @@ def read_huggingface(folder: Path) -> Checkpoint:
     )
 
 
-def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Vocabulary:
+def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int, language: str | None) -> Vocabulary:
     """Return the tokenizer's vocabulary, if its blank is the one that ``config.json`` trains with."""
-    vocabulary = read_tokenizer(folder, n_labels)
+    vocabulary = read_tokenizer(folder, n_labels, language)
     blank = values.get("pad_token_id", OTHERS["pad_token_id"])
     if blank != vocabulary.blank:
         raise UsageError(
@@ -222,50 +230,14 @@ def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int) -> Voc
 
 
 def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> ContrastiveConfig:
-    ours = foreign.from_settings(values, FIELDS, where) | {"normalize_audio": normalize}
+    ours = foreign.from_settings(values, FIELDS, where) | {"normalize_audio": normalize, "audio_epsilon": EPSILON}
     width, groups = foreign.setting(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
     if width % groups and kind is Wav2Vec2ForPretraining:
         raise UsageError(f"{where}: codevector_dim must be a multiple of num_codevector_groups ({groups}), got {width}")
     ours["codebook_dim"] = width // groups
+    ours["adapter_dim"] = foreign.checked(values.get("adapter_attn_dim") or 0, 0, "adapter_attn_dim", where)
     if not values.get("apply_spec_augment", OTHERS["apply_spec_augment"]):
         ours["mask_prob"] = 0.0
     return foreign.published(
         ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where
     )
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    for name in (WEIGHTS, BINARY):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return _read_shard(folder / name), folder / name
-        if index.is_file():
-            return _read_shards(index), index
-    raise UsageError(f"no weights in {folder}: expected {WEIGHTS} or {BINARY}, whole or in parts with an .index.json")
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors of parts, which hold what their index says and nothing else."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
-        raise UsageError(f"{index} must have a weight_map from tensors to files")
-    tensors: dict[str, Tensor] = {}
-    for part in sorted(set(places.values())):
-        if Path(part).name != part or not (index.parent / part).is_file():
-            raise UsageError(f"no {part} in {index.parent}, where {index.name} has tensors; get all parts")
-        shard = _read_shard(index.parent / part)
-        wanted = {name for name, place in places.items() if place == part}
-        if wanted != shard.keys():
-            missing, unexpected = sorted(wanted - shard.keys()), sorted(shard.keys() - wanted)
-            raise UsageError(f"{index.parent / part} is not what {index.name} says: {missing=}, {unexpected=}")
-        tensors |= shard
-    return tensors
-
-
-def _read_shard(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    tensors = read_pickle(path)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UsageError(f"{path} must hold tensors by name and nothing else")
-    return dict(tensors)

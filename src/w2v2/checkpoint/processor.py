@@ -21,7 +21,9 @@ _TOLERANCE = 1e-4
 _OFFSET = 0.1
 
 
-def compare_processor(transformers: Any, folder: Path, checkpoint: Checkpoint, audio: Tensor) -> dict[str, Any]:
+def compare_processor(
+    transformers: Any, folder: Path, checkpoint: Checkpoint, audio: Tensor, language: str | None = None
+) -> dict[str, Any]:
     """Compare what both hear of some audio, and how both spell the labels and read a path of them.
 
     Args:
@@ -29,6 +31,7 @@ def compare_processor(transformers: Any, folder: Path, checkpoint: Checkpoint, a
         folder: theirs.
         checkpoint: ours.
         audio: (S,) noise of unit variance.
+        language: to set their tokenizer to.
 
     Returns:
         The certificate's ``processor``: ``audio`` and ``text``, each with what was compared, or why it was not.
@@ -39,7 +42,7 @@ def compare_processor(transformers: Any, folder: Path, checkpoint: Checkpoint, a
     vocabulary = checkpoint.vocabulary
     return {
         "audio": _compare_audio(transformers, folder, audio + _OFFSET, normalize=checkpoint.config.normalize_audio),
-        "text": "no labels" if vocabulary is None else _compare_text(transformers, folder, vocabulary),
+        "text": "no labels" if vocabulary is None else _compare_text(transformers, folder, vocabulary, language),
     }
 
 
@@ -58,11 +61,14 @@ def _compare_audio(transformers: Any, folder: Path, audio: Tensor, *, normalize:
     return {"normalized": normalize, "difference": difference}
 
 
-def _compare_text(transformers: Any, folder: Path, vocabulary: Vocabulary) -> dict[str, Any] | str:
+def _compare_text(
+    transformers: Any, folder: Path, vocabulary: Vocabulary, language: str | None
+) -> dict[str, Any] | str:
     phonemes = isinstance(vocabulary, PhonemeVocabulary)
     name = "Wav2Vec2PhonemeCTCTokenizer" if phonemes else "Wav2Vec2CTCTokenizer"
     try:
-        options = {"do_phonemize": False} if phonemes else {}
+        options: dict[str, Any] = {"do_phonemize": False} if phonemes else {}
+        options |= {} if language is None else {"target_lang": language}
         tokenizer = getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
     except ImportError as error:
         return f"not compared: {str(error).strip().splitlines()[0]}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from w2v2.checkpoint.pickles import plain
+from w2v2.checkpoint.weights import choose_language
 from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.serial import read_json
@@ -67,22 +68,23 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_tokenizer(folder: Path, n_labels: int) -> Vocabulary:
+def read_tokenizer(folder: Path, n_labels: int, language: str | None = None) -> Vocabulary:
     """Return the vocabulary of a folder's tokenizer: phonemes' is a ``PhonemeVocabulary``.
 
     Args:
         n_labels: outputs of the model; each must have its label.
+        language: of a tokenizer of several; None: the one that it is set to.
 
     Raises:
-        UsageError: no tokenizer, one of several languages, of a kind that spells otherwise, or labels that do not fit
-            the outputs.
+        UsageError: no tokenizer, no such language, a kind that spells otherwise, or labels that do not fit the outputs.
     """
     path = folder / TOKENS
     if not path.is_file():
         raise UsageError(f"no {path}: a CTC model needs its tokenizer's files, {TOKENS} and {SETTINGS}")
     settings = _optional(folder / SPECIAL) | _optional(folder / SETTINGS)
     kind, boundary_token = _kind(settings, folder)
-    labels = _labels(path, settings, _optional(folder / ADDED), n_labels)
+    tokens = choose_language(read_json(path), language, settings.get("target_lang"), path)
+    labels = _labels(tokens, path, settings, _optional(folder / ADDED), n_labels)
     ids = {label: i for i, label in enumerate(labels)}
 
     def place(name: str, default: str | None) -> int | None:
@@ -140,12 +142,9 @@ def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str
     )
 
 
-def _labels(path: Path, settings: dict[str, Any], added: dict[str, Any], n_labels: int) -> tuple[str, ...]:
-    tokens = read_json(path)
-    if any(isinstance(value, dict) for value in tokens.values()):
-        raise UsageError(
-            f"{path} is of several languages ({', '.join(tokens)}), with an adapter each; not to be had here"
-        )
+def _labels(
+    tokens: dict[str, Any], path: Path, settings: dict[str, Any], added: dict[str, Any], n_labels: int
+) -> tuple[str, ...]:
     by_id: dict[int, str] = {}
     for token, i in tokens.items():
         if not isinstance(i, int) or not 0 <= i < n_labels or i in by_id:

@@ -7,13 +7,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from w2v2.cli.options import default
+from w2v2.cli.options import MODEL, Language, default
 from w2v2.cli.progress import progress
 from w2v2.errors import UsageError
+
+if TYPE_CHECKING:
+    from w2v2.checkpoint.contents import Checkpoint
 
 log = logging.getLogger("w2v2")
 
@@ -24,19 +27,19 @@ Out = Annotated[Positional[Path], arg(metavar="OUT")]
 class Convert:
     """See ``main.VERBS``."""
 
-    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
-    """Run folder or folder of weights, folder of Hugging Face, or .pt file of fairseq."""
+    source: Annotated[Positional[str], arg(metavar="SOURCE", help=MODEL)]
     out: Out
     """Folder to write; new or empty."""
     to: Literal["ours", "hf", "fairseq"]
     """Format to write."""
+    language: Language = None
 
     def run(self, named: Collection[str]) -> None:
         """Convert, and say what was compared."""
         from w2v2.checkpoint.formats import CERTIFICATE, convert
 
         with progress("convert") as show:
-            certificate = convert(self.source, self.out, self.to, show)
+            certificate = convert(self.source, self.out, self.to, show, self.language)
         if certificate["compared_with"] is None:
             log.warning("not compared with another implementation: %s", certificate["why_not"])
         else:
@@ -48,8 +51,7 @@ class Convert:
 class Export:
     """See ``main.VERBS``."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Run folder, or folder of weights."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
     out: Out
     """Folder to write; new or empty."""
     to: Literal["onnx", "torch"]
@@ -60,6 +62,7 @@ class Export:
     """Of onnx: corpus to state word error rates on, of a CTC model."""
     split: str = "test"
     """Of --data: train, valid or test."""
+    language: Language = None
     license: Annotated[str | None, default("none", "ID")] = None
     """What the model card says, an id of the hub such as mit or cc-by-4.0."""
     push_to_hub: Annotated[str | None, default("not", "OWNER/NAME")] = None
@@ -68,6 +71,7 @@ class Export:
     def run(self, named: Collection[str]) -> None:
         """Export, with a model card where that can be written."""
         from w2v2.checkpoint.card import write_card
+        from w2v2.checkpoint.formats import read
         from w2v2.checkpoint.hub import expect_hub, push
         from w2v2.files import whole_folder
 
@@ -78,21 +82,24 @@ class Export:
             raise UsageError("`license` and `push_to_hub` need huggingface_hub: pip install huggingface_hub")
         if self.push_to_hub:
             expect_hub(self.push_to_hub)
+        checkpoint = read(self.model, self.language)
+        if checkpoint.classes:
+            raise UsageError(f"{self.model} is a classifier, which is not exported; use it by w2v2.load")
         with whole_folder(self.out) as folder:
-            self._write(folder)
+            self._write(checkpoint, folder)
             if has_hub:
-                write_card(self.model, folder, name=self.out.name, license_id=self.license)
+                write_card(checkpoint.source, folder, name=self.out.name, license_id=self.license)
         log.info("wrote %s; look at %s", self.out, self.out / ("README.md" if has_hub else "export.json"))
         if not has_hub:
             log.warning("without a model card, which needs huggingface_hub: pip install huggingface_hub")
         if self.push_to_hub:
             log.info("pushed to %s", push(self.out, self.push_to_hub))
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, checkpoint: Checkpoint, folder: Path) -> None:
         from w2v2.export import export_onnx, export_torch
 
         if self.to == "torch":
-            export_torch(self.model, folder)
+            export_torch(checkpoint, folder)
             return
         speech = None
         if self.data:
@@ -101,4 +108,4 @@ class Export:
             splits = read_corpus(self.data, training=False)
             choose_split(splits, self.split, self.data)
             speech = splits, self.split
-        export_onnx(self.model, folder, int8=self.int8, speech=speech)
+        export_onnx(checkpoint, folder, int8=self.int8, speech=speech)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from w2v2.cli.decoding import Decoding
-from w2v2.cli.options import Device, Workers, default
+from w2v2.cli.options import MODEL, Device, Language, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
@@ -53,8 +53,7 @@ class Demo:
 class Evaluate(Decoding):
     """See ``main.VERBS``."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Run folder, or folder of weights."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
     data: Annotated[str, arg(metavar="DIR")]
     """Prepared corpus, or folder of audio."""
     split: str = "test"
@@ -65,7 +64,7 @@ class Evaluate(Decoding):
     """Weights to try with --tune."""
     json: bool = False
     """Print JSON instead of a table."""
-    out: Annotated[Path | None, default("MODEL/evaluation/SPLIT", "DIR")] = None
+    out: Annotated[Path | None, default("RUN/evaluation/SPLIT", "DIR")] = None
     """Folder of results, replaced."""
     against: Annotated[Path | None, default("none", "DIR")] = None
     """Results of another system on the same utterances, a folder as of --out, to test."""
@@ -83,6 +82,7 @@ class Evaluate(Decoding):
     """Processes that decode audio."""
     max_bad: str = "0.1%"
     """Share of utterances that may be unreadable; named."""
+    language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
 
@@ -90,13 +90,17 @@ class Evaluate(Decoding):
         """Evaluate, and print a table or JSON."""
         from w2v2.data.corpora import choose_split, read_corpus
         from w2v2.inference.recognizer import Classifier, Recognizer, load
+        from w2v2.model.wav2vec2 import Wav2Vec2
         from w2v2.training.pretrain import evaluate_pretrained
 
         splits = read_corpus(self.data, training=False)
         choose_split(splits, self.split, self.data)
-        model = load(self.model)
+        model = load(self.model, self.language)
         if self.probe:
-            self._probe(splits, model.model if isinstance(model, Recognizer | Classifier) else model)
+            network = model.model if isinstance(model, Recognizer | Classifier) else model
+            if not isinstance(network, Wav2Vec2):
+                raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
+            self._probe(splits, network)
             return
         if given := [f"`{name}`" for name in ("labels", "layers", "minutes") if name in named]:
             raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
@@ -114,7 +118,17 @@ class Evaluate(Decoding):
             raise UsageError(
                 f"{self.model} has no CTC head, so {', '.join(needless)} cannot be used; name a run of 'w2v2 finetune'"
             )
-        sys.stdout.write(json.dumps(evaluate_pretrained(self.model, splits, self.split), indent=2) + "\n")
+        if not self._is_ours():
+            raise UsageError(f"{self.model} has no CTC head, and is no run of 'w2v2 pretrain' with losses to compute")
+        sys.stdout.write(json.dumps(evaluate_pretrained(Path(self.model), splits, self.split), indent=2) + "\n")
+
+    def _is_ours(self) -> bool:
+        """Whether the model is a run folder, or a folder of weights as of one."""
+        from w2v2.checkpoint.native import CONFIG
+        from w2v2.serial import read_json
+
+        path = Path(self.model) / CONFIG
+        return path.is_file() and "_type" in read_json(path)
 
     def _probe(self, splits: Splits, model: Wav2Vec2) -> None:
         from w2v2.evaluation.probe import probe
@@ -132,7 +146,7 @@ class Evaluate(Decoding):
         about = {"run": str(self.model), "data": self.data, "split": self.split}
         data = DataConfig(batch_seconds=self.batch_seconds, num_workers=self.num_workers, max_bad=self.max_bad)
         data.check()
-        out = self.out or self.model / "evaluation" / self.split
+        out = self.out or Path(self.model) / "evaluation" / self.split
         with progress("evaluate") as show:
             results = evaluate_classifier(
                 model, splits, self.split, out, about, data=data, device=self.device, show=show
@@ -154,6 +168,7 @@ class Evaluate(Decoding):
                 tune=self.tune,
                 trials=self.trials,
                 out=self.out,
+                language=self.language,
                 against=self.against,
                 data=DataConfig(batch_seconds=self.batch_seconds, num_workers=self.num_workers, max_bad=self.max_bad),
                 device=self.device,
@@ -163,10 +178,9 @@ class Evaluate(Decoding):
         sys.stdout.write(public("\n".join(lines)) + "\n")
 
     def _warn(self, *, one_split: bool) -> None:
-        from w2v2.checkpoint.formats import OURS, recognize
         from w2v2.training.config import FinetuneConfig, run_config
 
-        trained = run_config(self.model) if recognize(self.model)[0] is OURS else None
+        trained = run_config(Path(self.model)) if self._is_ours() else None
         if one_split and isinstance(trained, FinetuneConfig) and public(self.data) in trained.data.sources:
             log.warning(
                 "%s is one split here, and what the model was trained on: for a score of unseen speakers, hold some "

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from w2v2.cli.options import Device, Workers, default
+from w2v2.cli.options import MODEL, Device, Language, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
-from w2v2.errors import JobError, Positive, UsageError, check_ranges
+from w2v2.errors import Count, JobError, Positive, UsageError, check_ranges
 
 log = logging.getLogger("w2v2")
 
@@ -22,8 +22,7 @@ log = logging.getLogger("w2v2")
 class Extract:
     """See ``main.VERBS``."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Run folder, or folder of weights."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
     audio: Annotated[Positional[tuple[str, ...]], arg(metavar="[AUDIO ...]")] = ()
     """Files, and folders of audio."""
     data: Annotated[str | None, default("none", "DIR")] = None
@@ -46,12 +45,14 @@ class Extract:
     """Longer recordings are refused, s."""
     num_workers: Workers = 2
     """Processes that decode --data."""
+    language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
+    channel: Annotated[Count | None, default("the mix of all", "INT")] = None
+    """Of files: the one to take, from 1."""
 
     def run(self, named: Collection[str]) -> None:
         """Write the files, and say of which recordings there are none."""
-        from w2v2.checkpoint.formats import read
         from w2v2.inference.extract import (
             INDEX,
             Wanted,
@@ -61,14 +62,20 @@ class Extract:
             read_files,
             read_split,
         )
-        from w2v2.inference.recognizer import place
+        from w2v2.inference.onnx import OnnxModel
+        from w2v2.inference.recognizer import Recognizer, load, place
+        from w2v2.model.wav2vec2 import Wav2Vec2
 
         if bool(self.audio) == bool(self.data):
             raise UsageError("name either files and folders of audio, or a corpus with `data`")
+        if self.data and self.channel:
+            raise UsageError("`channel` is of files; the utterances of a corpus have theirs already, leave it out")
         check_ranges(self)
         layers = self.layers or (() if self.codes else (-1,))
         wanted = Wanted(layers=layers, codes=self.codes, pool=self.pool is not None, format=self.format)
-        model = read(self.model).build()
+        loaded = load(self.model, self.language)
+        model = loaded.model if isinstance(loaded, Recognizer) else loaded
+        assert isinstance(model, Wav2Vec2 | OnnxModel)
         check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
         place(model, self.device)
         if self.data:
@@ -76,7 +83,7 @@ class Extract:
             items, total = read_split(self.data, self.split, data, self.max_seconds)
         else:
             files = find_files(self.audio)
-            items, total = read_files(files, self.max_seconds), len(files)
+            items, total = read_files(files, self.max_seconds, self.channel), len(files)
         failed = 0
         with progress("extract") as show:
             for done, row in enumerate(extract_files(model, items, self.out, wanted, self.batch_seconds), 1):

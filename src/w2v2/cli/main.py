@@ -30,6 +30,7 @@ VERBS = {
     "plan": ("plan", "what a pretraining run will take, from some measured steps: time, memory, batch and rate; masks"),
     "lm": ("lm", "n-gram language model of words from text or a corpus's transcripts: modified Kneser-Ney, as ARPA"),
     "transcribe": ("transcribe", "recordings of any length to text, subtitles, word times"),
+    "serve": ("serve", "a model behind a local page, an HTTP interface for files, and a WebSocket for live audio"),
     "align": ("transcribe", "when each word of a known text is said"),
     "evaluate": (
         "evaluate",

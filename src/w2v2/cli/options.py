@@ -34,6 +34,15 @@ Device = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default:
 Workers = Annotated[int, arg(name="workers")]
 
 REQUIRED = "(required)"
+MODEL = "Run, folder or file of Hugging Face, fairseq or 'w2v2 export'; address; OWNER/NAME[@REVISION] of the hub"
+Language = Annotated[
+    str | None,
+    arg(
+        metavar="CODE",
+        help="Of a model with an adapter for each language (MMS), such as deu.",
+        help_behavior_hint="(default: that of its weights)",
+    ),
+]
 
 
 def default(what: str, metavar: str) -> Any:

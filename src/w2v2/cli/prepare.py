@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 
 from w2v2.cli.options import File, Settings, default, optional_value
 from w2v2.cli.progress import progress
-from w2v2.errors import Count, check_ranges
-from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.errors import Count, Range, Share, UsageError, check_ranges
+from w2v2.preparation.config import MIN_CONFIDENCE, AuditConfig, PrepareConfig
 
 log = logging.getLogger("w2v2")
 
@@ -64,6 +64,13 @@ class Prepare:
     """MD5 sums of the archives, where they are not the published ones."""
     hours: float = 2.0
     """Of synthetic training audio."""
+    speakers: Annotated[int, Range(3)] = 96
+    """Of synthetic speech, all splits together; an eighth each to validate and test."""
+    cut_by: Annotated[Path | None, default("none", "MODEL")] = None
+    """Recogniser that cuts recordings with a transcript, where they are longer than --max-seconds, into
+    utterances, by alignment; OUT-cut.jsonl has them, with their confidence."""
+    min_confidence: Annotated[Share | None, default("0, with --cut-by 0.1", "SHARE")] = None
+    """Leave out rows of a table whose column confidence says less."""
     audit: Settings[AuditConfig] = field(default_factory=AuditConfig)
 
     def run(self, named: Collection[str]) -> None:
@@ -73,12 +80,16 @@ class Prepare:
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]
         names += ["audit", "labelled", "columns", "audio_folder"]
-        config = PrepareConfig(**{name: getattr(self, name) for name in names})
+        least = MIN_CONFIDENCE if self.cut_by else 0.0
+        least = least if self.min_confidence is None else self.min_confidence
+        config = PrepareConfig(min_confidence=least, **{name: getattr(self, name) for name in names})
         source: str | Path = self.source
         if self.download:
             source = self._download(self.download)
         elif source == "synthetic" and not Path(source).exists():
             source = self._synthesize()
+        if self.cut_by:
+            source, config = self._cut(self.cut_by, str(source), config)
         with contextlib.ExitStack() as stack:
             show = stack.enter_context(progress("prepare"))
             executor = None
@@ -110,13 +121,32 @@ class Prepare:
                 show=show,
             )
 
+    def _cut(self, model: Path, source: str, config: PrepareConfig) -> tuple[Path, PrepareConfig]:
+        """A table of utterances instead of the source, and how to read it."""
+        from w2v2.inference.cut import cut_table
+        from w2v2.inference.recognizer import load_recognizer, place, weights_key
+
+        if source.startswith("hf:"):
+            raise UsageError("`cut_by` is for folders and tables; prepare hf: first, and its audio with a table of it")
+        config.check()
+        path = Path(source)
+        recognizer = load_recognizer(model)
+        place(recognizer.model, None)
+        table = self.out.with_name(self.out.name + "-cut.jsonl").absolute()
+        with progress("cut") as show:
+            counts = cut_table(recognizer, weights_key(model), path, table, config, show)
+        log.info("%s: %s", table, ", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing to cut")
+        listed = (path if path.is_dir() else path.parent) / "splits.tsv"
+        splits = config.splits or (str(listed) if listed.exists() else "")
+        return table, replace(config, splits=splits, columns=(), audio_folder="", speaker="")
+
     def _synthesize(self) -> Path:
         from w2v2.synthetic.corpus import synthesize
         from w2v2.synthetic.speakers import SyntheticConfig
 
         audio = self.out.with_name(self.out.name + "-audio")
         with progress("synthesise") as show:
-            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed), show)
+            synthesize(audio, SyntheticConfig.sized(self.hours, self.seed, self.speakers), show)
         return audio
 
 

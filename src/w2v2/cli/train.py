@@ -29,8 +29,8 @@ class _Run:
     """Prepared corpus (folder, https:// or s3://), or folder of audio as it is; again for several."""
     out: Annotated[Path | None, default("runs/RECIPE-DATE", "DIR")] = None
     """Run folder."""
-    init_from: Annotated[Path | None, default("none", "RUN")] = None
-    """Run whose encoder, in pretraining also its objective, to start from."""
+    init_from: Annotated[str | None, default("none", "MODEL")] = None
+    """Whose encoder, in pretraining also its objective, to start from: whatever 'w2v2 convert' reads."""
     resume: Annotated[str, optional_value("yes", "yes", "auto"), default("no", "[yes|auto]")] = ""
     """Go on from the last good checkpoint in --out; auto: if there is one."""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from w2v2.cli.decoding import Decoding
-from w2v2.cli.options import REQUIRED, Device, default
+from w2v2.cli.options import MODEL, REQUIRED, Device, Language, default
 from w2v2.cli.progress import progress
 from w2v2.data.vad import Vad
 from w2v2.decoding.decoder import make_decoder
@@ -35,8 +35,7 @@ Format = Literal["txt", "json", "srt", "vtt", "ctm", "TextGrid"]
 class _Windows:
     """What is written, and how long recordings are cut."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Fine-tuning run, or folder of weights of a CTC model."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
     out: Annotated[Path | None, default("standard output", "DIR")] = None
     """Folder for a file of each recording."""
     batch_size: Count = 1
@@ -45,6 +44,7 @@ class _Windows:
     """Longer audio is cut into such windows."""
     context_seconds: float = 3.0
     """Heard at each side of a window and thrown away."""
+    language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
 
@@ -63,7 +63,7 @@ class _Windows:
         """The model, and how to cut."""
         check_ranges(self)
         layout = Layout(self.window_seconds, self.context_seconds)
-        recognizer = load_recognizer(self.model)
+        recognizer = load_recognizer(self.model, self.language)
         place(recognizer.model, self.device)
         return recognizer, layout
 

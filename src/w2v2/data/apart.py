@@ -5,15 +5,17 @@ The module is both sides: imported, what asks; run by child.py, what answers.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from w2v2.data.audio import AudioFile
+from w2v2.data.audio import AudioFile, FloatArray
 from w2v2.data.child import ParentsFile, child, limit_memory, receive, send
 from w2v2.data.containers import ContainerFile
+from w2v2.errors import AudioError
 
 
 class ApartFile(ContainerFile):
@@ -31,7 +33,27 @@ class ApartFile(ContainerFile):
 
 
 class ApartAudio(AudioFile):
-    """An ``AudioFile`` that is read by another process."""
+    """An ``AudioFile`` that is read by another process.
+
+    Args:
+        source: as of ``AudioFile``.
+        most: seconds; what is longer is refused, whether its header or its samples say so.
+    """
+
+    def __init__(self, source: str | BinaryIO, most: float = math.inf) -> None:
+        self.most = most
+        super().__init__(source)
+        self._check(self.frames)
+
+    def read(self, count: int = -1) -> FloatArray:
+        """As of ``AudioFile``; raises AudioError too when it has become too long."""
+        samples = super().read(count)
+        self._check(self.position)
+        return samples
+
+    def _check(self, samples: int) -> None:
+        if samples > self.most * self.rate:
+            raise AudioError(f"it is longer than {self.most / 60:g} minutes; send it in parts")
 
     def _open(self) -> ContainerFile:
         return ApartFile(self.stream, self.source if isinstance(self.source, str) else "audio")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, load_audio
+from w2v2.data.augment import Augmentation, keyed_rng
 from w2v2.data.corpora import Row
 from w2v2.data.storage import UnreachableError, read_ranges
 
@@ -73,9 +74,12 @@ class SpeechDataset(Dataset[Batch]):
         seed: of the crops.
         max_seconds: crop longer utterances to this; None: never crop.
         same_length: crop all to the shortest of the batch, at an own random place each, as pretraining wants.
-        normalize: whether each whole utterance gets zero mean and unit variance, before it is cropped.
+        normalize: 0, or what is added to the variance of a whole utterance that is given zero mean and unit variance,
+            before it is cropped.
         encode: transcript -> labels, for targets.
         draw: batch -> its ``draws``.
+        augmentation: changes what is read; None: nothing does.
+        fits: a transcript that would not in a faster utterance keeps it from being faster.
     """
 
     def __init__(
@@ -84,12 +88,15 @@ class SpeechDataset(Dataset[Batch]):
         seed: int = 0,
         max_seconds: float | None = None,
         same_length: bool = False,
-        normalize: bool = False,
+        normalize: float = 0.0,
         encode: Encode | None = None,
         draw: Callable[[Batch], Any] | None = None,
+        augmentation: Augmentation | None = None,
+        fits: Fits | None = None,
     ) -> None:
         self.seed, self.max_seconds, self.same_length = seed, max_seconds, same_length
         self.normalize, self.encode, self.draw = normalize, encode, draw
+        self.augmentation, self.fits = augmentation, fits
 
     def __getitem__(self, item: tuple[tuple[int, int], list[Row]]) -> Batch:
         place, utterances = item
@@ -145,17 +152,25 @@ class SpeechDataset(Dataset[Batch]):
         """Seconds from the cut's start to the crop's, and the crop."""
         if fault := unreadable_reason(cut):
             raise AudioError(fault)
-        duration = min(cut.duration, limit)
+        duration, stretch, rng = min(cut.duration, limit), 1.0, keyed_rng(self.seed, "augment", epoch, cut.id)
+        if self.augmentation is not None:
+            stretch, text = self.augmentation.draw_stretch(rng), cut.supervisions[0].text or ""
+            if self.same_length:  # the crop is as long as ever, and made of more or less
+                length, duration = duration, min(cut.duration, duration / stretch)
+                stretch = length / duration
+            elif self.fits is not None and not self.fits(duration * stretch, text):
+                stretch = 1.0
         # Same-length batches are for training, so crops move with the epoch; elsewhere they depend on the id alone.
         key = f"{self.seed}/{epoch}/{cut.id}" if self.same_length else cut.id
         offset = random.Random(key).uniform(0, cut.duration - duration)
-        if not self.normalize:
-            return offset, load_audio(cut, offset, duration, data)
-        samples = load_audio(cut, data=data)
-        samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-5)
-        start = round(offset * SAMPLE_RATE)
-        part: FloatArray = samples[start : start + round(duration * SAMPLE_RATE)]
-        return offset, part
+        if self.normalize:
+            samples = load_audio(cut, data=data)
+            samples = (samples - samples.mean()) / np.sqrt(samples.var() + self.normalize)
+            start = round(offset * SAMPLE_RATE)
+            samples = samples[start : start + round(duration * SAMPLE_RATE)]
+        else:
+            samples = load_audio(cut, offset, duration, data)
+        return offset, samples if self.augmentation is None else self.augmentation(samples, stretch, rng)
 
 
 def unreadable_reason(cut: MonoCut) -> str:

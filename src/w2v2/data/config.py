@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from w2v2.errors import Count, NotNegative, Positive, Range, UsageError, Whole, check_ranges
+from w2v2.errors import Count, NotNegative, Positive, Range, Share, UsageError, Whole, check_ranges
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """How an utterance is changed each time that it is read for training; by default it is not."""
+
+    speed: Annotated[float, Range(0, 1)] = 0.0
+    """It is up to this share faster, with a higher voice, or slower; 0.1: by a factor of 1/1.1 to 1.1. One whose labels
+    would no longer fit in its frames is not. Batches get longer by as much."""
+    tilt_db: NotNegative = 0.0
+    """A microphone adds up to so many dB an octave, or takes them away, around 1 kHz."""
+    gain_db: NotNegative = 0.0
+    """It is up to so many dB louder or softer."""
+    noise: Share = 0.0
+    """Share of the utterances with noise."""
+    snr_db: tuple[float, float] = (8.0, 25.0)
+    """Voice over noise, dB, from and to."""
+    noise_folder: str = ""
+    """Recordings of noise; none: it is made, white to pink."""
+    room: Share = 0.0
+    """Share of the utterances that are heard in a room."""
+    room_folder: str = ""
+    """Impulse responses of rooms; none: they are made, 0.1 to 0.4 s of reverberation."""
+    low_pass: Share = 0.0
+    """Share of the utterances that lose what is above a frequency of 2.5 to 7 kHz."""
+    codec: Share = 0.0
+    """Share of the utterances that have been through Opus, MP3 or Vorbis."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything."""
+        return any((self.speed, self.tilt_db, self.gain_db, self.noise, self.room, self.low_pass, self.codec))
 
 
 @dataclass(kw_only=True)
@@ -30,6 +62,8 @@ class DataConfig:
     """Utterances (not audio) held to draw batches from: what shuffling can reach beyond the order of the pieces."""
     num_workers: Whole = 2
     """Processes that decode audio, per rank; 0: in the training process."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Changes of the audio in training."""
     max_bad: str = "0.1%"
     """Share of the utterances of a split that may turn out unreadable before the run stops; 0.1% or 0.001."""
 

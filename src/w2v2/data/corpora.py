@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from w2v2.data.config import DataConfig
 from w2v2.data.folders import folder_cuts
 from w2v2.data.splits import SCHEMA, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
-from w2v2.data.utterance import TEXT, Utterance, labelled, location_of, read_cut, repeated
+from w2v2.data.utterance import TEXT, Utterance, head_of, labelled, location_of, read_cut, repeated
 from w2v2.errors import JobError, UsageError
 
 
@@ -68,7 +67,9 @@ class Piece:
             raise JobError(
                 f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
             ) from error
-        yield from (Row(*_head(line), line, self.audio, (number, i), label=self.label) for i, line in enumerate(lines))
+        yield from (
+            Row(*head_of(line), line, self.audio, (number, i), label=self.label) for i, line in enumerate(lines)
+        )
 
     def read(self) -> Iterator[MonoCut]:
         """The cuts, in order."""
@@ -102,17 +103,6 @@ class Row(NamedTuple):
         if isinstance(self.content, bytes):
             return Utterance.from_line(self.content, self.audio, self.label)
         return Utterance.of(labelled(self.content, self.label))
-
-
-_HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [^,]+, "duration": ([^,]+),')
-
-
-def _head(line: bytes) -> tuple[float, str]:
-    """Seconds and id of a manifest's line; all of it is parsed only where it does not begin as they do."""
-    if head := _HEAD.match(line):
-        return float(head[2]), head[1].decode()
-    cut = json.loads(line)
-    return cut["duration"], cut["id"]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +21,26 @@ from w2v2.files import whole
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("path", "start", "end", "text", "speaker", "split", "channel")
+COLUMNS = ("path", "start", "end", "text", "speaker", "split", "channel", "confidence")
 _HF_COLUMNS = ("audio", "text", "speaker")
 
 
-def table_rows(table: Path, columns: Mapping[str, str] | None = None, audio: Path | None = None) -> Iterator[Row]:
+def table_rows(
+    table: Path,
+    columns: Mapping[str, str] | None = None,
+    audio: Path | None = None,
+    *,
+    min_confidence: float = 0.0,
+    passed_over: Counter[str] | None = None,
+) -> Iterator[Row]:
     """Rows of a CSV, TSV or JSONL table. Blanks around the names of columns, and their case, do not matter.
 
     Args:
         table: paths in it are relative to its folder, absolute, or URLs.
         columns: name in the table of each of ``COLUMNS`` that is called otherwise there.
         audio: folder that paths are relative to, instead of the table's.
+        min_confidence: rows that have less of it are left out.
+        passed_over: where these are counted.
 
     Raises:
         UsageError: no such column, a row that lacks one, a value that cannot be; with the row's number.
@@ -56,8 +66,24 @@ def table_rows(table: Path, columns: Mapping[str, str] | None = None, audio: Pat
                 raise UsageError(f"{where}: no column {name!r}, which the rows before have; add it, empty or null")
             if column not in present and name in record:
                 raise UsageError(f"{where}: column {name!r}, which the rows before lack; add it, null there")
-        row = _table_row(where, line, {column: record[name] for column, name in present.items()}, names)
+        values = {column: record[name] for column, name in present.items()}
+        row = _table_row(where, line, values, names)
+        if not _confident(where, values.get("confidence"), min_confidence):
+            if passed_over is not None:
+                passed_over[f"rows of less confidence than {min_confidence:g}"] += 1
+            continue
         yield replace(row, path=existing(audio or table.parent, row.path))
+
+
+def _confident(where: str, value: Any, least: float) -> bool:
+    """Whether a row says, as a share, that it is as sure as wanted; one that says nothing is."""
+    try:
+        confidence = float(text) if (text := as_text(value)) and text.strip() else 1.0
+        if not 0 <= confidence <= 1:
+            raise ValueError(value)
+    except ValueError:
+        raise UsageError(f"{where}: expected a confidence of 0 to 1, got {value!r}") from None
+    return confidence >= least
 
 
 def _mapping(columns: Mapping[str, str] | None, known: Sequence[str]) -> Mapping[str, str]:

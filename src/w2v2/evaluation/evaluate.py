@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,7 +30,7 @@ from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
 from w2v2.evaluation.tuning import tune_on
 from w2v2.files import whole, write_text
-from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place
+from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place, weights_key
 from w2v2.model.wav2vec2 import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
 
 
 def evaluate_model(
-    model: Path,
+    model: str | PathLike[str],
     splits: Splits,
     split: str = "test",
     *,
@@ -124,17 +126,18 @@ def evaluate_model(
     out: Path | None = None,
     against: Path | None = None,
     data: DataConfig | None = None,
+    language: str | None = None,
     device: str | None = None,
     show: Show = quiet,
 ) -> dict[str, Any]:
     """Error rates of a fine-tuned model on a split of a corpus, kept in a folder: all that ``w2v2 evaluate`` does.
 
     Args:
-        model: run folder, or folder of weights.
+        model, language: as of ``load``.
         splits: of ``read_corpus``; ``corpus`` is its name, for the record.
         lm, lexicon, hot_words, beam: of ``make_decoder``.
         tune: split to tune the weights of LM and words on, with so many ``trials``.
-        out: folder of results; None: RUN/evaluation/SPLIT.
+        out: folder of results; None: RUN/evaluation/SPLIT, of a model that is a folder here.
         against, show: as in ``run_evaluation``; stage ``evaluate``, and those of ``tune_on``.
         data: how the corpus is read.
         device: as in ``place``.
@@ -147,14 +150,16 @@ def evaluate_model(
     tuned_on = None if tune is None else choose_split(splits, tune, corpus, "tune")
     if against is not None:
         hypotheses_file(against)
-    recognizer = load_recognizer(model)
+    folder = _folder(model, out)
+    recognizer = load_recognizer(model, language)
     place(recognizer.model, device)
     decoder = make_decoder(recognizer.vocabulary, lm=lm, lexicon=lexicon, hot_words=hot_words, beam=beam)
     if tuned_on is not None:
         if not isinstance(decoder, TunableDecoder) or (lm is None and lexicon is None):
             raise UsageError("`tune` looks for weights of an LM and of words; name one with `lm`, or a `lexicon`")
         _refuse_scored(tune, tuned_on, scored)
-        tuning = tune_on(recognizer, decoder, tuned_on, data, model, trials=trials, show=show)
+        key = weights_key(model, language)
+        tuning = tune_on(recognizer, decoder, tuned_on, data, folder, key, trials=trials, show=show)
         decoder = decoder.tuned(tuning.best)
         for line in tuning.table()[:6]:
             log.info("%s", line)
@@ -165,10 +170,18 @@ def evaluate_model(
         recognizer,
         decoder,
         _watched(whole_utterances(split, scored, data), scored.seconds, show),
-        out or model / "evaluation" / split,
+        out or folder / "evaluation" / split,
         {"run": str(model), "data": corpus, "split": split, "decoder": settings},
         against=against,
     )
+
+
+def _folder(model: str | PathLike[str], out: Path | None) -> Path:
+    """Of a model, or where its results go."""
+    folder = Path(model) if os.path.isdir(model) else out
+    if folder is None:
+        raise UsageError(f"{model} is no folder to put results into; name one with `out`")
+    return folder
 
 
 def _refuse_scored(name: str | None, tuned_on: Split, scored: Split) -> None:

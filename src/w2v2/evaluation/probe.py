@@ -24,7 +24,6 @@ from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Split, Splits
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.evaluation.phones import Labels, check_times, frame_classes, phone_classes, read_labels
-from w2v2.inference.recognizer import normalize_waveform
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.warm_start import log_mel, mel_filters
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -128,8 +127,7 @@ def _frames(
     bounds, heard, who = [(0, 0)], [], []
     features: dict[str, list[Tensor]] = {}
     for i, cut in enumerate(cuts):
-        audio = torch.from_numpy(load_audio(cut))[None]
-        audio = normalize_waveform(audio) if config.normalize_audio else audio
+        audio = config.normalized(torch.from_numpy(load_audio(cut))[None])
         n = config.frames([audio.shape[1]])[0]
         for compute in maps:
             for name, values in compute(audio).items():

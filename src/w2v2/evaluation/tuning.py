@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from w2v2.checkpoint.native import WEIGHTS
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Split
 from w2v2.data.loader import whole_utterances
@@ -143,17 +141,18 @@ def tune_on(
     split: Split,
     data: DataConfig,
     folder: Path,
+    key: str,
     *,
     trials: int = 64,
     show: Show = quiet,
 ) -> Tuning:
-    """``tune`` on a split, whose log-probabilities are computed where the folder of a model does not keep them yet.
+    """``tune`` on a split, whose log-probabilities are computed where a folder does not keep them yet.
 
     Args:
         data: how the split is read.
-        folder: of the model; they are kept in ``emissions`` below it.
+        folder: of the model, if it has one; they are kept in ``emissions`` below it.
+        key: of the model (``weights_key``).
     """
-    key = weights_key(folder)
     cache = EmissionCache(folder / "emissions" / f"{split.audio}-{key[:16]}", key)
     spoken = ((u.id, u.text) for u in split.utterances())
     references = {name: recognizer.vocabulary.normalize(text) for name, text in spoken if text is not None}
@@ -237,11 +236,3 @@ class EmissionCache:
         with whole(path) as partial:
             save_file(tensors, partial)
         self._files |= dict.fromkeys(tensors, path)
-
-
-def weights_key(folder: Path) -> str:
-    """Return the hash of the weights file of a folder of ours; :class:`UsageError` where there is none."""
-    if not (folder / WEIGHTS).is_file():
-        raise UsageError(f"no {folder / WEIGHTS}: expected a finished run folder; check the path")
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, mix_down, resample
+from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile, Mixer, resample
 from w2v2.data.names import utterance_id
 from w2v2.data.sources import folder_rows
 from w2v2.errors import UsageError, public
 from w2v2.files import whole
-from w2v2.inference.recognizer import normalize_waveform
+from w2v2.inference.onnx import VECTORS, OnnxModel
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
 
@@ -50,12 +50,17 @@ FORMATS = {"safetensors": ".safetensors", "numpy": ".npz"}
 
 @torch.no_grad()
 def extract(
-    model: Wav2Vec2, audio: Sequence[Tensor], layers: Sequence[int] = (-1,), *, codes: bool = False, pool: bool = False
+    model: Wav2Vec2 | OnnxModel,
+    audio: Sequence[Tensor],
+    layers: Sequence[int] = (-1,),
+    *,
+    codes: bool = False,
+    pool: bool = False,
 ) -> list[Features]:
     """Features of waveforms, together in one batch; the same as of each alone.
 
     Args:
-        model: put into evaluation mode.
+        model: put into evaluation mode. An exported encoder gives its last layer.
         audio: (S,) float32 each, 16 kHz, as decoded: normalised here, if the model wants that.
         layers: which hidden states; 0 is the input of the first block, I the output of block I, -1 the last.
         codes: whether to give the quantizer's choices too; only a pretraining model has any.
@@ -67,12 +72,17 @@ def extract(
     """
     places = check_wanted(model, layers, codes=codes, pool=pool)
     model.eval()
-    rows = [normalize_waveform(row) if model.config.normalize_audio else row for row in audio]
+    rows = [model.config.normalized(row) for row in audio]
     lengths = [len(row) for row in rows]
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(model.parameters()).device)
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
     found: list[Features] = [{} for _ in rows]
     if places:
-        states, frames = model.hidden_states(batch, lengths)
+        if isinstance(model, OnnxModel):
+            vectors, frames = model(batch, lengths, output=VECTORS)
+            states = dict.fromkeys(places, vectors)
+        else:
+            hidden, frames = model.hidden_states(batch, lengths)
+            states = dict(enumerate(hidden))
         for i, place in itertools.product(range(len(rows)), places):
             state = states[place][i, : frames[i]]
             found[i][f"layer_{place}"] = (state.mean(0) if pool else state).cpu().contiguous()
@@ -88,12 +98,17 @@ def extract(
     return found
 
 
-def check_wanted(model: Wav2Vec2, layers: Sequence[int], *, codes: bool, pool: bool) -> list[int]:
+def check_wanted(model: Wav2Vec2 | OnnxModel, layers: Sequence[int], *, codes: bool, pool: bool) -> list[int]:
     """Layers counted from 0; refuses what the model does not have."""
     depth = model.config.n_layer
     for layer in layers:
         if not -depth - 1 <= layer <= depth:
             raise UsageError(f"no layer {layer}: expected 0 to {depth}, or -{depth + 1} to -1 from the end")
+    if isinstance(model, OnnxModel):
+        if VECTORS not in model.outputs:
+            raise UsageError("the export of a CTC model gives labels and no features; extract from what it was made of")
+        if codes or {layer % (depth + 1) for layer in layers} != {depth}:
+            raise UsageError("an exported encoder gives its last layer alone; leave `layers` and `codes` out")
     if codes and not isinstance(model, Wav2Vec2ForPretraining):
         raise UsageError("the model has no quantizer, and so no codes; name a run of 'w2v2 pretrain'")
     if codes and pool:
@@ -103,21 +118,24 @@ def check_wanted(model: Wav2Vec2, layers: Sequence[int], *, codes: bool, pool: b
     return [layer % (depth + 1) for layer in layers]
 
 
-def read_audio(path: str | Path, max_seconds: float | None = None) -> Tensor:
-    """A whole file as (S,) float32 at 16 kHz, channels averaged.
+def read_audio(path: str | Path, max_seconds: float | None = None, channel: int | None = None) -> Tensor:
+    """A whole file as (S,) float32 at 16 kHz: one channel, counted from 1, or the mean over all.
 
     Raises:
-        AudioError: it cannot be decoded, lacks its end, holds samples that are not finite, or is longer than
-            ``max_seconds``, of which no more is read.
+        AudioError: it cannot be decoded, lacks its end or that channel, holds samples that are not finite, has channels
+            that cancel each other out in the mean, or is longer than ``max_seconds``, of which no more is read.
         OSError: it cannot be read at all.
     """
     with AudioFile(str(path)) as file:
         limit = None if max_seconds is None else int(max_seconds * file.rate)
-        samples = mix_down(file.read(-1 if limit is None else limit + 1))
+        mix = Mixer(channel)
+        samples = mix(file.read(-1 if limit is None else limit + 1))
         if limit is not None and len(samples) > limit:
             raise AudioError(f"longer than {max_seconds:g} s; {_CUT_IT}")
         if not np.isfinite(samples).all():
             raise AudioError(_NOT_FINITE)
+        if mix.cancels:
+            raise AudioError("its channels cancel each other out; choose one with `channel`")
         file.check_end()
         return torch.from_numpy(resample(samples, file.rate))
 
@@ -154,11 +172,11 @@ def find_files(paths: Iterable[str]) -> list[Item]:
     return found
 
 
-def read_files(items: Iterable[Item], max_seconds: float) -> Iterator[Item]:
-    """The same with audio, or what is wrong with it."""
+def read_files(items: Iterable[Item], max_seconds: float, channel: int | None = None) -> Iterator[Item]:
+    """The same with audio, of a channel or the mean over all, or what is wrong with it."""
     for item in items:
         try:
-            yield item if item.fault else replace(item, audio=read_audio(item.source, max_seconds))
+            yield item if item.fault else replace(item, audio=read_audio(item.source, max_seconds, channel))
         except (AudioError, OSError, UsageError) as error:
             yield replace(item, fault=str(error))
 
@@ -194,7 +212,7 @@ class Wanted:
 
 
 def extract_files(
-    model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float = 60.0
+    model: Wav2Vec2 | OnnxModel, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float = 60.0
 ) -> Iterator[dict[str, Any]]:
     """Write a file of features for each item into a folder, some items at a time, and ``INDEX`` of them.
 
@@ -211,7 +229,7 @@ def extract_files(
 
 
 def _rows(
-    model: Wav2Vec2, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float
+    model: Wav2Vec2 | OnnxModel, items: Iterable[Item], out: Path, wanted: Wanted, batch_seconds: float
 ) -> Iterator[dict[str, Any]]:
     taken: set[str] = set()
     waiting: list[Item] = []
@@ -229,7 +247,7 @@ def _rows(
         yield from _write(model, waiting, out, wanted)
 
 
-def _fault(model: Wav2Vec2, item: Item, taken: set[str]) -> str:
+def _fault(model: Wav2Vec2 | OnnxModel, item: Item, taken: set[str]) -> str:
     assert item.audio is not None
     if not model.config.frames([len(item.audio)])[0]:
         return f"{len(item.audio)} samples at 16 kHz are less than a frame needs"
@@ -245,7 +263,7 @@ def _seconds(items: Sequence[Item]) -> float:
     return sum(len(item.audio) for item in items if item.audio is not None) / SAMPLE_RATE
 
 
-def _write(model: Wav2Vec2, items: Sequence[Item], out: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
+def _write(model: Wav2Vec2 | OnnxModel, items: Sequence[Item], out: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
     audio = [item.audio for item in items if item.audio is not None]
     found = extract(model, audio, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     frames = model.config.frames([len(row) for row in audio])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from w2v2.checkpoint.formats import read
+from w2v2.checkpoint.formats import file_hashes, onnx_file, read, recognize
+from w2v2.checkpoint.hub import locate
+from w2v2.checkpoint.native import WEIGHTS
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
+from w2v2.inference.onnx import OnnxModel, load_onnx
 from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 from w2v2.text.classes import ClassNames
 from w2v2.text.vocabulary import Vocabulary
 
@@ -26,11 +29,29 @@ NOT_FINITE = "the model's output is not finite: is the recording far beyond full
 """Said of a recording; a model that has diverged does this to every one."""
 
 
+class CTCModel(Protocol):
+    """What gives log-probabilities of labels: a ``Wav2Vec2ForCTC``, or an ``OnnxModel`` that was exported from one."""
+
+    @property
+    def config(self) -> Wav2Vec2Config:
+        """The shape of it, and whether it is to be given normalised audio."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def eval(self) -> Self:
+        """Itself, in evaluation mode."""
+
+    def __call__(self, audio: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Padded audio (B, S) on its device -> (B, T, labels) float32, and the frames of each row."""
+
+
 @dataclass
 class Recognizer:
     """What is needed to turn audio into text."""
 
-    model: Wav2Vec2ForCTC
+    model: CTCModel
     vocabulary: Vocabulary
 
     def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> str:
@@ -40,7 +61,7 @@ class Recognizer:
             audio: (S,) samples of one channel.
             rate: of the samples, Hz; resampled to 16 kHz if it is another.
         """
-        return Greedy(self.vocabulary)(self.emissions([_samples(audio, rate)])[0]).text
+        return Greedy(self.vocabulary)(self.emissions([resampled(audio, rate)])[0]).text
 
     @torch.no_grad()
     def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
@@ -52,14 +73,12 @@ class Recognizer:
         Returns:
             (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
         """
-        config = self.model.config
-        device = next(self.model.parameters()).device
-        rows = [normalize_waveform(row) if config.normalize_audio and len(row) else row for row in audio]
-        frames = config.frames([len(row) for row in rows])
+        frames = self.model.config.frames([len(row) for row in audio])
+        rows = [self.model.config.normalized(row) for row in audio]
         usable = [row for row, count in zip(rows, frames, strict=True) if count]
         found: list[Tensor] = []
         if usable:
-            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(device)
+            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(self.model.device)
             found = self.batch_emissions(batch, [len(row) for row in usable])
         rest = iter(found)
         return [next(rest) if count else torch.zeros(0, len(self.vocabulary.labels)) for count in frames]
@@ -71,10 +90,16 @@ class Recognizer:
         return [row[:count].cpu() for row, count in zip(log_probs, frames, strict=True)]
 
 
-def normalize_waveform(audio: Tensor) -> Tensor:
-    """(..., S) with zero mean and unit variance over S, as in training."""
-    mean, var = audio.mean(-1, keepdim=True), audio.var(-1, correction=0, keepdim=True)
-    return (audio - mean) / torch.sqrt(var + 1e-5)
+def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
+    """(S,) samples of one channel -> (S,) float32 at 16 kHz."""
+    samples = np.asarray(audio, dtype=np.float32)
+    if samples.ndim != 1:
+        raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
+    if rate != SAMPLE_RATE:
+        from w2v2.data.audio import resample
+
+        samples = resample(samples, rate)
+    return torch.from_numpy(samples)
 
 
 @dataclass
@@ -86,7 +111,7 @@ class Classifier:
 
     def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> dict[str, float]:
         """Probability of each class of one recording, the most probable first; arguments as of :class:`Recognizer`."""
-        (log_probs,) = self.log_probs([_samples(audio, rate)])
+        (log_probs,) = self.log_probs([resampled(audio, rate)])
         order = log_probs.argsort(descending=True).tolist()
         return {self.classes.labels[i]: log_probs[i].exp().item() for i in order}
 
@@ -100,66 +125,80 @@ class Classifier:
         config, lengths = self.model.config, [len(row) for row in audio]
         if 0 in config.frames(lengths):
             raise UsageError(f"audio of {min(lengths)} samples is shorter than one frame: it has no class")
-        rows = [normalize_waveform(row) if config.normalize_audio else row for row in audio]
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(next(self.model.parameters()).device)
+        rows = [config.normalized(row) for row in audio]
+        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.device)
         log_probs: Tensor = self.model.eval()(batch, lengths)[0].cpu()
         return log_probs
 
 
-def _samples(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
-    """(S,) float32 at 16 kHz."""
-    samples = np.asarray(audio, dtype=np.float32)
-    if samples.ndim != 1:
-        raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
-    if rate != SAMPLE_RATE:
-        from w2v2.data.audio import resample
+def load(name: str | PathLike[str], language: str | None = None) -> Recognizer | Classifier | Wav2Vec2 | OnnxModel:
+    """Load a model by name.
 
-        samples = resample(samples, rate)
-    return torch.from_numpy(samples)
-
-
-def load(path: str | PathLike[str]) -> Recognizer | Classifier | Wav2Vec2:
-    """Load a run folder, a folder of weights, or a checkpoint of another format that ``w2v2 convert`` reads.
+    Args:
+        name: anything that ``locate`` finds: what ``formats.read`` reads, or an exported ONNX model.
+        language: as for ``formats.read``.
 
     Returns:
         On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a classifier
-        a ``Classifier``, with its classes; of a pretraining run its model; of an encoder alone a ``Wav2Vec2``.
+        a ``Classifier``, with its classes; of a pretraining run its model; of an encoder alone a ``Wav2Vec2``, of an
+        exported one an ``OnnxModel``.
 
     Raises:
         UsageError: nothing there, something else, or weights that do not fit.
     """
-    checkpoint = read(Path(path))
-    model = checkpoint.build()
-    if isinstance(model, Wav2Vec2ForClassification):
+    path = locate(name, language)
+    if graph := onnx_file(path):
+        if language is not None:
+            raise UsageError(f"{name} is an export of one model; leave `language` out")
+        model, vocabulary = load_onnx(graph)
+        return model if vocabulary is None else Recognizer(model, vocabulary)
+    checkpoint = read(path, language)
+    network = checkpoint.build()
+    if isinstance(network, Wav2Vec2ForClassification):
         assert checkpoint.classes is not None
-        return Classifier(model, checkpoint.classes)
-    if not isinstance(model, Wav2Vec2ForCTC):
-        return model
+        return Classifier(network, checkpoint.classes)
+    if not isinstance(network, Wav2Vec2ForCTC):
+        return network
     assert checkpoint.vocabulary is not None
-    return Recognizer(model, checkpoint.vocabulary)
+    return Recognizer(network, checkpoint.vocabulary)
 
 
-def load_recognizer(path: str | PathLike[str]) -> Recognizer:
+def load_recognizer(name: str | PathLike[str], language: str | None = None) -> Recognizer:
     """Load a model as ``load`` does, if it is one that writes.
 
     Raises:
         UsageError: as ``load``, or a model without a CTC head.
     """
-    recognizer = load(path)
+    recognizer = load(name, language)
     if not isinstance(recognizer, Recognizer):
         raise UsageError(
-            f"{path} has no CTC head: expected a run of 'w2v2 finetune'; "
+            f"{name} has no CTC head: expected a run of 'w2v2 finetune'; "
             "a pretrained encoder has to be fine-tuned first"
         )
     return recognizer
 
 
-def place(model: nn.Module, device: str | None) -> None:
+def weights_key(name: str | PathLike[str], language: str | None = None) -> str:
+    """Return a hash of the weights of a model, as ``load`` finds it; :class:`UsageError` where there are none."""
+    path = locate(name, language)
+    if (path / WEIGHTS).is_file() and language is None:
+        with (path / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = file_hashes(onnx_file(path) or recognize(path)[1])
+    return hashlib.sha256(f"{hashes} {language}".encode()).hexdigest()
+
+
+def place(model: CTCModel | nn.Module, device: str | None) -> None:
     """Move a model to a device; None: to a GPU if there is one.
 
     Raises:
         UsageError: there is no such device.
     """
+    if isinstance(model, OnnxModel):
+        if device not in (None, "cpu"):
+            raise UsageError(f"`device` {device} cannot be used by an ONNX model; expected cpu")
+        return
+    assert isinstance(model, nn.Module)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(name)

@@ -3,6 +3,7 @@
 Audio is decoded, mixed down and resampled as it is needed. A window starts at a whole number of frames; the frames near
 its edges, which see too little, are thrown away, and those that the next window starts with lie beside those that this
 one ends with. Neither the audio nor the log-probabilities of a long recording are ever in memory as a whole.
+While the model works on a batch, a thread reads the next one, and another makes text of the one before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -201,20 +203,51 @@ def transcribe(
     recordings = (_Recording(source, recognizer, decoder, longest) for source in sources)
     done = 0
     windows = (item for recording in recordings for item in recording.windows(layout))
-    for batch in _batches(windows, batch_size):
-        found = iter(recognizer.emissions([window.audio for _, window in batch if window is not None]))
-        for recording, window in batch:
-            if window is not None:
-                recording.add(next(found)[window.skip : window.skip + window.keep])
-            if window is None or window.last:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        heard = (
+            (batch, writer.submit(_texts, batch, recognizer.emissions([w.audio for _, w in batch if w is not None])))
+            for batch in _ahead(reader, windows, batch_size)
+        )
+        for batch, texts in _one_late(heard):
+            for text in texts.result():
                 done += sizes.pop(0)
-                yield recording.failure or recording.finish()
-        if show is not None:
-            rest = sizes[0] * batch[-1][0].share() if sizes and batch[-1][1] and not batch[-1][1].last else 0.0
-            show((done + rest) / (done + sum(sizes)))
+                yield text
+            if show is not None:
+                rest = sizes[0] * batch[-1][0].share() if sizes and batch[-1][1] and not batch[-1][1].last else 0.0
+                show((done + rest) / (done + sum(sizes)))
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+_Item = tuple[_Recording, Window | None]
+
+
+def _texts(batch: Sequence[_Item], log_probs: Iterable[Tensor]) -> list[Transcript | Failure]:
+    """What is said in the recordings that end in a batch, once it has been added to them."""
+    rest, ended = iter(log_probs), []
+    for recording, window in batch:
+        if window is not None:
+            recording.add(next(rest)[window.skip : window.skip + window.keep])
+        if window is None or window.last:
+            ended.append(recording.failure or recording.finish())
+    return ended
+
+
+def _ahead(thread: Executor, items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in batches, each made in a thread while the one before is in use."""
     rest = iter(items)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
+
+    def batch() -> list[T]:
+        return list(itertools.islice(rest, size))
+
+    coming = thread.submit(batch)
+    while current := coming.result():
+        coming = thread.submit(batch)
+        yield current
+
+
+def _one_late(items: Iterable[T]) -> Iterator[T]:
+    """The items, each when the next one is there."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from w2v2.errors import Count, Positive, ShareBelowOne, UsageError, Whole
+from w2v2.model.initialization import init_weights
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
     ContrastiveDraws,
@@ -30,7 +31,7 @@ from w2v2.model.packing import Rows, repeat_rows, to_device, unpack
 from w2v2.model.precision import low_precision
 from w2v2.model.quantizer import GumbelVectorQuantizer, QuantizerOutput, gumbel_temperature, perplexity
 from w2v2.model.transformer import take
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config, init_weights
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 
 
 class Wav2Vec2ForPretraining(Wav2Vec2):

@@ -109,8 +109,22 @@ class MLP(nn.Module):
         return out
 
 
+class Adapter(nn.Module):
+    """A narrow MLP with a residual, which is all that a language has of its own in MMS (arXiv:2305.13516)."""
+
+    def __init__(self, n_embd: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(n_embd)
+        self.linear_1, self.linear_2 = nn.Linear(n_embd, width), nn.Linear(width, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        out: Tensor = x + self.linear_2(F.relu(self.linear_1(self.norm(x))))
+        return out
+
+
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each with one residual dropout; norms before (``norm_first``) or after them."""
+    """Attention and MLP, each with one residual dropout; norms before (``norm_first``) or after; perhaps an adapter."""
 
     def __init__(
         self,
@@ -122,6 +136,7 @@ class TransformerBlock(nn.Module):
         attention_dropout: float,
         activation_dropout: float,
         norm_first: bool,
+        adapter_dim: int = 0,
     ) -> None:
         super().__init__()
         self.attn = SelfAttention(n_embd, n_head, attention_dropout)
@@ -130,10 +145,12 @@ class TransformerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
+        self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else nn.Identity()
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> same shape; (1, N, D) if only rows are wanted."""
-        with low_precision(x, self.attn, self.mlp, self.ln_1, self.ln_2) as (x, attn, mlp, ln_1, ln_2):
+        modules = (self.attn, self.mlp, self.ln_1, self.ln_2, self.adapter)
+        with low_precision(x, *modules) as (x, attn, mlp, ln_1, ln_2, adapter):
             asked: Tensor = x if rows is None else take(x, rows)
             if self.norm_first:
                 asked = asked + self.dropout(attn(ln_1(x), lengths, rows))
@@ -141,6 +158,7 @@ class TransformerBlock(nn.Module):
             else:
                 asked = ln_1(asked + self.dropout(attn(x, lengths, rows)))
                 asked = ln_2(asked + self.dropout(mlp(asked)))
+            asked = adapter(asked)
         return asked
 
     def skip(self, x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from w2v2.errors import Count, NotNegative, Share, ShareBelowOne, UsageError, Whole, check_ranges
+from w2v2.errors import Count, NotNegative, Positive, Share, ShareBelowOne, UsageError, Whole, check_ranges
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, FeatureProjection, frame_center, output_lengths
+from w2v2.model.initialization import init_weights
 from w2v2.model.masking import sample_span_mask
 from w2v2.model.packing import Rows, is_plain, repeat_rows, unpack
-from w2v2.model.quantizer import GumbelVectorQuantizer
 from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock, take
 
 SAMPLE_RATE = 16_000
@@ -51,6 +51,8 @@ class Wav2Vec2Config:
     ``extractor_mode``)."""
     normalize_audio: bool = False
     """Whether the waveform is given zero mean and unit variance over the whole utterance (``normalize``)."""
+    audio_epsilon: Positive = 1e-5
+    """Added to that variance: 1e-5 in fairseq, 1e-7 in transformers' feature extractor."""
     utterance_norm: bool = False
     """Whether each feature channel gets zero mean and unit variance over the utterance, before the LayerNorm. Not in
     the paper: it takes away what tells speakers and rooms apart, which a short run would learn first."""
@@ -79,6 +81,9 @@ class Wav2Vec2Config:
     """Share of frames that would be masked if no spans overlapped (``mask_prob``); the paper's 0.065 times the span."""
     mask_length: Count = 10
     """Frames of a span: 200 ms (``mask_length``)."""
+    adapter_dim: Whole = 0
+    """Width of the adapter after each block, as MMS has one for each language (``adapter_attn_dim`` of transformers);
+    0: none."""
 
     def check(self) -> None:
         """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
@@ -127,6 +132,18 @@ class Wav2Vec2Config:
         """A mask for each utterance of so many samples."""
         return [self.sample_mask(n, rng) for n, rng in zip(self.frames(samples), rngs, strict=True)]
 
+    @property
+    def normalize(self) -> float:
+        """``audio_epsilon`` where audio is normalised, else 0: what a dataset is told."""
+        return self.audio_epsilon if self.normalize_audio else 0.0
+
+    def normalized(self, audio: Tensor) -> Tensor:
+        """(..., S) audio as the model takes it: with zero mean and unit variance over S, where it wants that."""
+        if not self.normalize_audio or not audio.shape[-1]:
+            return audio
+        mean, var = audio.mean(-1, keepdim=True), audio.var(-1, correction=0, keepdim=True)
+        return (audio - mean) / torch.sqrt(var + self.audio_epsilon)
+
     def frames(self, samples: Sequence[int]) -> list[int]:
         """Frames for so many samples, per utterance."""
         return output_lengths(samples, self.conv_kernel_sizes, self.conv_strides, self.conv_paddings)
@@ -161,12 +178,18 @@ class Wav2Vec2(nn.Module):
                 attention_dropout=config.attention_dropout,
                 activation_dropout=config.activation_dropout,
                 norm_first=config.norm_first,
+                adapter_dim=config.adapter_dim,
             )
             for _ in range(config.n_layer)
         )
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.mask_vector.device
 
     def forward(self, audio: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
         """``encode``."""
@@ -264,36 +287,3 @@ class Wav2Vec2(nn.Module):
                 x, rows = block(x, lengths, rows), None
         x = x if rows is None else take(x, rows)
         return self.ln_f(x) if self.config.norm_first else x
-
-
-@torch.no_grad()
-def init_weights(model: nn.Module) -> None:
-    """Initialise whatever parts of a model are given.
-
-    | part | init | source |
-    |---|---|---|
-    | convolutions | Kaiming normal, fan in; optionally smoothed | fairseq |
-    | linear layers of the transformer | N(0, 0.02), bias 0 | fairseq `init_bert_params` |
-    | positional convolution | N(0, sqrt(4 / (kernel D))), bias 0, at its construction | fairseq |
-    | mask vector | U(0, 1) | fairseq |
-    | quantizer | projector N(0, 1), bias 0; codebook U(0, 1) | fairseq |
-    | feature projection, out_linear, project_q, norms | PyTorch's default | fairseq |
-    """
-    for module in model.modules():
-        if isinstance(module, Wav2Vec2):
-            smoothing = module.config.conv_init_smoothing
-            for i, weight in enumerate(module.feature_encoder.conv_weights()):
-                nn.init.kaiming_normal_(weight)
-                if i > 0 and smoothing > 0:
-                    # Kernels of nearly equal taps: low-pass on the way down, so that untrained features already move
-                    # slowly. The response to a constant stays what it was.
-                    weight.copy_((1 - smoothing) * weight + smoothing * weight.mean(-1, keepdim=True))
-            nn.init.uniform_(module.mask_vector)
-        elif isinstance(module, TransformerBlock):
-            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
-                nn.init.normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
-        elif isinstance(module, GumbelVectorQuantizer):
-            nn.init.normal_(module.projector.weight)
-            nn.init.zeros_(module.projector.bias)
-            nn.init.uniform_(module.codebook)

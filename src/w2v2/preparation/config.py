@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from w2v2.errors import Count, Positive, Range, ShareBelowOne, UsageError, check_ranges
+from w2v2.errors import Count, Positive, Range, Share, ShareBelowOne, UsageError, check_ranges
 
 ENCODINGS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "wav": ("WAV", "PCM_16")}
 """Encodings of 16 kHz mono audio in shards, with libsndfile's names."""
+
+MIN_CONFIDENCE = 0.1
+"""Of an alignment: below it words are taken for others than those that are said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class PrepareConfig:
     """Folder that a table's paths are relative to, such as Common Voice's ``clips``; empty: the table's own."""
     speaker: str = ""
     """Regular expression on the relative path, whose first group is the speaker."""
+    min_confidence: Share = 0.0
+    """Rows of a table whose column ``confidence`` says less are left out, and counted."""
     hf_config: str = ""
     """Configuration of a Hugging Face dataset."""
     shards: str = ""

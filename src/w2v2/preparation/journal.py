@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS rows (
     channel INTEGER, stamp TEXT, bytes INTEGER, seen INTEGER, stem TEXT,
     name TEXT, part TEXT, place INTEGER, done INTEGER DEFAULT 0,
     rate INTEGER, channels INTEGER, total INTEGER, first INTEGER, samples INTEGER, content TEXT, cuts TEXT,
-    heard INTEGER,
+    heard INTEGER, before TEXT, held INTEGER DEFAULT 0,
     UNIQUE (path, line)
 );
 CREATE TABLE IF NOT EXISTS reasons (row INTEGER, reason TEXT, detail TEXT);
@@ -35,9 +35,11 @@ CREATE TEMP VIEW kept AS SELECT * FROM rows WHERE done AND part IS NOT NULL AND 
     (SELECT row FROM reasons WHERE reason IN ({", ".join(f"'{reason}'" for reason in REJECTING)}));
 CREATE TEMP TABLE chosen (subset TEXT, name TEXT, PRIMARY KEY (subset, name));
 CREATE TEMP VIEW members AS SELECT part AS member_of, * FROM kept UNION ALL
+    SELECT 'valid', * FROM kept WHERE held UNION ALL
     SELECT subset, kept.* FROM kept JOIN chosen USING (name) WHERE part = 'train';
 """
-"""Kept are rows that go into the corpus; members those of its splits, and again those of labelled subsets of train."""
+"""Kept are rows that go into the corpus; members those of its splits, and again those of labelled subsets of train.
+Of the only recording of a corpus ``held`` parts, the last, are of the split valid, the others of train."""
 _ROWS_PER_TASK, _BYTES_PER_TASK = 64, 32 << 20
 
 

@@ -11,20 +11,16 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from w2v2.data.layouts import layout_rows
-from w2v2.data.sources import Row, folder_rows, locate
+from w2v2.data.sources import locate
 from w2v2.data.splits import SCHEMA
-from w2v2.data.storage import is_remote
-from w2v2.data.tables import hf_rows, listed_splits, table_rows
+from w2v2.data.tables import hf_rows, listed_splits
 from w2v2.errors import JobError, Show, UsageError, public, quiet
 from w2v2.files import whole, write_json
 from w2v2.preparation.audit import audit_all
@@ -32,10 +28,10 @@ from w2v2.preparation.config import AuditConfig, PrepareConfig
 from w2v2.preparation.executors import in_order, local_executor
 from w2v2.preparation.findings import REASONS
 from w2v2.preparation.journal import Journal, open_journal
+from w2v2.preparation.reading import source_rows, stamped
 from w2v2.preparation.settle import settle
 
-TABLES = (".csv", ".tsv", ".jsonl")
-HF = "hf:"
+HF, _JOURNAL = "hf:", "journal.sqlite"
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +49,8 @@ def prepare(
 
     Args:
         source: a folder of audio (LibriSpeech's layout or any other), a table (CSV, TSV, JSONL), or ``hf:NAME``.
-        out: folder of the corpus; new, or one that a preparation of the same source was stopped in.
+        out: folder of the corpus; new, or one of the same source and options: what was begun is finished, and of what
+            has changed since, only that is decoded again.
         config: how.
         jobs: processes.
         strict: fail, after the audit, if it found anything at all.
@@ -73,32 +70,72 @@ def prepare(
     source = str(source) if str(source).startswith(HF) else str(Path(source).absolute())
     options = {"source": source, **asdict(config)}
     work = out / ".prepare"
-    if finished := _finished(out, options):
-        shutil.rmtree(work, ignore_errors=True)
-        _refuse_changes(finished, source, out, options)
-        log.info("%s is prepared already", out)
-        if strict:
-            _refuse_findings(finished["audit"], out)
-        return finished
-    root = _begin(source, out, options, show)
-    with open_journal(work / "journal.sqlite") as journal, contextlib.ExitStack() as stack:
+    finished = _finished(out, options)
+    if finished and (source.startswith(HF) or not Path(source).exists()):
+        log.info("%s is not compared with its source", out)
+        return _as_it_is(finished, out, strict=strict)
+    if finished and (out / _JOURNAL).exists() and not (work / _JOURNAL).exists():
+        work.mkdir(exist_ok=True)
+        with whole(work / _JOURNAL) as partial:
+            shutil.copyfile(out / _JOURNAL, partial)
+    root = _begin(source, out, config, options, show)
+    with open_journal(work / _JOURNAL) as journal:
+        sources = _sources(journal, options)
+        changes = _changes(journal, finished, sources, out) if finished else ""
+    if finished and not changes:
+        if not (out / _JOURNAL).exists():
+            os.replace(work / _JOURNAL, out / _JOURNAL)
+        shutil.rmtree(work)
+        return _as_it_is(finished, out, strict=strict)
+    if finished:
+        log.info("%s: changed are %s; doing what is new", out, changes)
+    with contextlib.ExitStack() as stack:
         if executor is None:
             executor = stack.enter_context(local_executor(jobs))
+        summary = _write(root, out, config, options, executor, jobs, sources, strict=strict, show=show)
+    shutil.rmtree(work)
+    return summary
+
+
+def _write(
+    root: Path,
+    out: Path,
+    config: PrepareConfig,
+    options: dict[str, Any],
+    executor: Executor,
+    jobs: int,
+    sources: dict[str, str],
+    *,
+    strict: bool,
+    show: Show,
+) -> dict[str, Any]:
+    """Audit what has not been, and write the corpus; returns what ``corpus.json`` holds."""
+    work = out / ".prepare"
+    with open_journal(work / _JOURNAL) as journal:
         _audit(journal, root, config.audit, executor, jobs, show)
         table = _splits(options)
-        listed = listed_splits(table) if config.splits or (table.exists() and not source.startswith(HF)) else ()
-        sources = _sources(journal, options)
-        settle(journal, listed, {"valid": config.valid_share, "test": config.test_share}, config.seed)
+        known = config.splits or (table.exists() and not options["source"].startswith(HF))
+        shares = {"valid": config.valid_share, "test": config.test_share}
+        settle(journal, listed_splits(table) if known else (), shares, config.seed)
         counts, content = _write_audit(journal, out), journal.content_hash()
         if strict:
             _refuse_findings(counts, out)
         from w2v2.preparation.corpus import CorpusWriter  # late: it needs lhotse, which needs torch
 
+        (out / "corpus.json").unlink(missing_ok=True)  # what is written from here is another one
         splits = CorpusWriter(journal, root, out, config, executor, jobs).write(content, show)
-    head = {"schema": SCHEMA, "source": source, "options": options, "sources": sources, "content_hash": content}
-    write_json(out / "corpus.json", summary := head | {"audit": counts, "splits": splits})
-    shutil.rmtree(work)
+    head = {"schema": SCHEMA, "source": options["source"], "options": options, "sources": sources}
+    summary = {**head, "content_hash": content, "audit": counts, "splits": splits}
+    write_json(out / "corpus.json", summary)
+    os.replace(work / _JOURNAL, out / _JOURNAL)  # what is known of each recording, for the next time
     return summary
+
+
+def _as_it_is(finished: dict[str, Any], out: Path, *, strict: bool) -> dict[str, Any]:
+    log.info("%s is prepared already", out)
+    if strict:
+        _refuse_findings(finished["audit"], out)
+    return finished
 
 
 def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,26 +152,15 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _refuse_changes(finished: dict[str, Any], source: str, out: Path, options: dict[str, Any]) -> None:
-    """Refuse a source that is another one than when the corpus was made of it, and say what has changed."""
-    if "sources" not in finished or source.startswith(HF) or not Path(source).exists():
-        log.info("%s is not compared with its source", out)
-        return
-    with tempfile.TemporaryDirectory() as folder, open_journal(Path(folder, "journal.sqlite")) as journal:
-        _enter(journal, source, out, options, quiet)
-        now, before = _sources(journal, options), finished["sources"]
-        if now == before:
-            return
-        changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
-        if now[_ROWS] != before[_ROWS]:
-            with (out / "audit.jsonl").open("rb") as lines:
-                told = ((line["path"], line.get("row", 0)) for line in map(json.loads, lines))
-                new, gone = journal.differences(told)
-            changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
-    raise UsageError(
-        f"{out} holds the corpus of what {source} was before: changed are {', '.join(changed)}; prepare into another "
-        "folder, or remove this one"
-    )
+def _changes(journal: Journal, finished: dict[str, Any], now: dict[str, str], out: Path) -> str:
+    """What is not as it was when the corpus was made of it; empty: all is."""
+    before = finished.get("sources", now)
+    changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
+    if now[_ROWS] != before[_ROWS]:
+        with (out / "audit.jsonl").open("rb") as lines:
+            new, gone = journal.differences((line["path"], line.get("row", 0)) for line in map(json.loads, lines))
+        changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
+    return ", ".join(changed)
 
 
 _ROWS = "its recordings and transcripts"
@@ -163,7 +189,7 @@ def _other(old: dict[str, Any], options: dict[str, Any]) -> list[str]:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-def _begin(source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
+def _begin(source: str, out: Path, config: PrepareConfig, options: dict[str, Any], show: Show) -> Path:
     """Start or take up a journal, and enter the rows of the source; returns the folder that their paths start from.
 
     A folder that is new is removed again if the source cannot be used: nothing has been done, so nothing is lost.
@@ -171,7 +197,7 @@ def _begin(source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
     new = not out.exists()
     (out / ".prepare").mkdir(parents=True, exist_ok=True)
     try:
-        with open_journal(out / ".prepare" / "journal.sqlite") as journal:
+        with open_journal(out / ".prepare" / _JOURNAL) as journal:
             if (begun := journal.get("options")) is not None:
                 old = json.loads(begun)
                 if changed := _other(old, options):
@@ -179,7 +205,7 @@ def _begin(source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
                         f"{out} holds an unfinished preparation with other options ({', '.join(changed)}): finish it "
                         "with those, or choose another folder"
                     )
-            root = _enter(journal, source, out, options, show)
+            root = _enter(journal, source, out, config, options, show)
             if not journal.totals().rows:
                 raise UsageError(
                     f"no audio in {source}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path"
@@ -192,45 +218,23 @@ def _begin(source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
     return root
 
 
-def _enter(journal: Journal, source: str, out: Path, options: dict[str, Any], show: Show) -> Path:
-    columns = dict(pair.split("=", 1) for pair in options["columns"])
-    path = Path(source)
-    if source.startswith(HF):
-        root = (out / "audio").absolute()
-        name, config = source.removeprefix(HF), options["hf_config"] or None
-        rows = hf_rows(name, root, columns, journal.last_line(), config)
-        while batch := list(islice(rows, 500)):
-            journal.enter(_stamped(root, batch), keep_old=True)
-            journal.put("options", json.dumps(options))  # now, so that no other dataset goes on from here
-            show("read", 0.0)
-    elif path.is_dir():
-        root, passed_over = path, Counter[str]()
-        rows = layout_rows(root) or folder_rows(root, options["speaker"] or None, passed_over)
-        journal.enter(_stamped(root, rows))
+def _enter(
+    journal: Journal, source: str, out: Path, config: PrepareConfig, options: dict[str, Any], show: Show
+) -> Path:
+    if not source.startswith(HF):
+        passed_over = Counter[str]()
+        root, rows = source_rows(Path(source), config, passed_over)
+        journal.enter(stamped(root, rows))
         journal.put("passed_over", json.dumps({what: count for what, count in passed_over.most_common() if count}))
-    elif path.suffix.lower() in TABLES and path.exists():
-        root = path.parent
-        audio = Path(options["audio_folder"]).absolute() if options["audio_folder"] else None
-        root = audio or root
-        journal.enter(_stamped(root, table_rows(path, columns, audio)))
-    elif path.exists():
-        raise UsageError(f"cannot read {path}: expected a folder, or a table ending in {', '.join(TABLES)}")
-    else:
-        raise UsageError(f"no folder or table {path}: expected audio, a table of it, or hf:NAME")
+        return root
+    root = (out / "audio").absolute()
+    columns = dict(pair.split("=", 1) for pair in config.columns)
+    rows = hf_rows(source.removeprefix(HF), root, columns, journal.last_line(), config.hf_config or None)
+    while batch := list(islice(rows, 500)):
+        journal.enter(stamped(root, batch), keep_old=True)
+        journal.put("options", json.dumps(options))  # now, so that no other dataset goes on from here
+        show("read", 0.0)
     return root
-
-
-def _stamped(root: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, str, int]]:
-    """Each row with what changes when its file does, and the file's size."""
-    last, stamp, size = "", "", 0
-    for row in rows:
-        if row.path != last:
-            last, stamp, size = row.path, "", 0
-            if not is_remote(row.path):
-                with contextlib.suppress(OSError):  # the audit says what is wrong with it
-                    status = os.stat(locate(root, row.path))
-                    stamp, size = f"{status.st_size}/{status.st_mtime_ns}", status.st_size
-        yield row, stamp, size
 
 
 # --- The audit --------------------------------------------------------------------------------------------------------

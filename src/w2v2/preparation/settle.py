@@ -31,7 +31,7 @@ def settle(journal: Journal, listed: Iterable[tuple[str, str]], shares: dict[str
             WHERE text IS NULL AND EXISTS (SELECT 1 FROM rows WHERE text IS NOT NULL)"""
         )
         journal.db.execute("CREATE INDEX IF NOT EXISTS rows_by_content ON rows (content)")
-        journal.db.execute("UPDATE rows SET part = split")
+        journal.db.execute("UPDATE rows SET before = part, part = split, held = 0")
         _list(journal, listed)
         journal.db.execute(
             """INSERT INTO reasons SELECT id, 'duplicate', 'the same samples as ' || first FROM (
@@ -96,7 +96,8 @@ def _list(journal: Journal, listed: Iterable[tuple[str, str]]) -> None:
 def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
     """Hold out whole speakers of train for each split that is missing; recordings, where there are not two.
 
-    Speakers of one recording stay together, and so do the recordings of a speaker.
+    Speakers of one recording stay together, and so do the recordings of a speaker. What was held out when the corpus
+    was prepared before stays so.
     """
     if not journal.value("SELECT count(*) FROM kept WHERE part = 'train'"):
         journal.db.execute("UPDATE rows SET part = 'train' WHERE part IS NOT NULL")
@@ -109,17 +110,32 @@ def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
         for group in (speaker, "path"):
             count = journal.value(f"SELECT count(DISTINCT {group}) FROM kept WHERE part = 'train'")
             if count < 2:
-                if group == "path":
+                if group == "path" and not (split == "valid" and _hold_parts(journal, wanted)):
                     log.warning("there is no split %s: it takes two recordings, to hold one out", split)
                 continue
             held = min(max(1, round(wanted / left * count)), count - 1)  # a share of all that there were
             journal.db.execute(
                 f"""UPDATE rows SET part = ? WHERE part = 'train' AND {group} IN (
-                SELECT {group} FROM kept WHERE part = 'train' GROUP BY 1 ORDER BY share(? || {group}) LIMIT ?)""",
-                (split, f"{seed}/{split}/" if seed else "", held),
+                SELECT {group} FROM kept WHERE part = 'train' GROUP BY 1
+                ORDER BY max(before IS ?) DESC, share(? || {group}) LIMIT ?)""",
+                (split, split, f"{seed}/{split}/" if seed else "", held),
             )
             left -= wanted
             break
+
+
+def _hold_parts(journal: Journal, wanted: float) -> bool:
+    """Hold out the last parts of the only recording there is, if it was cut; returns whether it was."""
+    rows = journal.db.execute("SELECT id, json_array_length(cuts) + 1 FROM kept WHERE part = 'train'").fetchall()
+    if len(rows) != 1 or rows[0][1] < 2:
+        return False  # rows of a table are held out with their recording, or not at all
+    [(row, parts)] = rows
+    held = min(max(1, round(wanted * parts)), parts - 1)
+    journal.db.execute("UPDATE rows SET held = ? WHERE id = ?", (held, row))
+    log.warning(
+        "one recording only: the last %d of its %d parts are the split valid, of the same voice and room", held, parts
+    )
+    return True
 
 
 def _group(journal: Journal) -> None:

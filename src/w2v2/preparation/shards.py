@@ -45,9 +45,12 @@ class Piece:
 
 
 def row_cuts(row: sqlite3.Row, root: Path) -> Iterator[MonoCut]:
-    """A row of the journal as one cut, or as several where it was cut."""
+    """A member of a split as one cut, or as several where it was cut."""
     bounds = [0, *json.loads(row["cuts"]), row["samples"]]
+    first_held = len(bounds) - 1 - row["held"]
     for i, (start, end) in enumerate(pairwise(bounds)):
+        if row["held"] and (i >= first_held) != (row["member_of"] == "valid"):
+            continue
         yield file_cut(
             row["name"] if len(bounds) == 2 else f"{row['name']}-{i:04d}",
             locate(root, row["path"]),

@@ -25,7 +25,7 @@ def check_transcript(text: str, finding: Finding, config: AuditConfig) -> None:
     if seconds > config.max_transcribed_seconds:
         finding.add(
             "too_long",
-            f"{seconds:.0f} s, which training takes at once, w2v2 align finds where to cut it into table rows",
+            f"{seconds:.0f} s, which training takes at once, `cut_by` cuts it where w2v2 align finds the words",
         )
     labels = "|".join(words) + "|"  # a boundary after each word, as the vocabulary encodes it
     needed = frames_needed([ord(label) for label in labels])

@@ -17,11 +17,16 @@ from w2v2.errors import UsageError
 from w2v2.files import write_text
 from w2v2.report import figures
 from w2v2.report.figures import PANELS, Series
+from w2v2.report.listening import samples_of
 
 PRETRAINING = ("contrastive", "accuracy", "code_perplexity", "learning_rate")
-ARMS = {"finetuned": ("pretrained", figures.BLUE), "scratch": ("from scratch", figures.ORANGE)}
+ARMS = {
+    "finetuned": ("pretrained", figures.BLUE), "warm_start_only": ("warm start alone", figures.GREEN),
+    "scratch": ("random weights", figures.ORANGE),
+}  # fmt: skip
+COMPARED = ("finetuned", "scratch")
 STAGES = {"pretrain": "Pretraining", **{arm: f"Fine-tuning, {label}" for arm, (label, _) in ARMS.items()}}
-"""Run folders of a demo, and what they are called."""
+"""Run folders of a demo, and what they are called; those that are compared must be there."""
 CLEAR = 0.02
 """Relative difference of error rates below which none counts."""
 
@@ -53,24 +58,25 @@ def write_demo_report(folder: Path) -> Path:
     """Write ``FOLDER/report.html``: whether pretraining helped, how much, and what it takes to judge that.
 
     Args:
-        folder: with summary.json and the run folders pretrain, finetuned and scratch; hypotheses.json, codebook.json
-            and example.npz each add a section.
+        folder: with summary.json and the run folders pretrain, finetuned and scratch; warm_start_only, listening.json,
+            probe.json, hypotheses.json, codebook.json and example.npz each add something.
 
     Raises:
         UsageError: no summary.json, one without error rates, or a run without metrics.
     """
     path = _existing(folder, "summary.json", "the results of a demo", "name the folder of a finished w2v2 demo")
     summary = _json(path, {})
-    for arm in ARMS:
+    for arm in COMPARED:
         if not {"wer", "cer"} <= set(summary.get(arm, {})):
             got = ", ".join(summary.get(arm, {})) or "nothing"
             raise UsageError(f"{path}: expected wer and cer under {arm!r}, got {got}; let w2v2 demo finish")
-    runs = {name: folder / name for name in STAGES}
+    runs = {name: folder / name for name in STAGES if name != "warm_start_only" or (folder / name).is_dir()}
     metrics = {name: _metrics(run) for name, run in runs.items()}
     config = _json(runs["pretrain"] / "config.json", {})
     data = {name: _json(run / "environment.json", {}).get("data", {}).get("train", {}) for name, run in runs.items()}
     seconds = dict(summary.get("seconds", {}))
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
+    probe = _json(folder / "probe.json", {})
     return _write(
         folder,
         title="w2v2 demo: does pretraining help?",
@@ -79,6 +85,9 @@ def write_demo_report(folder: Path) -> Path:
         data=data,
         updates={name: _end(columns) for name, columns in metrics.items()},
         model=config.get("model", {}),
+        listening=[_heard(item) for item in _json(folder / "listening.json", [])],
+        probe=probe,
+        layers=figures.layers(probe["rows"]) if probe else [],
         curves=[figures.panel(name, metrics["pretrain"], config) for name in PRETRAINING],
         arms=_arms(metrics),
         codebooks=figures.codebooks(_json(folder / "codebook.json", {}).get("counts", [])),
@@ -89,6 +98,17 @@ def write_demo_report(folder: Path) -> Path:
         settings=_settings({STAGES[name]: run for name, run in runs.items()}),
         command=summary.get("command", f"w2v2 demo --out {folder.resolve().name}"),
     )
+
+
+def _heard(item: dict[str, Any]) -> dict[str, Any]:
+    """One of listening.json as the page shows it."""
+    written = {
+        f"{ARMS[arm][0]}{how}": _differences(item["reference"], item[arm + key])
+        for arm in COMPARED
+        for key, how in (("", ", greedy"), ("_trigram", ", with a trigram"))
+        if arm + key in item
+    }
+    return item | {"figure": figures.utterance(item["id"], samples_of(item["flac"]), item["words"]), "written": written}
 
 
 def _metrics(run: Path) -> dict[str, Series]:
@@ -124,17 +144,16 @@ def _json(path: Path, absent: Any) -> Any:
 
 
 def _arms(metrics: dict[str, dict[str, Series]]) -> dict[str, Any]:
-    series = {(rate, arm): metrics[arm].get(f"valid/{rate}", {}) for rate in ("cer", "wer") for arm in ARMS}
-    finetuned, scratch = (series["cer", arm] for arm in ARMS)
+    names = [arm for arm in ARMS if arm in metrics]
+    series = {(rate, arm): metrics[arm].get(f"valid/{rate}", {}) for rate in ("cer", "wer") for arm in names}
+    finetuned, scratch = (series["cer", arm] for arm in COMPARED)
     both = finetuned.keys() & scratch.keys()
     steps = sorted({step for column in series.values() for step in column})
     return {
         "both": len(both),
         "lower": sum(finetuned[step] < scratch[step] for step in both),
         "curves": [
-            figures.curves(
-                *PANELS[rate], [(name, series[rate, arm], hue, "valid") for arm, (name, hue) in ARMS.items()]
-            )
+            figures.curves(*PANELS[rate], [(ARMS[arm][0], series[rate, arm], ARMS[arm][1], "valid") for arm in names])
             for rate in ("cer", "wer")
         ],
         "header": ("Updates", *(f"{rate.upper()}, {ARMS[arm][0]}" for rate, arm in series)),
@@ -144,7 +163,7 @@ def _arms(metrics: dict[str, dict[str, Series]]) -> dict[str, Any]:
 
 def _transcripts(items: list[dict[str, str]]) -> list[tuple[str, list[Any]]]:
     chosen = [items[i * len(items) // 10] for i in range(10)] if len(items) > 10 else items
-    return [(item["reference"], [_differences(item["reference"], item[arm]) for arm in ARMS]) for item in chosen]
+    return [(item["reference"], [_differences(item["reference"], item[arm]) for arm in COMPARED]) for item in chosen]
 
 
 def _differences(reference: str, hypothesis: str) -> tuple[list[tuple[str, str]], int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 INK, PALE, GREY = "#1f2328", "#d9dde1", "#7d858e"
@@ -37,6 +40,11 @@ PANELS = {
     "wer": ("Word error rate (WER)", "% of words"),
     "blank_share": ("Blank frames", "% of frames"),
     "loss_per_label": ("Loss per label", "nats"),
+    "phones_one": ("Phones told from one frame", "% of frames"),
+    "phones_five": ("Phones told from five frames", "% of frames"),
+    "speakers": ("Speakers told from one frame", "% of frames"),
+    "purity": ("Purity of the codes", "% of frames with their code's phone"),
+    "information": ("What codes tell of phones", "% of the phones' entropy"),
     "length_ratio": ("Length of what is said", "labels of greedy decoding per label of the reference"),
 }
 """Title and unit of a figure; whatever else a run logs gets its name for a title."""
@@ -55,7 +63,7 @@ Line = tuple[str, Series, str, str]
 
 
 class Drawing(NamedTuple):
-    """A figure of the page: what stands around it, and its inside as SVG."""
+    """A figure of the page: what stands around it (a title may be empty), and its inside as SVG."""
 
     title: str
     note: str
@@ -76,7 +84,9 @@ def panel(name: str, metrics: dict[str, Series], config: dict[str, Any]) -> Draw
     lines: list[Line] = []
     for column, series in metrics.items():
         kind, _, figure = column.rpartition("/")
-        if figure == name:
+        if kind.startswith("probe/") and figure == name:
+            lines.append((kind[6:].replace("_", " "), series, BLUE if "layer" in kind else GREY, kind))
+        elif figure == name:
             lines.append((KINDS.get(kind, kind or figure), series, BLUE, kind))
         elif figure == other:
             lines.append((f"{KINDS.get(kind, kind)}, {suffix}", series, colour, kind))
@@ -101,7 +111,7 @@ def curves(title: str, unit: str, lines: list[Line], level: tuple[float, str] | 
             )
             axes.plot(
                 steps, scale * np.array(heights), label=label, color=colour, linestyle="--" if colour == GREY else "-",
-                gid=re.sub(r"\W+", "-", f"{title} {label}").lower(), **STYLES.get(kind, {}),
+                gid=re.sub(r"\W+", "-", f"{title} {label}").lower(), **_style(kind, lines),
             )  # fmt: skip
         if level:
             axes.axhline(level[0], color=GREY, linestyle=":", linewidth=1.2, label=level[1])
@@ -115,6 +125,15 @@ def curves(title: str, unit: str, lines: list[Line], level: tuple[float, str] | 
 
     ends = [f"{label} ends at {scale * series[max(series)]:.4g}" for label, series, *_ in lines]
     return _figure(title, f"{title}, {unit or 'value'}, over optimiser updates; {', '.join(ends)}.", draw)
+
+
+def _style(kind: str, lines: list[Line]) -> dict[str, Any]:
+    """Of a kind of line; probes of layers are darker the deeper they are."""
+    styles: dict[str, dict[str, Any]] = STYLES
+    layers = [other for *_, other in lines if other.startswith("probe/layer")]
+    if kind not in layers:
+        return styles.get(kind, {})
+    return styles["valid"] | {"alpha": 0.3 + 0.7 * layers.index(kind) / max(len(layers) - 1, 1)}
 
 
 def _figure(
@@ -167,29 +186,85 @@ def example(path: Path) -> Drawing | None:
         return None
     with np.load(path) as data:
         audio, mask, hop, name = data["audio"], data["mask"], int(data["hop"]), str(data["id"])
-    seconds, step = len(audio) / 16_000, max(160, len(audio) // 600)
-    # differences lift the high frequencies, which in speech are far weaker
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(np.diff(audio), 200), 400)[::step] * np.hanning(400)
-    level = 20 * np.log10(np.abs(np.fft.rfft(windows)).T + 1e-6)
-    level -= level.max()
     spans = (np.flatnonzero(np.diff(np.pad(mask.astype(int), 1))) * hop / 16_000).reshape(-1, 2)
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot(xlabel="seconds", ylabel="kHz")
-        axes.grid(False)
-        image = axes.imshow(
-            level, cmap="magma", vmin=-80, vmax=0, extent=(0, seconds, 0, 8), origin="lower", aspect="auto",
-            interpolation="none",
-        )  # fmt: skip
+        image = _spectrogram(axes, audio)
         for start, end in spans:
             axes.axvspan(start, end, color=GREY, alpha=0.78, linewidth=0)
-        axes.set_xlim(0, seconds)
         figure.colorbar(image, label="dB, loudest 0", pad=0.01)
 
     title = f"Utterance {name}: {mask.mean():.0%} of {len(mask)} frames masked, in {len(spans)} spans"
-    alt = f"{title}. Spectrogram of {seconds:.1f} seconds, 0 to 8 kHz, masked spans veiled."
+    alt = f"{title}. Spectrogram of {len(audio) / 16_000:.1f} seconds, 0 to 8 kHz, masked spans veiled."
     note = "Veiled spans are masked: the model has to tell their codes from what is left."
     return _figure(title, alt, draw, (9.6, 3.1), note)
+
+
+def utterance(name: str, audio: NDArray[np.float32], words: Sequence[tuple[str, float, float]]) -> Drawing:
+    """Draw the spectrogram of an utterance, its words above at their times: text, start and end in seconds."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot(yticks=[0, 8], yticklabels=["0", "8 kHz"])
+        _spectrogram(axes, audio)
+        ends = [0.0, 0.0]  # of what is written in either row, so that no word covers another
+        for text, start, end in words:
+            for time in (start, end):
+                axes.axvline(time, color="white", alpha=0.55, linewidth=0.7)
+            middle, half = (start + end) / 2, len(text) * 0.006 * len(audio) / 16_000
+            row = 0 if middle - half >= ends[0] else 1
+            ends[row] = middle + half
+            axes.text(
+                middle, 1.03 + 0.14 * row, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom",
+                fontsize=8,
+            )  # fmt: skip
+        axes.xaxis.set_major_formatter("{x:g} s")
+
+    spoken = "; ".join(f"{text} from {start:.2f} to {end:.2f}" for text, start, end in words) or "not known"
+    alt = f"Spectrogram of {name}, 0 to 8 kHz. Words and their times in seconds: {spoken}."
+    return _figure("", alt, draw, (9.6, 1.55))
+
+
+def _spectrogram(axes: Axes, audio: NDArray[np.float32]) -> AxesImage:
+    seconds, step = len(audio) / 16_000, max(160, len(audio) // 600)
+    # differences lift the high frequencies, which in speech are far weaker
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(np.diff(audio), 200), 400)[::step] * np.hanning(400)
+    level = 20 * np.log10(np.abs(np.fft.rfft(windows)).T + 1e-6)
+    axes.grid(False)
+    return axes.imshow(
+        np.round((level - level.max()) / 2) * 2, cmap="magma", vmin=-80, vmax=0, extent=(0, seconds, 0, 8),
+        origin="lower", aspect="auto", interpolation="none",
+    )  # fmt: skip
+
+
+def layers(rows: list[dict[str, Any]]) -> list[Drawing]:
+    """Draw what a linear probe tells of phones by layer, from one frame and from five.
+
+    Args:
+        rows: as of ``evaluation.probe.probe``.
+    """
+
+    def draw(figure: Figure, key: str) -> None:
+        axes = figure.add_subplot(xlabel="output of block (0: convolutions)", ylabel="% of frames")
+        for kind, label, colour in (("model", "pretrained", BLUE), ("random", "random weights", ORANGE)):
+            points = {row["layer"]: 100 * row[key] for row in rows if row["features"] == kind}
+            axes.plot(list(points), list(points.values()), label=label, color=colour, **STYLES["valid"])
+        level = 100 * next(row[key] for row in rows if row["features"] == "log-mel")
+        axes.axhline(level, color=GREY, linestyle=":", linewidth=1.2, label="log-mel spectrum")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper left", ncols=3)
+
+    figures = []
+    for key, frames in (("phones_one", "one frame"), ("phones_five", "five frames")):
+        shares = "; ".join(f"{row['features']} {_layer(row)}{row[key]:.1%}" for row in rows)
+        title = f"Phones told from {frames}"
+        figures.append(_figure(title, f"{title}, % of frames by layer: {shares}.", partial(draw, key=key), (4.7, 2.4)))
+    return figures
+
+
+def _layer(row: dict[str, Any]) -> str:
+    return "" if row["layer"] is None else f"layer {row['layer']} "
 
 
 def title_of(name: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+from w2v2.data.augment import draw_room
 from w2v2.synthetic.espeak import ESPEAK_RATE, Phone, Speech, Word
 
 SAMPLE_RATE = 16_000
@@ -29,14 +30,7 @@ class Session:
 
 def draw_session(rng: np.random.Generator) -> Session:
     """A room of 0.1 to 0.4 s reverberation (RT60), a background noise and a microphone."""
-    rt60, direct_to_reverberant_db = rng.uniform(0.1, 0.4), rng.uniform(3, 12)
-    delay = int(rng.uniform(0.3, 3.0) / 343 * SAMPLE_RATE)  # the speaker is 0.3 to 3 m from the microphone
-    first_echo = delay + int(rng.uniform(0.001, 0.006) * SAMPLE_RATE)
-    impulse = np.zeros(first_echo + int(rt60 * SAMPLE_RATE))
-    echoes = rng.standard_normal(len(impulse) - first_echo)
-    echoes *= 10 ** (-3 * np.arange(len(echoes)) / len(echoes))
-    impulse[first_echo:] = echoes * 10 ** (-direct_to_reverberant_db / 20) / np.sqrt(np.sum(echoes**2))
-    impulse[delay] = 1.0
+    impulse, delay = draw_room(rng)
     return Session(
         impulse=impulse,
         delay=delay / SAMPLE_RATE,

@@ -27,12 +27,13 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from w2v2.data.augment import keyed_rng
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole_folder, write_json, write_text
 from w2v2.synthetic.acoustics import SAMPLE_RATE, Session, draw_session, record
 from w2v2.synthetic.espeak import ESPEAK_RATE, Phone, Speech, Word, espeak_paths, speak
 from w2v2.synthetic.grammar import sentence, transcript
-from w2v2.synthetic.speakers import Speaker, SyntheticConfig, keyed_rng, plan_speakers
+from w2v2.synthetic.speakers import Speaker, SyntheticConfig, plan_speakers
 
 MIN_SECONDS, MAX_SECONDS = 2.0, 16.0
 """Every utterance lasts between these two, in seconds, silence included."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Annotated, Literal
 
-import numpy as np
-
+from w2v2.data.augment import keyed_rng
 from w2v2.errors import Count, Range, UsageError, check_ranges
 
 Split = Literal["train", "valid", "test"]
@@ -42,9 +40,10 @@ class SyntheticConfig:
     """Processes; has no influence on what is written."""
 
     @classmethod
-    def sized(cls, hours: float, seed: int) -> SyntheticConfig:
+    def sized(cls, hours: float, seed: int, speakers: int = 96) -> SyntheticConfig:
         """So many hours to train on, a twentieth to validate on and a tenth to test on, enough for each speaker."""
-        return cls(hours=hours, valid_hours=max(0.05 * hours, 0.02), test_hours=max(0.1 * hours, 0.02), seed=seed)
+        valid, test = max(0.05 * hours, 0.02), max(0.1 * hours, 0.02)
+        return cls(hours=hours, valid_hours=valid, test_hours=test, n_speakers=speakers, seed=seed)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -85,12 +84,6 @@ class Speaker:
     """The only split the speaker is in."""
     seconds: float
     """Audio to make, seconds."""
-
-
-def keyed_rng(seed: int, *key: object) -> np.random.Generator:
-    """Random numbers that depend on a seed and a key alone."""
-    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 def split_families(seed: int) -> dict[Split, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -85,7 +86,12 @@ def _figures(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def classify(
-    config: FinetuneConfig, splits: Splits, out: Path, *, init_from: Path | None = None, resume: bool = False
+    config: FinetuneConfig,
+    splits: Splits,
+    out: Path,
+    *,
+    init_from: str | PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Classifier:
     """Fine-tune a classifier and leave a run folder.
 
@@ -110,7 +116,7 @@ def classify(
         (pretrained.fill if pretrained.classes == classes else pretrained.fill_encoder)(model)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
-    normalize = config.model.normalize_audio
+    normalize = config.model.normalize
     seed = config.train.seed
     data = SpeechDataModule(splits, config.data, seed=seed, normalize=normalize, encode=classes.encode, fits=_any)
     start_folder(out, config, splits, resume)

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from w2v2.data.augment import Augmentation
 from w2v2.data.batch import Batch, Encode, Fits, SpeechDataset
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
@@ -40,7 +41,7 @@ class SpeechDataModule(pl.LightningDataModule):
         config: DataConfig,
         *,
         seed: int = 0,
-        normalize: bool = False,
+        normalize: float = 0.0,
         encode: Encode | None = None,
         fits: Fits | None = None,
         skip: int = 0,
@@ -79,6 +80,8 @@ class SpeechDataModule(pl.LightningDataModule):
             normalize=self.normalize,
             encode=self.encode,
             draw=self._draw(training=True),
+            augmentation=Augmentation(self.config.augment) if self.config.augment.active else None,
+            fits=self.fits,
         )
         # Lightning takes the first batches of a resumed run before it says which pass that is in.
         epoch = self.trainer.current_epoch if self.trainer is not None else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Start:
     fits: Fits
 
 
-def check_start(config: FinetuneConfig, init_from: Path | None) -> None:
+def check_start(config: FinetuneConfig, init_from: str | PathLike[str] | None) -> None:
     """Refuse low-rank updates of weights that are random."""
     if config.lora_rank and init_from is None:
         raise UsageError(
@@ -55,7 +56,7 @@ def begin(
     config: FinetuneConfig,
     splits: Splits,
     *,
-    init_from: Path | None = None,
+    init_from: str | PathLike[str] | None = None,
     vocabulary: Vocabulary | None = None,
     show: Show = quiet,
 ) -> Start:
@@ -127,7 +128,7 @@ def finetune(
     splits: Splits,
     out: Path,
     *,
-    init_from: Path | None = None,
+    init_from: str | PathLike[str] | None = None,
     vocabulary: Vocabulary | None = None,
     resume: bool = False,
     show: Show = quiet,
@@ -150,7 +151,7 @@ def finetune(
         splits,
         config.data,
         seed=config.train.seed,
-        normalize=config.model.normalize_audio,
+        normalize=config.model.normalize,
         encode=start.vocabulary.encode,
         fits=start.fits,
     )

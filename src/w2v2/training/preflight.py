@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class Preflight:
 
 
 def preflight(
-    config: FinetuneConfig, splits: Splits, *, init_from: Path | None = None, show: Show = quiet
+    config: FinetuneConfig, splits: Splits, *, init_from: str | PathLike[str] | None = None, show: Show = quiet
 ) -> Preflight:
     """Learn eight short utterances by heart, with everything as in the run but for masks, dropout and LayerDrop.
 
@@ -97,7 +97,7 @@ def short_batch(config: FinetuneConfig, split: Split, start: Start) -> Batch:
     cuts = heapq.nsmallest(UTTERANCES, by_text.values(), key=lambda cut: (cut.duration < AT_LEAST, cut.duration))
     if not cuts:
         raise UsageError(f"none of the first {LOOKED_AT} utterances of train can be learned; check the transcripts")
-    dataset = SpeechDataset(normalize=config.model.normalize_audio, encode=start.vocabulary.encode)
+    dataset = SpeechDataset(normalize=config.model.normalize, encode=start.vocabulary.encode)
     batch = dataset[(0, 0), [Row(cut.duration, cut.id, cut) for cut in cuts]]
     if batch.bad:
         raise UsageError(f"cannot read {'; '.join(batch.bad.values())}; repair or remove them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,12 @@ SSLBatch = tuple[Tensor, list[int] | None, Draws]
 
 
 def pretrain(
-    config: PretrainConfig, splits: Splits, out: Path, *, init_from: Path | None = None, resume: bool = False
+    config: PretrainConfig,
+    splits: Splits,
+    out: Path,
+    *,
+    init_from: str | PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Wav2Vec2:
     """Pretrain and leave a run folder.
 
@@ -57,7 +63,12 @@ def pretrain(
     """
     check_run(config, splits, out, resume)
     _check_stack(config, init_from, resume)
-    data = SpeechDataModule(splits, config.data, seed=config.train.seed, normalize=config.model.normalize_audio)
+    data = SpeechDataModule(
+        splits,
+        config.data,
+        seed=config.train.seed,
+        normalize=config.model.normalize,
+    )
     start = None
     if init_from is not None:
         from w2v2.checkpoint.formats import read  # late: other formats have labels, which pretraining runs without
@@ -78,7 +89,7 @@ def pretrain(
     return model
 
 
-def _check_stack(config: PretrainConfig, init_from: Path | None, resume: bool) -> None:
+def _check_stack(config: PretrainConfig, init_from: str | PathLike[str] | None, resume: bool) -> None:
     """Refuse to warm up what is trained, and to freeze what is not."""
     if init_from is not None and config.warm_start.updates and not resume:
         raise UsageError(
@@ -155,7 +166,7 @@ def evaluate_pretrained(run: Path, splits: Splits, split: str) -> dict[str, floa
     model = read_native(run).build()
     config = load_config(run / CONFIG, PretrainConfig)
     task = PretrainTask(as_objective(model), config.optim, config.loss_weights, config.train.seed)
-    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize_audio)
+    data = SpeechDataModule(splits, config.data, normalize=config.model.normalize)
     return validate_task(task, data, split)
 
 

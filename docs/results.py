@@ -1,0 +1,118 @@
+"""Writes ``docs/results.md`` from recorded figures: ``python docs/results.py``.
+
+Prose stands in ``results.md.jinja``; every figure comes from ``docs/results/*.json``. ``demo-seed*.json`` are the
+``summary.json`` of ``w2v2 demo --seed *``, ``probe-seed*.json`` its ``probe.json``; a table of several seeds grows with
+the files. The other files hold rows of one table each, with the commands that gave them. A rate is a number, or
+[value, low, high] with its 95 % interval. ``tests/test_results.py`` holds the page to the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "results"
+
+
+def load(path: Path) -> Any:
+    """What a file of figures holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def percent(value: Any, form: str = "{:.1f}") -> str:
+    """A rate in percent, with its interval where it has one; nothing for None, text as it is."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list):
+        middle, *ends = (form.format(100 * x) for x in value[:3])
+        p = f", p = {value[3]:.4f}".replace("0.", ".") if len(value) > 3 else ""
+        return f"{middle} ({' to '.join(ends)}){p}"
+    return form.format(100 * value)
+
+
+def table(rows: list[dict[str, Any]], titles: dict[str, str], signed: tuple[str, ...] = ()) -> str:
+    """Rows as a table in Markdown.
+
+    Args:
+        titles: of the columns, by the key of a row; the first is the row's name.
+        signed: columns of differences.
+    """
+    form = {key: "{:+.1f}" if key in signed else "{:.1f}" for key in titles}
+    cells = [[percent(row.get(key), form[key]) for key in titles] for row in rows]
+    lines = [list(titles.values()), ["---"] * len(titles), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+
+
+def seeds(kind: str) -> dict[int, Any]:
+    """What is recorded of a kind, ``demo`` or ``probe``, by seed."""
+    files = {
+        int(m[1]): path for path in RECORDS.iterdir() if (m := re.fullmatch(rf"{kind}-seed(\d+)\.json", path.name))
+    }
+    return {seed: load(files[seed]) for seed in sorted(files)}
+
+
+def arm(summary: dict[str, Any], name: str) -> list[float]:
+    """Character error rate of an arm of a demo, with its interval where there is one."""
+    rates = summary[name]
+    return [rates["cer"], *rates["cer_interval"]] if rates.get("cer_interval") else rates["cer"]
+
+
+def demo_rows(demos: dict[int, Any]) -> list[dict[str, Any]]:
+    """A row for each seed, and their mean."""
+    rows = []
+    for seed, summary in demos.items():
+        finetuned, warm, scratch = (summary[name] for name in ("finetuned", "warm_start_only", "scratch"))
+        rows.append(
+            {
+                "name": f"seed {seed}",
+                "finetuned": arm(summary, "finetuned"),
+                "warm": arm(summary, "warm_start_only"),
+                "scratch": arm(summary, "scratch"),
+                "ratio": f"{finetuned['cer'] / scratch['cer']:.2f}",
+                "to_warm": f"{finetuned['cer'] / warm['cer']:.2f}",
+                "wer": f"{percent(finetuned['wer'])} / {percent(scratch['wer'])}",
+                "trigram": f"{percent(finetuned['wer_trigram'])} / {percent(scratch['wer_trigram'])}",
+            }
+        )
+    if len(rows) > 1:
+        mean = {key: statistics.fmean(s[key]["cer"] for s in demos.values()) for key in ("finetuned", "scratch")}
+        warm = statistics.fmean(s["warm_start_only"]["cer"] for s in demos.values())
+        ratios = {"ratio": mean["finetuned"] / mean["scratch"], "to_warm": mean["finetuned"] / warm}
+        rows.append({"name": "mean", **mean, "warm": warm, **{key: f"{value:.2f}" for key, value in ratios.items()}})
+    return rows
+
+
+def probe_rows(probes: dict[int, Any], key: str) -> list[dict[str, Any]]:
+    """Layers by seed and features: ``key`` of each row of a probe."""
+    rows = []
+    for features, name in (("log-mel", "log-mel"), ("random", "random weights"), ("model", "pretrained")):
+        for seed, probe in probes.items():
+            values = {row["layer"] or 0: row[key] for row in probe["rows"] if row["features"] == features}
+            rows.append({"name": f"{name}, seed {seed}", **{str(layer): value for layer, value in values.items()}})
+    return rows
+
+
+def apart(demos: dict[int, Any]) -> int:
+    """Seeds whose intervals of pretrained and of random weights do not touch."""
+    ends = [(s["finetuned"]["cer_interval"], s["scratch"]["cer_interval"]) for s in demos.values()]
+    return sum(bool(ours and others) and ours[1] < others[0] for ours, others in ends)
+
+
+def page() -> str:
+    """The page as it should be."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["percent"] = percent
+    environment.globals |= {"table": table, "demo_rows": demo_rows, "probe_rows": probe_rows, "apart": apart}
+    records = {path.stem: load(path) for path in sorted(RECORDS.glob("*.json")) if "-seed" not in path.name}
+    template = environment.from_string((HERE / "results.md.jinja").read_text(encoding="utf-8"))
+    return template.render(demos=seeds("demo"), probes=seeds("probe"), **records)
+
+
+if __name__ == "__main__":
+    (HERE / "results.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,44 @@
+"""``w2v2 serve``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from w2v2.cli.decoding import Decoding
+from w2v2.cli.options import Device, Settings
+from w2v2.decoding.decoder import make_decoder
+from w2v2.errors import UsageError
+from w2v2.inference.recognizer import load_recognizer, place
+from w2v2.serve.config import ServeConfig
+
+
+@dataclass(kw_only=True)
+class Serve(Decoding):
+    """See ``main.VERBS``."""
+
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
+    """Fine-tuning run, or folder of weights of a CTC model."""
+    device: Device = None
+    """cpu, cuda, cuda:1, mps."""
+    server: Settings[ServeConfig] = field(default_factory=ServeConfig)
+
+    def run(self, named: Collection[str]) -> None:
+        """Serve until interrupted."""
+        try:
+            from w2v2.serve.app import serve
+        except ModuleNotFoundError as error:
+            if error.name not in ("starlette", "uvicorn", "python_multipart"):
+                raise
+            raise UsageError(f"'w2v2 serve' needs {error.name}: pip install 'w2v2[serve]'") from None
+        config = replace(self.server, token=self.server.token or os.environ.get("W2V2_TOKEN"))
+        config.check()
+        recognizer = load_recognizer(self.model)
+        place(recognizer.model, self.device)
+        decoder = make_decoder(recognizer.vocabulary, **self.decoder(named))
+        serve(recognizer, self.model.resolve().name, decoder, config)
