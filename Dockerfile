@@ -7,7 +7,7 @@ WORKDIR /opt/w2v2
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" torch==2.13.0 \
-    && pip install --no-cache-dir -c constraints.txt '.[synth,hf,m4a,s3,beam,pieces,onnx]' \
+    && pip install --no-cache-dir -c constraints.txt '.[synth,hf,m4a,s3,beam,pieces,onnx,vad,serve]' \
     && useradd --create-home --uid 1000 w2v2
 USER 1000
 WORKDIR /work

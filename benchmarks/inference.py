@@ -154,7 +154,7 @@ def main() -> None:
             system(noise(folder, "warm", [2.0]))
         for name, seconds in jobs.items():
             files = noise(folder, name.replace(" ", "-"), seconds)
-            rounds = args.rounds if sum(seconds) > 60 else 3 * args.rounds
+            rounds = args.rounds if sum(seconds) > 10 else 3 * args.rounds
             record[name] = {"rounds": rounds, **measure(systems, files, rounds)}
             print(name, json.dumps(record[name]), flush=True)
     if args.out:

@@ -7,6 +7,12 @@ fp32, with masks and distractors given. Two workloads: four crops of one length,
 utterances of unequal lengths; there Hugging Face pads, and we do not. Twice each: with equal dropouts, and as both
 ship, where attention probabilities have dropout in both and feed-forward activations in theirs. LayerDrop is off.
 Ratios are medians over pairs taken in turn; activations are the storages kept for the backward pass.
+
+``--peers`` adds torchaudio's encoder with our quantizer and loss. Its wheel is built for CUDA and fails beside a CPU
+build of torch; its models are Python alone, and run without what is compiled:
+
+    pip install --no-deps --target peers torchaudio && rm peers/torchaudio/lib/*.so
+    PYTHONPATH=peers python benchmarks/step.py --peers
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import recipes
 from w2v2.data.batch import Batch
+from w2v2.model.losses import contrastive_logits, contrastive_loss
 from w2v2.model.masking import ContrastiveDraws
 from w2v2.training.pretrain import weighted_sum
 
@@ -63,8 +70,8 @@ def draw(samples: list[int]) -> ContrastiveDraws:
 
 def hugging_face(
     samples: list[int], audio: torch.Tensor, *, shipped: bool
-) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
-    """``Wav2Vec2ForPreTraining`` (sdpa attention) and its loss."""
+) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """``Wav2Vec2ForPreTraining`` (sdpa attention) and what it is given."""
     dropouts = {} if shipped else {"attention_dropout": 0.0, "activation_dropout": 0.0}
     config = HFConfig(
         layerdrop=0.0, feat_quantizer_dropout=0.1, do_stable_layer_norm=False, feat_extract_norm="group",
@@ -81,15 +88,39 @@ def hugging_face(
         mask[i, at] = True
         negatives[i, at] = at[draws.distractors[start : start + count].long()] + i * width
         start, offset = start + count, offset + length
-    attention = (
-        (torch.arange(audio.shape[1]) < torch.tensor(samples)[:, None]).long() if min(samples) < max(samples) else None
-    )
+    inputs = {"input_values": audio, "mask_time_indices": mask, "sampled_negative_indices": negatives}
+    if min(samples) < max(samples):
+        inputs["attention_mask"] = (torch.arange(audio.shape[1]) < torch.tensor(samples)[:, None]).long()
+    return model, inputs
+
+
+def torchaudio_encoder(
+    samples: list[int], audio: torch.Tensor, *, shipped: bool
+) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """torchaudio's encoder of the same shape, with our quantizer and contrastive loss."""
+    from torchaudio.models import wav2vec2_base
+
+    config = recipes.paper_base().model
+    encoder = wav2vec2_base(0.1, 0.1 if shipped else 0.0, 0.1 if shipped else 0.0, 0.1, 0.0)
+    config.n_layer = 0
+    ours, draws, frames = config.build(), draw(samples), config.frames(samples)
+    del ours.feature_encoder, ours.positional_embedding
+    lengths = torch.tensor(samples) if min(samples) < max(samples) else None
+    valid = torch.arange(max(frames)) < torch.tensor(frames)[:, None]  # (B, T)
+    masked = valid.flatten().nonzero().flatten()[draws.masked.long()]  # among padded frames
 
     def loss() -> Tensor:
-        out = model(audio, attention_mask=attention, mask_time_indices=mask, sampled_negative_indices=negatives)
-        return out.loss / len(draws.masked)
+        features, counts = encoder.feature_extractor(audio, lengths)
+        normalised = encoder.encoder.feature_projection.layer_norm(features).flatten(0, 1)
+        x, attention = encoder.encoder._preprocess(features, counts)
+        x = x.flatten(0, 1).index_copy(0, masked, ours.mask_vector.expand(len(masked), -1)).view_as(x)
+        context = ours.out_linear(encoder.encoder.transformer(x, attention).flatten(0, 1)[masked])
+        quantized = ours.quantizer(torch.nn.functional.dropout(normalised[masked], 0.1), 2.0)
+        targets = ours.project_q(quantized.quantized)
+        logits = contrastive_logits(context, targets, quantized.codes, draws.distractors, draws.counts)
+        return contrastive_loss(logits).loss / len(masked) + 10 * features.square().mean()
 
-    return model, loss
+    return torch.nn.ModuleList([encoder, ours]), loss
 
 
 def stepper(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
@@ -121,16 +152,19 @@ def kept(model: torch.nn.Module, loss: Callable[[], Tensor]) -> int:
     return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
-def compare(samples: list[int], rounds: int, *, shipped: bool) -> dict[str, Any]:
-    """Both sides in turn."""
+def compare(samples: list[int], rounds: int, *, shipped: bool, peers: bool) -> dict[str, Any]:
+    """All sides in turn."""
     audio = torch.randn(len(samples), max(samples), generator=torch.Generator().manual_seed(0))
     for row, length in zip(audio, samples, strict=True):
         row[length:] = 0
     torch.manual_seed(0)
+    peer, inputs = hugging_face(samples, audio, shipped=shipped)
     sides = {
         "w2v2": ours(samples, audio, shipped=shipped),
-        "hugging_face": hugging_face(samples, audio, shipped=shipped),
+        "hugging_face": (peer, lambda: peer(**inputs).loss / inputs["mask_time_indices"].sum()),
     }
+    if peers:
+        sides["torchaudio"] = torchaudio_encoder(samples, audio, shipped=shipped)
     activations = {side: kept(*parts) for side, parts in sides.items()}
     steps = {side: stepper(*parts) for side, parts in sides.items()}
     times = [{side: step() for side, step in steps.items()} for _ in range(rounds + 1)][1:]  # the first is a warm-up
@@ -138,6 +172,7 @@ def compare(samples: list[int], rounds: int, *, shipped: bool) -> dict[str, Any]
     return {
         "speed": statistics.median(ratios),
         "range": [min(ratios), max(ratios)],
+        "speed_against": {side: statistics.median(pair[side] / pair["w2v2"] for pair in times) for side in sides},
         "cpu_seconds": {side: statistics.median(pair[side] for pair in times) for side in sides},
         "activation_bytes": activations,
     }
@@ -148,14 +183,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="pairs of steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--peers", action="store_true", help="torchaudio's encoder too; see above")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {}
     for name, seconds in WORKLOADS.items():
         samples = [round(s * 16_000) for s in seconds]
-        equal = compare(samples, args.rounds, shipped=False)
-        shipped = compare(samples, args.rounds, shipped=True)
+        equal = compare(samples, args.rounds, shipped=False, peers=args.peers)
+        shipped = compare(samples, args.rounds, shipped=True, peers=args.peers)
         results[name] = {
             "seconds_of_audio": sum(seconds),
             "speed_against_hugging_face": equal["speed"],
@@ -168,7 +204,8 @@ def main() -> None:
         }
         print(name, json.dumps(results[name]), flush=True)
     record = {
-        "command": f"python benchmarks/step.py --rounds {args.rounds} --threads {args.threads}",
+        "command": f"python benchmarks/step.py --rounds {args.rounds} --threads {args.threads}"
+        + (" --peers" if args.peers else ""),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.processor() or platform.machine(),
         "rounds": args.rounds,

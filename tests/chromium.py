@@ -18,10 +18,8 @@ BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.
 class Page:
     """A tab, and what went wrong in it or was asked for by it."""
 
-    def __init__(self, address: str) -> None:
-        from websockets.sync.client import connect
-
-        self.socket = connect(address, max_size=None)
+    def __init__(self, socket: Any) -> None:
+        self.socket = socket
         self.numbers = itertools.count(1)
         self.problems: list[str] = []
         self.addresses: list[str] = []
@@ -57,13 +55,12 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, code: str, seconds: float = 60.0) -> Any:
-        """The value of an expression once it is true."""
+    def until(self, code: str, seconds: float = 60.0) -> None:
+        """Wait for an expression to be true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(code)):
+        while not self.run(f"Boolean({code})"):  # an element itself has no value here
             assert time.monotonic() < end, f"{code} did not come true: {self.run('document.body.innerText')}"
             time.sleep(0.05)
-        return value
 
     def go(self, address: str) -> None:
         """Open an address, to its end."""
@@ -80,7 +77,7 @@ class Page:
     def key(self, name: str) -> None:
         """Press and release a key."""
         text = {"Enter": {"text": "\r"}}.get(name, {})
-        code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowLeft": 37, "End": 35}[name]
+        code = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowLeft": 37, "End": 35, "F2": 113}[name]
         for kind in ("keyDown", "keyUp"):
             self.do(
                 "Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code,
@@ -99,6 +96,8 @@ class Page:
 @contextmanager
 def chromium(folder: Path, microphone: Path | None = None) -> Iterator[Page]:
     """A browser with an empty profile in ``folder``; without a file to hear it has no microphone."""
+    from websockets.sync.client import connect
+
     assert BINARY is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     options += ["--autoplay-policy=no-user-gesture-required", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
@@ -114,10 +113,10 @@ def chromium(folder: Path, microphone: Path | None = None) -> Iterator[Page]:
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             tabs = [tab for tab in json.load(answer) if tab["type"] == "page"]
-        page = Page(tabs[0]["webSocketDebuggerUrl"])
-        page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "downloads"))
-        yield page
-        page.socket.close()
+        with connect(tabs[0]["webSocketDebuggerUrl"], max_size=None) as client:
+            page = Page(client)
+            page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder / "downloads"))
+            yield page
     finally:
         process.terminate()
         process.wait()

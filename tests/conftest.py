@@ -22,6 +22,8 @@ LONGEST = [
     "processes",
     "streaming",
     "plan",
+    "live",
+    "serve",
     "secrets",
     "finetune",
     "transcribe",

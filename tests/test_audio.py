@@ -15,7 +15,7 @@ import pytest
 import soundfile
 from conftest import RATE, sound
 
-from w2v2.data import containers
+from w2v2.data import child, containers
 from w2v2.data.audio import FORMATS, AudioError, AudioFile, TruncatedError, load_audio
 from w2v2.data.corpora import read_corpus
 from w2v2.data.tables import table_rows
@@ -539,7 +539,7 @@ def test_an_mp4_of_37_channels_and_one_whose_decoder_dies_are_refused_and_the_ne
         with pytest.raises(AudioError, match="crashed"):
             file.read()
     assert reasons(good) == [[]]
-    monkeypatch.setattr(containers, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(child, "PATIENCE_SECONDS", 0.0)
     assert reasons(good) == [["unreadable"]]
     monkeypatch.undo()
     assert reasons(good) == [[]]

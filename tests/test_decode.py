@@ -604,20 +604,20 @@ def test_a_cache_goes_on_after_an_interruption_and_refuses_another_model(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        EmissionCache(folder, key).fill(interrupted())
-    cache = EmissionCache(folder, key)
+        EmissionCache(folder, key, 4).fill(interrupted())
+    cache = EmissionCache(folder, key, 4)
     assert len(cache) == 7 and "u6" in cache and "u7" not in cache
     cache.fill((name, value) for name, value in emissions if name not in cache)
-    read = EmissionCache(folder, key)
+    read = EmissionCache(folder, key, 4)
     assert len(list(folder.glob("*.safetensors"))) > 3
     for found in (dict(cache), dict(read)):
         assert found.keys() == dict(emissions).keys()
         assert all(torch.equal(found[name], value) for name, value in emissions)
     save_file({"w": torch.ones(3)}, model / "model.safetensors")
     with pytest.raises(UsageError, match="of another model"):
-        EmissionCache(folder, weights_key(model))
+        EmissionCache(folder, weights_key(model), 4)
     with pytest.raises(UsageError, match="is not empty and no cache"):
-        EmissionCache(model, key)
+        EmissionCache(model, key, 4)
     with pytest.raises(UsageError, match=r"no .*config\.json"):
         weights_key(folder)
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,8 +44,10 @@ def small(command: str) -> list[str]:
 
 
 def start(words: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    if words[0] == "w2v2":
+    named = any("facebook/" in word for word in words)  # huggingface_hub reads the environment when it is imported
+    if words[0] == "w2v2" and not named:
         return run(words[1:], folder, env=env)
+    words = [sys.executable, "-m", "w2v2.cli.main", *words[1:]] if named else words
     return subprocess.run(words, cwd=folder, env=os.environ | env, capture_output=True, text=True, check=False)
 
 

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import run
+from conftest import NANO, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import command, losses, start, until
 
@@ -257,3 +259,62 @@ def test_a_run_works_where_those_are_lacking(corpus: Path, recipe: str, tmp_path
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
+
+
+MARKED = """
+from dataclasses import dataclass
+from pathlib import Path
+from w2v2 import ContrastiveConfig, Wav2Vec2ForPretraining
+
+class Marked(Wav2Vec2ForPretraining):
+    def baseline(self, draws):
+        Path(__file__).with_name("validates").touch()
+        return super().baseline(draws)
+
+@dataclass(kw_only=True)
+class MarkedConfig(ContrastiveConfig):
+    def build(self):
+        return Marked(self)
+
+def marked():
+    config = nano()
+    config.model = MarkedConfig(**vars(config.model))
+    return config
+"""
+
+
+def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(tmp_path: Path) -> None:
+    """The validation takes many batches, of which the first is the last."""
+    corpus = write_corpus(tmp_path / "corpus", {"train-clean": 2, "dev-clean": 5})
+    (tmp_path / "marked.py").write_text(NANO + MARKED)
+    often = ["--train.val-every", "3", "--train.checkpoint-every", "1000", "--train.max-steps", "4"]
+    whole, ended = (
+        command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / n, *often) for n in ("whole", "ended")
+    )
+    process = start(ended)
+    while not (tmp_path / "validates").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 75
+    assert message.splitlines()[-1] == "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume"
+    assert [path.name for path in (tmp_path / "ended" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
+    assert not (tmp_path / "ended" / "best").exists()  # it has not been validated
+    assert run([*ended[3:], "--resume"], tmp_path).returncode == 0
+    assert run(whole[3:], tmp_path).returncode == 0
+    assert losses(tmp_path / "ended")[4] == losses(tmp_path / "whole")[4]
+
+
+@pytest.mark.parametrize("change", ["optimizer_states", "loops", "state_dict"])
+def test_a_checkpoint_that_is_whole_and_wrong_is_one_line(
+    recipe: str, corpus: Path, tmp_path: Path, change: str
+) -> None:
+    out = tmp_path / "run"
+    assert run(words(recipe, corpus, out, "--train.max-steps", "1"), tmp_path).returncode == 0
+    (path,) = (out / "checkpoints").iterdir()
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {change: {"x": torch.zeros(3)}}, path)
+    result = run(words(recipe, corpus, out, "--train.max-steps", "2", "--resume"), tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert path.name in result.stderr.splitlines()[-1] or "no checkpoint in" in result.stderr.splitlines()[-1]

@@ -25,7 +25,7 @@ import w2v2
 from w2v2.checkpoint.card import write_card
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
-from w2v2.errors import JobError
+from w2v2.errors import JobError, UsageError
 from w2v2.export import compare
 from w2v2.files import whole_folder
 from w2v2.model.ctc import Wav2Vec2ForCTC
@@ -431,3 +431,82 @@ def test_push_uploads_the_folder_to_a_private_repository(tmp_path: Path) -> None
     assert gone.returncode == 1
     assert "is written, but not pushed to me/nano" in gone.stderr.splitlines()[-1]
     assert (tmp_path / "out" / "model.pt2").exists()
+
+
+# --- Graphs in the place of runs --------------------------------------------------------------------------------------
+
+
+def test_a_graph_gives_what_the_run_gives_it_was_made_of(runs, exports, corpus, tmp_path, capsys):
+    folder = exports["ctc", "onnx"]
+    audio = [torch.from_numpy(sound(seconds, seed=3)) for seconds in (1.0, 2.3, 0.01, 1.0)]
+    expected = w2v2.load(runs["ctc"]).emissions(audio)
+    for name, bound in ((folder, 1e-4), (folder / "model.int8.onnx", 0.5)):
+        found = w2v2.load(str(name)).emissions(audio)
+        assert [len(row) for row in found] == [len(row) for row in expected]
+        assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True) if len(a)) <= bound
+    texts = []
+    for name in (runs["ctc"], folder):
+        scores = tmp_path / f"scores-{len(texts)}"
+        assert main(["transcribe", str(name), str(corpus / "test-clean"), "--batch-size", "3"]) == 0
+        out = capsys.readouterr().out
+        command = ["evaluate", str(name), "--data", str(corpus), "--split", "test", "--out", str(scores)]
+        assert main([*command, "--workers", "0"]) == 0
+        capsys.readouterr()
+        texts.append((out, (scores / "hypotheses.jsonl").read_text()))
+    assert texts[0] == texts[1]
+    with pytest.raises(UsageError, match="gives labels and no features"):
+        w2v2.extract(w2v2.load(folder).model, audio[:1])
+    encoder, ours = w2v2.load(exports["pre", "onnx"]), w2v2.extract(w2v2.load(runs["pre"]), audio[:2])
+    for a, b in zip(w2v2.extract(encoder, audio[:2]), ours, strict=True):
+        assert a.keys() == b.keys() and torch.equal(a["times"], b["times"])
+        assert all((a[key] - b[key]).abs().max() <= 1e-4 * b[key].abs().max() for key in a)
+    with pytest.raises(UsageError, match="its last layer alone"):
+        w2v2.extract(encoder, audio[:1], layers=(0,))
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def strange_graph(folder: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    ends = [onnx.helper.make_tensor_value_info(name, 1, ["b", "t"]) for name in ("input_values", "logits")]
+    node = onnx.helper.make_node("Identity", ["input_values"], ["logits"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:]), ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda folder: change(folder / "preprocessor_config.json", sampling_rate=8_000), "wants audio at 8000 Hz"),
+        (lambda folder: (folder / "vocab.json").unlink(), "is not a vocabulary of 'w2v2 finetune'"),
+        (lambda folder: (folder / "config.json").unlink(), "expected what 'w2v2 export' wrote beside model.onnx"),
+        (lambda folder: Vocabulary.from_texts(["ABC"]).save(folder / "vocab.json"), "by the vocab.json beside it"),
+        (lambda folder: change(folder / "config.json", conv_strides=[5] + [2] * 5 + [1]), "by the config.json beside"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"onnx"), "is damaged or no ONNX model"),
+        (strange_graph, "takes input_values and gives logits; expected an export of 'w2v2 export'"),
+    ],
+)
+def test_graphs_beside_files_of_another_model_are_refused(exports, tmp_path, spoil, line):
+    folder = shutil.copytree(exports["ctc", "onnx"], tmp_path / "graph")
+    (folder / "model.int8.onnx").unlink()
+    spoil(folder)
+    with pytest.raises(UsageError, match=re.escape(line)):
+        w2v2.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["transcribe", "GRAPH", "a.wav", "--device", "cuda"], "--device cuda cannot be used by an ONNX model"),
+        (["transcribe", "GRAPH", "a.wav", "--language", "deu"], "leave --language out"),
+        (["convert", "GRAPH", "out", "--to", "hf"], "is an exported graph, which has no weights to take"),
+        (["finetune", "tiny_ctc", "--data", "x", "--init-from", "GRAPH"], "has no weights to take"),
+        (["evaluate", "GRAPH", "--data", "CORPUS", "--probe"], "without layers to probe"),
+    ],
+)
+def test_what_a_graph_cannot_do_is_refused(exports, corpus, capsys, words, line):
+    names = {"GRAPH": str(exports["ctc", "onnx"]), "CORPUS": str(corpus)}
+    assert main([names.get(word, word) for word in words]) == 2
+    assert line in capsys.readouterr().err

@@ -307,11 +307,11 @@ def test_low_rank_updates_of_random_weights_are_refused(splits: Splits, tmp_path
 # --- What a run starts from -------------------------------------------------------------------------------------------
 
 
-def test_the_best_weights_are_those_with_the_lowest_wer_then_cer(tuned: Path) -> None:
+def test_the_best_weights_are_those_with_the_lowest_cer_then_wer(tuned: Path) -> None:
     import json
 
     best = json.loads((tuned / "best" / "best.json").read_text())
-    scores = list(zip(column(tuned, "valid/wer"), column(tuned, "valid/cer"), column(tuned, "valid/loss"), strict=True))
+    scores = list(zip(column(tuned, "valid/cer"), column(tuned, "valid/wer"), column(tuned, "valid/loss"), strict=True))
     assert tuple(best["score"]) == min(scores)
 
 

@@ -627,11 +627,17 @@ def test_attention_probabilities_are_dropped_in_training_only():
         attn.out_proj.bias.zero_()
     x = rand(1, 200, 64)
     lengths = [1] * 200  # one key each: a head gives its value, or nothing
-    for y in (attn(x, lengths), attn(x.transpose(0, 1)).transpose(0, 1)):
+
+    def attention(x, lengths=None):
+        return attn.out_proj(
+            attn.attend(*(part.unflatten(0, x.shape[:2]) for part in attn.project(x.flatten(0, 1))), lengths)
+        )
+
+    for y in (attention(x, lengths), attention(x.transpose(0, 1)).transpose(0, 1)):
         assert y.gt(0.5).float().mean().item() == pytest.approx(1 - p, abs=0.03)
         torch.testing.assert_close(y[y > 0.5], torch.full_like(y[y > 0.5], 1 / (1 - p)))
     attn.eval()
-    torch.testing.assert_close(attn(x, lengths), torch.ones_like(x))
+    torch.testing.assert_close(attention(x, lengths), torch.ones_like(x))
 
 
 def test_activations_of_the_mlp_are_dropped_between_gelu_and_the_second_layer():

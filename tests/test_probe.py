@@ -1,6 +1,8 @@
 """The probe on planted labels, on tones whose phone is their pitch, and on labels that cannot be used."""
 
+import csv
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,18 @@ from test_train import nano
 
 from w2v2.checkpoint.native import CONFIG, save_weights
 from w2v2.cli.main import main
+from w2v2.data.corpora import read_corpus
+from w2v2.errors import UsageError
+from w2v2.evaluation.abx import abx_errors
+from w2v2.evaluation.features import Frames
 from w2v2.evaluation.phones import Phone, read_labels
-from w2v2.evaluation.probe import share_correct, train_linear
+from w2v2.evaluation.probe import probe, share_correct, train_linear
+from w2v2.inference.recognizer import load
+from w2v2.model.wav2vec2 import Wav2Vec2
+from w2v2.report import write_run_report
 from w2v2.serial import save_config
+from w2v2.training.config import ProbeConfig
+from w2v2.training.pretrain import pretrain
 
 PITCHES = {"a": 300.0, "e": 900.0, "i": 2500.0, "o": 5000.0}
 
@@ -120,3 +131,57 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
     assert "no labels in" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data", str(tones), "--layers", "1"]) == 2
     assert "--layers is of --probe" in capsys.readouterr().err
+
+
+def test_a_run_probes_its_layers_and_is_the_same_run_as_one_that_does_not(
+    tones: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits, runs = read_corpus(tones), {}
+    for every in (0, 2):
+        config = nano(max_steps=4)
+        config.train.log_every = 2
+        config.probe = ProbeConfig(every=every, labels=str(tones), minutes=0.4)
+        with caplog.at_level("INFO", logger="w2v2"):
+            pretrain(config, splits, tmp_path / str(every))
+        with (tmp_path / str(every) / "metrics.csv").open(newline="") as file:
+            runs[every] = [dict(row) for row in csv.DictReader(file)]
+    assert "step 4, probe: " in caplog.text and "from log-mel" in caplog.text
+    plain = [{k: v for k, v in row.items() if "second" not in k and "share" not in k} for row in runs[0]]
+    for row, before in zip(runs[2], plain, strict=True):
+        assert before.items() <= row.items()
+        for name in ("layer_0", "layer_2", "log-mel", "MFCC"):
+            assert 0.1 < float(row[f"probe/{name}/phones_one"]) <= 1
+    assert float(runs[2][0]["probe/log-mel/phones_one"]) > 0.8
+    page = write_run_report(tmp_path / "2").read_text()
+    assert "Phones told from one frame" in page and "layer 2" in page and "Purity of the codes" in page
+
+
+def test_probes_of_a_run_that_cannot_be_are_refused_before_it(tones: Path, tmp_path: Path) -> None:
+    config = nano(max_steps=4)
+    config.probe = ProbeConfig(every=2)
+    with pytest.raises(UsageError, match=r"`probe.every` needs `probe.labels`, a folder of phones"):
+        pretrain(config, read_corpus(tones), tmp_path / "run")
+    config.probe.labels = str(tmp_path)
+    with pytest.raises(UsageError, match="no labels in"):
+        pretrain(config, read_corpus(tones), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_abx_of_tones_is_near_zero_of_noise_near_a_half_and_says_what_it_needs(tones: Path, run: Path) -> None:
+    labels, splits = Path(tones), read_corpus(tones, training=False)
+    model = load(run)
+    assert isinstance(model, Wav2Vec2)
+    if find_spec("fastabx") is None:
+        with pytest.raises(UsageError, match=r"`abx` needs fastabx, on Python 3\.12 or later"):
+            probe(model, splits, "train", labels, abx=True)
+        return
+    with pytest.raises(UsageError, match="`abx` compares voices: expected two or more"):
+        probe(model, splits, "test", labels, abx=True)
+    rows = probe(model, splits, "train", labels, layers=[0], abx=True)["rows"]
+    spectrum = next(row for row in rows if row["features"] == "log-mel")
+    assert spectrum["abx_within"] < 0.05 and spectrum["abx_across"] < 0.1
+    rng = torch.Generator().manual_seed(0)
+    phones = torch.randint(4, (600,), generator=rng).repeat_interleave(5)
+    noise = torch.randn(3000, 8, generator=rng)
+    frames = Frames([(0, 1500), (1500, 3000)], phones, torch.arange(3000) // 1500, {"noise": noise})
+    assert all(0.45 < error < 0.55 for error in abx_errors(frames, "noise", 0))

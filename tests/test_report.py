@@ -295,9 +295,9 @@ def test_utterances_can_be_heard_and_read(page: Page) -> None:
     assert soundfile.info(io.BytesIO(sound)).duration == 3.0
     first = page.source.split("<article>")[1]
     assert "&lt;MAN&gt; from 0.40 to 1.10" in first and ">&lt;MAN&gt;</text>" in first
-    assert re.search(r"pretrained, greedy</th><td>THE &lt;MAN&gt; <mark>CALL</mark>\s*</td><td>1 of 3<", first)
-    assert re.search(r"with a trigram</th><td>THE &lt;MAN&gt; CALLED\s*</td><td>0 of 3<", first)
-    assert "random weights, with a trigram" in first and "<caption>" in first
+    assert re.search(r"pretrained</th><td>THE &lt;MAN&gt; <mark>CALL</mark>\s*</td><td>1 of 3<", first)
+    assert re.search(r"pretrained \+ trigram</th><td>THE &lt;MAN&gt; CALLED\s*</td><td>0 of 3<", first)
+    assert "random weights + trigram" in first and "<caption>" in first
 
 
 def test_what_the_layers_know_is_told_beside_its_baselines(page: Page) -> None:
@@ -349,8 +349,8 @@ def test_what_is_missing_is_said_in_one_line(case: str, folder: Path, tmp_path: 
         "nothing": r"no summary.json in .*: expected the results of a demo, got an empty folder; name the folder",
         "run": r"no metrics.csv in .*finetuned: expected the figures of a run, got no such folder; name a folder",
         "empty": r"metrics.csv holds no figures: expected logged steps, got none; wait",
-        "rates": r"expected wer and cer under 'scratch', got wer; let w2v2 demo finish",
-        "broken": r"summary.json: expected JSON, got .*; have it written again",
+        "rates": r"summary.json: object missing required field cer - at \$.scratch",
+        "broken": r"summary.json is not JSON \(.*\); get it again",
     }
     if case != "nothing":
         copy_runs(folder, tmp_path, json.loads((folder / "summary.json").read_text()))
@@ -370,7 +370,7 @@ def test_what_is_missing_is_said_in_one_line(case: str, folder: Path, tmp_path: 
 @pytest.mark.parametrize("text", ["epoch,loss\n1,2\n", "step,loss\n1,2e-\n", "step,loss\n1,2,3\n"])
 def test_metrics_of_another_kind(text: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(UsageError, match=r"expected a column step and numbers, got \w+Error .*; name a folder"):
+    with pytest.raises(UsageError, match=r"expected a column step and numbers, got \w+Error .*; have the run write it"):
         write_run_report(tmp_path)
 
 

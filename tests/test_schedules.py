@@ -1,5 +1,6 @@
 """Learning rates by optimiser step, and the one normalisation of gradients, in a real Trainer."""
 
+import contextlib
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_step import Operators
 from torch.utils.data import DataLoader
 
 from w2v2 import recipes
@@ -221,6 +223,22 @@ def quiet_model(**changes):
     model = config_of(FixedCountConfig, **(off | changes)).build()
     model.quantizer.eval()  # Gumbel noise is keyed by the micro-batch
     return model
+
+
+def test_weights_are_cast_to_bf16_once_for_all_micro_batches_of_a_step_and_again_for_the_next(monkeypatch):
+    rows, runs, casts = [batch_of([6_000], first=i) for i in range(6)], {}, {}
+    for name in ("kept", "anew"):
+        if name == "anew":
+            monkeypatch.setattr(Recorder, "casts_kept", lambda task: contextlib.nullcontext())
+        with Operators() as seen:
+            runs[name] = fit(
+                quiet_model(layer_drop=0.0), rows, CONTRASTIVE, accumulate=3, steps=2, precision="bf16-mixed"
+            )
+        casts[name] = seen.names.count("_foreach_copy_")
+    assert casts == {"kept": 4 * 8, "anew": 4 * 12}  # two blocks and two projections; gradients come back six times
+    for got, expected in zip(runs["kept"].gradients, runs["anew"].gradients, strict=True):
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(got[parameter], gradient, rtol=0, atol=0)
 
 
 def test_one_batch_of_four_and_four_of_one_and_two_of_two_give_the_same_gradient():

@@ -104,3 +104,5 @@ def test_what_sharding_cannot_do_is_refused_in_a_line():
         config.check()
     with pytest.raises(UsageError, match="16-mixed"):
         check_device(nano(shard=True, precision="16-mixed").train)
+    with pytest.raises(UsageError, match=r"`train\.bf16_gradients` works between GPUs, without `train\.shard`"):
+        check_device(nano(bf16_gradients=True).train)

@@ -13,7 +13,7 @@ from w2v2.model.conv_stack import conv_stack, first_weights, folded_weights
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder
 from w2v2.model.packing import Rows, pack, plain_path, unpack
 from w2v2.model.slots import Geometry, Slots
-from w2v2.model.transformer import TransformerBlock
+from w2v2.model.transformer import PositionalConvEmbedding, TransformerBlock
 
 PRESETS = ["base", "paper_base", "paper_large_lv60k", "tiny"]
 LENGTHS = {"equal": [9_000] * 3, "unequal": [9_000, 16_000, 1_400, 7_777], "one frame": [400], "alone": [12_345]}
@@ -251,6 +251,19 @@ def test_a_training_step_has_the_losses_metrics_and_gradients_of_the_plain_path(
     assert_same(model, compute, bound=2e-4)
     for name, value in metrics[0].items():
         torch.testing.assert_close(metrics[1][name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kernel", [1, 7, 16, 18])
+def test_the_positional_convolution_is_that_of_each_utterance_on_its_own(kernel):
+    module = randomize(PositionalConvEmbedding(24, kernel, 3))
+    lengths, x = [9, 30, 1, 17], rand(57, 24).requires_grad_()
+    assert_same(module, lambda: module(x[None], lengths))
+    with plain_path():
+        (expected,) = torch.autograd.grad(module(x[None], lengths).square().sum(), x)
+    with Operators() as seen:
+        (got,) = torch.autograd.grad(module(x[None], lengths).square().sum(), x)
+    close(got, expected)
+    assert not any("convolution" in name for name in seen.names)
 
 
 # --- bf16 -------------------------------------------------------------------------------------------------------------

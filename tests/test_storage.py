@@ -1,11 +1,14 @@
 import multiprocessing
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -383,3 +386,64 @@ def test_a_process_that_has_read_ends_without_noise(folder: Path, content: bytes
     with serve(folder) as server:
         code = f"from w2v2.data import storage; print(len(storage.read_bytes('{server.url}/deep/a.bin')))"
         assert run(code) == f"{SIZE}\n"
+
+
+class Endless:
+    """A server that answers whatever it is asked with bytes that never end, so many at a time."""
+
+    def __init__(self, head: bytes, block: bytes, pause: float, context: ssl.SSLContext | None = None) -> None:
+        self.head, self.block, self.pause, self.context, self.sent = head, block, pause, context, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http{'s' if context else ''}://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self.answer, args=self.socket.accept()[:1], daemon=True).start()
+
+    def answer(self, client: socket.socket) -> None:
+        with suppress(OSError), self.context.wrap_socket(client, server_side=True) if self.context else client as peer:
+            peer.recv(1 << 16)
+            peer.sendall(self.head)
+            while True:
+                peer.sendall(self.block)
+                self.sent += len(self.block)
+                time.sleep(self.pause)
+
+
+RANGE = b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-99999/100000\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: ", RANGE])
+def test_a_server_that_trickles_is_given_up_by_name(head: bytes, impatient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes well within the time without one."""
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "SLOWEST", 1e9)
+    server = Endless(head, b"x", 0.05)
+    with pytest.raises(OSError, match=r"no whole answer within [12] s, at the last of 2 attempts") as caught:
+        storage.read_range(f"{server.url}/x", 0, 100_000) if head is RANGE else storage.read_bytes(f"{server.url}/x")
+    one_line(caught, f"{server.url}/x")
+
+
+@pytest.mark.parametrize("range_", [True, False])
+def test_a_body_without_an_end_does_not_fill_memory(range_: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MOST_BYTES", 1_000_000)
+    server = Endless(RANGE if range_ else b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 65536, 0)
+    with pytest.raises(OSError, match=f"sends more than {100_000 if range_ else 1_000_000} bytes") as caught:
+        storage.read_range(f"{server.url}/x", 0, 100_000) if range_ else storage.read_bytes(f"{server.url}/x")
+    one_line(caught, f"{server.url}/x")
+    assert server.sent < 20_000_000
+
+
+def test_a_certificate_that_does_not_verify_is_called_so(tmp_path: Path) -> None:
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
+    options = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(["openssl", *options, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = Endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x", 1, context)
+    for read in (storage.read_bytes, storage.size_of, lambda location: storage.read_range(location, 0, 5)):
+        with pytest.raises(OSError, match="certificate verify failed: self-signed certificate") as caught:
+            read(f"{server.url}/x")
+        one_line(caught, f"{server.url}/x", "no secure connection", "check its certificate")

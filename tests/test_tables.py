@@ -21,6 +21,7 @@ from w2v2.data.layouts import layout_rows
 from w2v2.data.sources import folder_rows
 from w2v2.data.tables import listed_splits, table_rows
 from w2v2.errors import UsageError
+from w2v2.inference.align import find_texts
 from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.run import prepare, summary_table
 
@@ -334,7 +335,7 @@ def test_one_recording_is_told_to_be_too_few_and_a_long_transcript_too_long(
 ) -> None:
     save(tmp_path / "a.wav", 0, 61).with_suffix(".txt").write_text("OH WELL " * 60)
     os.mkfifo(save(tmp_path / "x" / "b.wav", 1).with_suffix(".txt"))
-    with pytest.raises(UsageError, match=r"b\.txt is not a regular file"):
+    with pytest.raises(UsageError, match=r"b\.txt: not a regular file"):
         prepare(tmp_path, tmp_path / "out")
     (tmp_path / "x" / "b.txt").unlink()
     (tmp_path / "x" / "b.wav").unlink()
@@ -460,3 +461,13 @@ def test_what_a_list_of_splits_names_in_vain_is_counted(tmp_path: Path, caplog: 
     assert [m for m in caplog.messages if "in vain" in m] == [
         "the list of splits names 2 of 4 utterances in vain, such as 2: there is no such recording"
     ]
+
+
+def test_a_layout_that_only_prepare_reads_is_refused_elsewhere(tmp_path: Path) -> None:
+    save(tmp_path / "k" / "a.wav", 1)
+    (tmp_path / "k" / "wav.scp").write_text("a a.wav\n")
+    (tmp_path / "k" / "text").write_text("a OH WELL\n")
+    for read in (lambda: read_corpus(tmp_path / "k", training=False), lambda: find_texts(str(tmp_path / "k"), None)):
+        with pytest.raises(UsageError, match=r"wav\.scp .* only 'w2v2 prepare' reads"):
+            read()
+    assert prepare(tmp_path / "k", tmp_path / "out")["splits"]["train"]["transcribed"] == 1

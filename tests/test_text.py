@@ -286,7 +286,7 @@ def test_the_case_rules_of_a_language_keep_its_letters_apart(tmp_path: Path) -> 
     assert load_vocabulary(tmp_path / "vocab.json").normalize("i\u0131") == "\u0130I"
     pieces = SentencePieces(size=12, language="tr").vocabulary(["iyi \u0131\u015f\u0131k"] * 9)
     assert pieces.normalize("i\u0131") == "\u0130I" and pieces.decode(pieces.encode("i\u0131")) == "\u0130I"
-    with pytest.raises(UsageError, match="of tr, az, de or none, got 'upper' and 'turkish'"):
+    with pytest.raises(UsageError, match="tr, az, de or none, got 'upper' and 'turkish'"):
         Characters(language="turkish").vocabulary([text])
 
 

@@ -183,7 +183,7 @@ def test_a_worker_draws_what_the_task_would(corpus: Path, workers: int) -> None:
     task.model.config.layer_drop = 0.5
     config = DataConfig(batch_seconds=4.0, max_seconds=2.0, num_workers=workers)
     data = SpeechDataModule(read_corpus(corpus), config)
-    data.trainer = SimpleNamespace(lightning_module=task, current_epoch=3)
+    data.trainer = SimpleNamespace(lightning_module=task, current_epoch=3, accumulate_grad_batches=2)
     loader = data.train_dataloader()
     layers = []
     for number, batch in enumerate(loader):

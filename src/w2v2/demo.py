@@ -22,14 +22,15 @@ from w2v2 import recipes
 from w2v2.checkpoint.native import WEIGHTS, read_native
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
-from w2v2.decoding.decoder import make_decoder
+from w2v2.decoding.decoder import TunableDecoder, make_decoder
 from w2v2.decoding.greedy import Decoder, Greedy
 from w2v2.decoding.kneser_ney import estimate
 from w2v2.errors import UsageError
 from w2v2.evaluation.probe import probe
 from w2v2.evaluation.scoring import Tally
+from w2v2.evaluation.tuning import tune_on
 from w2v2.files import write_json
-from w2v2.inference.recognizer import Recognizer, load_recognizer
+from w2v2.inference.recognizer import Recognizer, load_recognizer, weights_key
 from w2v2.model.masking import keyed_generator
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2
@@ -39,7 +40,7 @@ from w2v2.report.listening import listening_examples
 from w2v2.synthetic.corpus import synthesize
 from w2v2.synthetic.speakers import SyntheticConfig
 from w2v2.text.spelling import normalize_text
-from w2v2.training.config import FinetuneConfig, PretrainConfig
+from w2v2.training.config import PretrainConfig
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import finetune
 from w2v2.training.plan import peak_memory
@@ -48,8 +49,9 @@ from w2v2.training.resume import WARM_START
 
 log = logging.getLogger(__name__)
 
-LABELLED_MINUTES, PROBE_MINUTES = 10.0, 10.0
+LABELLED_MINUTES, PROBE_MINUTES, TUNE_TRIALS = 10.0, 10.0, 16
 ARMS = ("finetuned", "warm_start_only", "scratch")
+FIGURES = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
 _MARK = "demo.json"
 _OWN = ("pretrain", *ARMS, "manifest")
 
@@ -58,8 +60,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     """Run the demo, and return the path of its report.
 
     Args:
-        out: ``summary.json``, ``report.html``, and a run folder per stage go here. The results of an earlier demo are
-            replaced, its corpus is used again.
+        out: ``summary.json``, ``report.html`` and run folders. What an earlier demo left is replaced, but its corpus.
         data: real speech in LibriSpeech layout; None: two hours of synthetic speech are made.
         seed: of everything random.
         hours: synthetic training audio.
@@ -79,33 +80,33 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         prepare(data, out / "manifest")
         splits = read_corpus(out / "manifest")
         split = "test" if "test" in splits else "valid"
-    with _stage("pretrain", seconds):
-        config = _scaled(recipes.tiny(), seed, shrink)
-        pretrained = pretrain(config, splits, out / "pretrain")
-        assert isinstance(pretrained, Wav2Vec2ForPretraining)
-        figures = evaluate_pretrained(out / "pretrain", splits, "valid")
+    labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
+    with _two_processes() as pool:
+        arms = [pool.submit(_finetune, "scratch", labelled, out, seed, shrink)]
+        with _stage("pretrain", seconds):
+            config = _scaled(recipes.tiny(), seed, shrink)
+            pretrained = pretrain(config, splits, out / "pretrain")
+            assert isinstance(pretrained, Wav2Vec2ForPretraining)
+            figures = evaluate_pretrained(out / "pretrain", splits, "valid")
+        with _stage("finetune", seconds):
+            arms += [pool.submit(_finetune, name, labelled, out, seed, shrink) for name in ARMS if name != "scratch"]
+            for arm in arms:
+                arm.result()
     with _stage("probe", seconds):
         probed = _probe(pretrained, splits, split, data, out)
-    labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
-    with _stage("finetune", seconds):
-        _finetune_all(out, labelled, seed, shrink)
     with _stage("evaluate", seconds):
         rows = _hypotheses(out, splits, split)
-        write_json(out / "hypotheses.json", _spread(rows, 10))
-        recognizer = load_recognizer(out / "finetuned")
-        write_json(out / "listening.json", listening_examples(list(splits[split]), rows, recognizer))
         _write_codebook(out, pretrained, splits, config)
         _write_example(out, splits, config)
     rates = {arm: _rates(rows, arm) for arm in ARMS}
-    names = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
     summary = {
         "schema": 2,
-        "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in names}},
+        "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in FIGURES}},
         "warm_start": _warm_start(out, splits),
         "probe": probed,
         **rates,
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "peak_memory_gib": _peak_memory_gib(),
+        "peak_memory_gib": peak_memory("self", "children") / 2**30,
         "command": f"w2v2 demo {source} --seed {seed} --shrink {shrink:g}",
         "test_split": split,
         "labelled_minutes": labelled["train"].seconds / 60,
@@ -131,10 +132,7 @@ def _tell(rows: list[dict[str, str]], rates: dict[str, Any]) -> None:
 
 
 def _probe(model: Wav2Vec2, splits: Splits, split: str, data: Path, out: Path) -> dict[str, Any] | None:
-    """Accuracies on phones of log-mel and of the best layers, from one frame and from five; None: no labels.
-
-    All of them are in ``probe.json``.
-    """
+    """Accuracies on phones of log-mel and the best layers (all: ``probe.json``), of 1 and 5 frames; None: no labels."""
     (out / "probe.json").unlink(missing_ok=True)  # of an earlier demo
     if not any(data.rglob("*.phones.ctm")):
         return None
@@ -157,18 +155,14 @@ def _warm_start(out: Path, splits: Splits) -> dict[str, float]:
     return {"seconds": seconds, "r2": evaluate_pretrained(folder, splits, "valid")["r2"]}
 
 
-def _finetune_all(out: Path, labelled: Splits, seed: int, shrink: float) -> None:
-    """All arms, in two processes of one thread each: it is quicker, and no arm has more of the machine."""
-    tuned, scratch = _scaled(recipes.tiny_ctc(), seed, shrink), _scaled(recipes.tiny_ctc_scratch(), seed, shrink)
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_one_thread)
-    with pool:
-        jobs = [
-            pool.submit(_finetune, "scratch", scratch, labelled, out, None),
-            pool.submit(_finetune, "finetuned", tuned, labelled, out, out / "pretrain"),
-            pool.submit(_finetune, "warm_start_only", tuned, labelled, out, out / "pretrain" / WARM_START),
-        ]
-        for job in jobs:
-            job.result()
+@contextlib.contextmanager
+def _two_processes() -> Iterator[ProcessPoolExecutor]:
+    """One thread each, as this process has meanwhile: two at a time are quicker, and no arm has more of the machine."""
+    threads = torch.get_num_threads()
+    _one_thread()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        yield pool
+    torch.set_num_threads(threads)
 
 
 def _one_thread() -> None:
@@ -176,7 +170,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _finetune(arm: str, config: FinetuneConfig, labelled: Splits, out: Path, start: Path | None) -> None:
+def _finetune(arm: str, labelled: Splits, out: Path, seed: int, shrink: float) -> None:
+    config = _scaled(recipes.tiny_ctc_scratch() if arm == "scratch" else recipes.tiny_ctc(), seed, shrink)
+    start = {"finetuned": out / "pretrain", "warm_start_only": out / "pretrain" / WARM_START}.get(arm)
     if start is not None:
         config.adopt_architecture(read_native(start).config)
     finetune(config, labelled, out / arm, init_from=start)
@@ -196,8 +192,7 @@ def _claim(out: Path) -> None:
 def _scaled(config: Any, seed: int, shrink: float) -> Any:
     """A recipe with the demo's seed, all its lengths divided by ``shrink``."""
     config.train.seed = seed
-    schedule, train = config.optim.schedule, config.train
-    warm = getattr(config, "warm_start", None)
+    schedule, train, warm = config.optim.schedule, config.train, getattr(config, "warm_start", None)
     for owner, name in (
         (warm, "updates"), (schedule, "total_steps"), (schedule, "warmup_steps"),
         (train, "log_every"), (train, "val_every"), (train, "checkpoint_every"),
@@ -218,9 +213,8 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def _hypotheses(out: Path, splits: Splits, split: str) -> list[dict[str, str]]:
     """Reference and hypotheses of each arm, greedy and with the trigram, of every transcribed utterance of a split."""
-    # The last weights: "best" goes by WER, which near 1 is lower for a model that says nothing yet.
-    models = {arm: load_recognizer(out / arm) for arm in ARMS}
-    searches = _trigram(out, splits, models["finetuned"])
+    models = {arm: load_recognizer(out / arm / "best") for arm in ARMS}
+    searches = _trigrams(out, splits, split, models)
     rows = []
     for cut in splits[split]:
         text = normalize_text(cut.supervisions[0].text or "")
@@ -231,21 +225,35 @@ def _hypotheses(out: Path, splits: Splits, split: str) -> list[dict[str, str]]:
         for arm, model in models.items():
             log_probs = model.emissions([audio])[0]
             row[arm] = Greedy(model.vocabulary)(log_probs).text
-            if searches is not None and arm != "warm_start_only":
-                row[f"{arm}_trigram"] = searches(log_probs).text
+            if arm in searches:
+                row[f"{arm}_trigram"] = searches[arm](log_probs).text
         rows.append(row)
+    write_json(out / "hypotheses.json", _spread(rows, 10))
+    write_json(out / "listening.json", listening_examples(list(splits[split]), rows, models["finetuned"]))
     return rows
 
 
-def _trigram(out: Path, splits: Splits, model: Recognizer) -> Decoder | None:
-    """A beam search over the words of all training transcripts, weighed by their trigram; None: not installed."""
+def _trigrams(out: Path, splits: Splits, split: str, models: dict[str, Recognizer]) -> dict[str, Decoder]:
+    """Beam searches over the words of all training transcripts, weighed by their trigram; none: not installed.
+
+    Its weight is tuned for each arm on the validation voices, unless these are what is scored.
+    """
     texts = [normalize_text(text).split() for _, _, text in splits["train"].transcripts(0.0) if text]
     estimate(texts, 3).save(out / "trigram.arpa")
-    try:
-        return make_decoder(model.vocabulary, lm=out / "trigram.arpa")
-    except UsageError as error:
-        log.warning("no trigram: %s", error)
-        return None
+    searches: dict[str, Decoder] = {}
+    for arm in ("finetuned", "scratch"):
+        try:
+            search = make_decoder(models[arm].vocabulary, lm=out / "trigram.arpa")
+        except UsageError as error:
+            log.warning("no trigram: %s", error)
+            break
+        assert isinstance(search, TunableDecoder)
+        if split != "valid":
+            folder, data = out / arm / "best", recipes.tiny_ctc().data
+            key, valid = weights_key(folder), splits["valid"]
+            search = search.tuned(tune_on(models[arm], search, valid, data, folder, key, trials=TUNE_TRIALS).best)
+        searches[arm] = search
+    return searches
 
 
 def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
@@ -290,8 +298,3 @@ def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:
     mask = config.model.sample_mask(frames, keyed_generator(config.train.seed, 0, cut.id))
     hop = int(np.prod(config.model.conv_strides))
     np.savez_compressed(out / "example.npz", audio=audio, mask=mask.numpy(), hop=hop, id=cut.id)
-
-
-def _peak_memory_gib() -> float:
-    """Largest resident set of this process or of a helper process, GiB."""
-    return peak_memory("self", "children") / 2**30

@@ -30,8 +30,11 @@ class StoppedError(Exception):
     """A signal ended the work, and everything is saved. ``exit_code`` tells a scheduler to run it again, or not."""
 
     def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(number, message)  # all of it, to cross to another process
         self.exit_code = 130 if number == signal.SIGINT else 75  # what shells give for Ctrl-C; EX_TEMPFAIL
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class JobError(RuntimeError):
@@ -73,6 +76,8 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
+Width = Annotated[int, Range(1, 100_000)]
+"""Of a part of a network: more is no mistake in a number, but a file that is not what it seems."""
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -90,9 +95,24 @@ def check_ranges(config: Any, name: str = "") -> None:
         value, path = getattr(config, field.name), f"{name}.{field.name}" if name else field.name
         if dataclasses.is_dataclass(value):
             check_ranges(value, path)
-        for bounds in _ranges(hints[field.name]) if value is not None else ():
-            if any(number not in bounds for number in (value if isinstance(value, tuple) else [value])):
-                raise UsageError(f"`{path}` must be {bounds}, got {value}")
+        else:
+            check_range(value, hints[field.name], f"`{path}`")
+
+
+def check_range(value: Any, hint: Any, name: str) -> None:
+    """Check a number, or each of some, against the range in its type; :class:`UsageError` names it."""
+    for bounds in _ranges(hint) if value is not None else ():
+        if any(number not in bounds for number in (value if isinstance(value, (tuple, list)) else [value])):
+            raise UsageError(f"{name} must be {bounds}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value of whatever kind and size, to be shown in a message."""
+    try:
+        text = str(value) if isinstance(value, (int, float, tuple)) else repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes; a list in itself
+        text = f"some {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _ranges(hint: Any) -> list[Range]:

@@ -1,17 +1,103 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are written whole or not at all, and read only where they are regular files."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import gzip
+import io
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO, cast
 
 from w2v2.errors import UsageError, public
+
+MOST_BYTES = 1 << 29
+"""Of a text that is read as a whole."""
+MOST_CHARACTERS = 1 << 24
+"""Of a line."""
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file to read. A pipe would keep us waiting, and a device may never end.
+
+    Raises:
+        OSError: none, something else, or one that may not be read.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "Is a directory" if os.path.isdir(path) else "not a regular file", str(path))
+    return os.fdopen(number, "rb")
+
+
+@contextlib.contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[Iterator[str]]:
+    """The lines of a regular file of UTF-8 text, gzipped if its name ends in .gz, without a byte order mark.
+
+    Raises:
+        UsageError: no such file, something else in it, or a line that nobody would want in memory.
+    """
+    try:
+        with open_file(path) as file, _unzipped(file, path) as content:
+            yield _lines(io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline), path)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"cannot read {path}: {what}; expected a file of UTF-8 text, gzipped if it ends in .gz"
+        ) from error
+
+
+def _unzipped(file: BinaryIO, path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+
+
+def _lines(text: TextIO, path: Path) -> Iterator[str]:
+    while line := text.readline(MOST_CHARACTERS):
+        if len(line) == MOST_CHARACTERS:
+            raise UsageError(f"{path} has a line of more than {MOST_CHARACTERS:,} characters; check what it is")
+        yield line
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a regular file holds.
+
+    Raises:
+        UsageError: it cannot be read, or is too large to be read as a whole.
+    """
+    try:
+        with open_file(path) as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from error
+    if len(content) > MOST_BYTES:
+        raise UsageError(f"cannot read {path}: expected at most {MOST_BYTES >> 20} MB; check what it is")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a regular file, without its byte order mark and the carriage returns of its lines.
+
+    Raises:
+        UsageError: as ``read_bytes``, and something else than UTF-8 in it.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text; convert it") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextlib.contextmanager

@@ -6,18 +6,23 @@ user's is stored as ``module:Class``.
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from w2v2.errors import UsageError
-from w2v2.files import write_json
+from w2v2.errors import UsageError, check_range, shown
+from w2v2.files import open_text, read_bytes, write_json
 
 T = TypeVar("T")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def to_dict(config: Any) -> Any:
@@ -32,26 +37,66 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def from_dict(values: Any, kinds: type[T] | tuple[type[T], ...]) -> T:
+def from_dict(values: Any, kinds: type[T] | tuple[type[T], ...], where: str = "") -> T:
     """Inverse of ``to_dict``, for one of some dataclasses or a subclass of theirs.
 
     No code is imported for it: a type must be one of ``kinds``, a subclass that is loaded already, or a user's type
     whose module is. A field that an older version did not have yet gets its default, which therefore has to mean what
     that version did.
 
+    Args:
+        where: file and place in it, for messages.
+
     Raises:
-        UsageError: an unknown type, or a field that the type does not have.
+        UsageError: an unknown type, a field that the type does not have or one that it lacks, a value of another type
+            or out of its range.
     """
-    kind = _resolve(values.get("_type", ""), kinds if isinstance(kinds, tuple) else (kinds,))
-    hints = typing.get_type_hints(kind)
+    prefix = f"{where}: " if where else ""
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(values, dict) or not isinstance(values.get("_type", ""), str):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise UsageError(f"{prefix}expected a saved {names} with its _type, got {shown(values)}")
+    kind: Any = _resolve(values.get("_type", ""), kinds, prefix)
+    known = {field.name: field for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in values.items() if name != "_type"}
-    if unknown := fields.keys() - {f.name for f in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+    if unknown := fields.keys() - known:
         raise UsageError(
-            f"saved {kind.__name__} has fields that this version does not know: {', '.join(sorted(unknown))}; "
+            f"{prefix}saved {kind.__name__} has fields that this version does not know: {', '.join(sorted(unknown))}; "
             "use the version that wrote it, or a newer one"
         )
-    config: T = kind(**{name: _from_value(value, hints[name]) for name, value in fields.items()})
+    missing = dataclasses.MISSING
+    if lacking := [n for n in known.keys() - fields if known[n].default is known[n].default_factory is missing]:
+        raise UsageError(f"{prefix}saved {kind.__name__} lacks {', '.join(sorted(lacking))}; get the file again")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    path = f"{where}." if where.partition(": ")[2] else prefix
+    config: T = kind(**{name: _from_value(value, hints[name], f"{path}{name}") for name, value in fields.items()})
     return config
+
+
+def checked(value: Any, kind: Any, name: str) -> Any:
+    """Return a value of a file as what it must be: lists as tuples, whole numbers as floats where those are wanted.
+
+    Args:
+        value: as JSON has it.
+        kind: type, which may have ranges, dataclasses and typed dictionaries in it.
+        name: file and field, for messages.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    import msgspec  # late: a model is built without
+
+    try:
+        converted = msgspec.convert(value, kind, strict=True)
+    except (
+        msgspec.ValidationError,
+        UnicodeEncodeError,
+        TypeError,
+    ) as error:  # which of several dataclasses, it does not know
+        reason = str(error).replace("`", "")
+        raise UsageError(f"{name}: {reason[:1].lower()}{reason[1:]} ({shown(value)})") from None
+    check_range(converted, kind, name)
+    return converted
 
 
 _RENAMED = {"w2v2.model.wav2vec2:Wav2Vec2Config": "ContrastiveConfig"}
@@ -66,7 +111,7 @@ def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == __package__
 
 
-def _resolve(name: str, kinds: tuple[type[T], ...]) -> type[T]:
+def _resolve(name: str, kinds: tuple[type[T], ...], prefix: str) -> type[T]:
     name = _RENAMED.get(name, name)
     module, _, qualname = name.rpartition(":")
     kind: Any = None
@@ -76,7 +121,7 @@ def _resolve(name: str, kinds: tuple[type[T], ...]) -> type[T]:
         kind = next((k for k in _with_subclasses(kinds) if _is_ours(k.__module__) and k.__name__ == qualname), None)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and issubclass(kind, kinds)):
         raise UsageError(
-            f"saved configuration needs the type '{name}', which is not known here; "
+            f"{prefix}saved configuration needs the type {shown(name)}, which is not known here; "
             "name its recipe file (FILE.py:FUNCTION) on the command line, or import it first"
         )
     return kind
@@ -88,13 +133,10 @@ def _with_subclasses(kinds: typing.Iterable[type]) -> typing.Iterator[type]:
         yield from _with_subclasses(kind.__subclasses__())
 
 
-def _from_value(value: Any, hint: Any) -> Any:
-    if isinstance(value, dict) and "_type" in value:
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        return from_dict(value, options)
-    if isinstance(value, list):
-        return tuple(value)
-    return value
+def _from_value(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds: tuple[Any, ...] = tuple(option for option in options if dataclasses.is_dataclass(option))
+    return from_dict(value, kinds, where) if kinds and value is not None else checked(value, hint, where)
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -118,7 +160,18 @@ def load_config(path: Path, kinds: type[T] | tuple[type[T], ...]) -> T:
     Raises:
         UsageError: no such file, not JSON, or not one of these kinds.
     """
-    return from_dict(read_json(path), kinds)
+    return from_dict(read_json(path), kinds, str(path))
+
+
+def parse_json(content: str | bytes, where: object) -> Any:
+    """Return what a text in JSON says; :class:`UsageError`: it is none, nested too deep, or has half a character."""
+    try:
+        value = json.loads(content)
+        if _SURROGATE.search(content if isinstance(content, bytes) else content.encode()):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON ({error}); get it again, or check the path") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,12 +180,43 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: no such file, or something else in it.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); get it again, or check the path") from error
+    values = parse_json(read_bytes(path), path)
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a JSON object, got a {type(values).__name__}")
     return values
+
+
+def read_checked(path: Path, kind: type[T]) -> T:
+    """Return what a JSON file holds, as the type that it must have; errors as of ``read_json`` and ``checked``."""
+    value: T = checked(parse_json(read_bytes(path), path), kind, str(path))
+    return value
+
+
+def read_figures(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Step and figures by name of each row of ``metrics.csv``; those of empty fields are missing.
+
+    Raises:
+        UsageError: no such file, or something else in it.
+    """
+    with open_text(path, newline="") as lines:
+        try:
+            for row in csv.DictReader(lines, strict=True):
+                step = int(row.pop("step"))
+                yield step, {name: float(value) for name, value in row.items() if value}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            if isinstance(error, (UnicodeDecodeError, UsageError)):
+                raise
+            got = f"{type(error).__name__} {error}"
+            raise UsageError(f"{path}: expected a column step and numbers, got {got}; have the run write it") from None
+
+
+@contextlib.contextmanager
+def files_of(folder: Path, verb: str) -> Iterator[None]:
+    """Make a page of a folder's files inside; :class:`UsageError`: they are not as a verb leaves them."""
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except Exception as error:
+        reason = shown(f"{type(error).__name__} {error}")
+        raise UsageError(f"{folder} holds other files than '{verb}' leaves: {reason}; run it again") from error

@@ -10,7 +10,7 @@ import jinja2
 
 from w2v2.checkpoint.native import CONFIG, VOCABULARY
 from w2v2.errors import public
-from w2v2.serial import read_json
+from w2v2.serial import files_of, read_json
 from w2v2.text.vocabulary import SPACE, PhonemeVocabulary, PieceVocabulary, Vocabulary, load_vocabulary
 
 CARD, CHECK = "README.md", "export.json"
@@ -29,33 +29,34 @@ def write_card(source: Path, folder: Path, *, name: str, license_id: str | None 
 
     check = read_json(folder / CHECK)
     vocabulary = load_vocabulary(folder / VOCABULARY) if (folder / VOCABULARY).is_file() else None
-    run, environment = (_optional(source / file) for file in (CONFIG, "environment.json"))
-    datasets = [_last_name(path) for path in run.get("data", {}).get("sources", ())]
-    data = ModelCardData(
-        library_name="w2v2",
-        license=license_id,
-        pipeline_tag="feature-extraction" if vocabulary is None else "automatic-speech-recognition",
-        tags=["wav2vec2", "speech", check["format"]],
-        datasets=datasets or None,
-        metrics=None if vocabulary is None else ["wer", "cer"],
-    )
-    text = (resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8")
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        text
-    )
-    page = template.render(
-        front_matter=data.to_yaml(),
-        name=name,
-        license_id=license_id,
-        vocabulary=vocabulary,
-        spelling="" if vocabulary is None else _spelling(vocabulary),
-        shape=read_json(folder / CONFIG),
-        train=environment.get("data", {}).get("train"),
-        datasets=datasets,
-        evaluations=[_evaluation(path) for path in sorted(source.glob("evaluation/*/evaluation.json"))],
-        check=check,
-        check_name=CHECK,
-    )
+    with files_of(source, "w2v2 evaluate"):
+        run, environment = (_optional(source / file) for file in (CONFIG, "environment.json"))
+        datasets = [_last_name(path) for path in run.get("data", {}).get("sources", ())]
+        data = ModelCardData(
+            library_name="w2v2",
+            license=license_id,
+            pipeline_tag="feature-extraction" if vocabulary is None else "automatic-speech-recognition",
+            tags=["wav2vec2", "speech", check["format"]],
+            datasets=datasets or None,
+            metrics=None if vocabulary is None else ["wer", "cer"],
+        )
+        text = (resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8")
+        template = jinja2.Environment(
+            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        ).from_string(text)
+        page = template.render(
+            front_matter=data.to_yaml(),
+            name=name,
+            license_id=license_id,
+            vocabulary=vocabulary,
+            spelling="" if vocabulary is None else _spelling(vocabulary),
+            shape=read_json(folder / CONFIG),
+            train=environment.get("data", {}).get("train"),
+            datasets=datasets,
+            evaluations=[_evaluation(path) for path in sorted(source.glob("evaluation/*/evaluation.json"))],
+            check=check,
+            check_name=CHECK,
+        )
     ModelCard(page).save(folder / CARD)
 
 

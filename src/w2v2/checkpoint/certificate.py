@@ -119,7 +119,7 @@ def quiet_transformers() -> Iterator[Any]:
     """Import transformers, without progress bars or advice.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or cannot do with a folder what is asked of it inside.
     """
     try:
         import transformers
@@ -134,6 +134,11 @@ def quiet_transformers() -> Iterator[Any]:
     transformers.logging.disable_progress_bar()
     try:
         yield transformers
+    except (UsageError, JobError):
+        raise
+    except Exception as error:  # it checks little of what it reads
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"transformers cannot read these files: {type(error).__name__} {reason}; mend them") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:

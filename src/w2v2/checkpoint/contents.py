@@ -77,16 +77,20 @@ class Checkpoint:
         return blank_model(self.config, self.state, len(labels.labels) if labels else 0)
 
 
+def check_config(config: Wav2Vec2Config, where: Path) -> None:
+    """Refuse a configuration that no model can have; :class:`UsageError` names the file and the field."""
+    try:
+        config.check()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
 def blank_model(config: Wav2Vec2Config, names: Iterable[str], n_labels: int = 0) -> Wav2Vec2:
     """Return the model that tensors of these names belong to, for its shapes.
 
-    With ``lm_head`` it is a CTC model, with ``classifier`` one; without heads the encoder; else what the configuration
-    builds.
-
-    Raises:
-        UsageError: a configuration that no model can have.
+    With ``lm_head`` it is a CTC model, with ``classifier`` one; without heads the encoder; else what the checked
+    configuration builds.
     """
-    config.check()
     heads = head_names(config, names)
     with _without_memory(config):
         if "lm_head" in heads:
@@ -127,7 +131,8 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where
         if name in state and state[name].shape != tensor.shape
     ]
     if faults:
-        raise UsageError(f"{where} does not fit the model: {'; '.join(faults)}")
+        rest = f"; and {len(faults) - 100} more" if len(faults) > 100 else ""
+        raise UsageError(f"{where} does not fit the model: {'; '.join(faults[:100])}{rest}")
 
 
 def check_finite(state: Mapping[str, Tensor], where: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from w2v2.checkpoint import foreign
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, shown
 from w2v2.files import write_json
 from w2v2.model.wav2vec2 import SAMPLE_RATE
-from w2v2.serial import read_json
+from w2v2.serial import checked, read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
@@ -43,10 +44,9 @@ def normalizes(folder: Path, *, layer_norm: bool) -> tuple[bool, list[str]]:
         extractor = extractor.get(part) if extractor and part else extractor
         if extractor is None:
             continue
-        if not isinstance(extractor, dict):
-            raise UsageError(f"{path}: {part} must be the settings of a feature extractor, got {extractor!r}")
-        rate = extractor.get("sampling_rate", SAMPLE_RATE)
+        settings: dict[str, Any] = checked(extractor, dict[str, Any], f"{path}: {part}" if part else str(path))
+        rate = settings.get("sampling_rate", SAMPLE_RATE)
         if rate != SAMPLE_RATE:
-            raise UsageError(f"{path} wants audio at {rate} Hz; models here hear {SAMPLE_RATE} Hz")
-        return foreign.setting(extractor, "do_normalize", True, path), []
+            raise UsageError(f"{path} wants audio at {shown(rate)} Hz; models here hear {SAMPLE_RATE} Hz")
+        return foreign.setting(settings, "do_normalize", bool, True, path), []
     return layer_norm, [f"no {PREPROCESSOR}: normalize_audio {layer_norm}, as fairseq trains encoders of this norm"]

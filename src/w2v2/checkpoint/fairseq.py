@@ -7,6 +7,7 @@ Facts from fairseq at 3d262bb: ``models/wav2vec/wav2vec2.py``, ``wav2vec2_asr.py
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from w2v2.checkpoint import foreign
 from w2v2.checkpoint.contents import Checkpoint
-from w2v2.checkpoint.pickles import plain, read_pickle
+from w2v2.checkpoint.pickles import plain, read_pickle, tensors_of
 from w2v2.checkpoint.tokenizer import dictionary_misfits, read_dictionary, settle_case, write_dictionary
-from w2v2.errors import UsageError
+from w2v2.errors import Positive, ShareBelowOne, UsageError, Width, shown
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from w2v2.serial import checked
 
 MODEL = "model.pt"
 
@@ -120,26 +122,24 @@ def read_fairseq(path: Path) -> Checkpoint:
         raise UsageError(
             f"{path} is not a checkpoint of fairseq: expected a dictionary with 'model', and 'cfg' or 'args'"
         )
-    tensors = {str(name): tensor for name, tensor in checkpoint["model"].items()}
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UsageError(f"{path} must hold tensors by name under 'model' and nothing else")
+    tensors = tensors_of(checkpoint["model"], path)
     kind = Wav2Vec2ForCTC if any(name.startswith("w2v_encoder.") for name in tensors) else foreign.kind_of(tensors)
     model, task, tuned = _settings(checkpoint, kind, path)
     foreign.refuse_other_settings(model, _ALLOWED, path)
     foreign.refuse_other_settings(tuned, {"blank_weight": (0,)}, path)
-    extra = plain(checkpoint.get("extra_state"))
+    extra = plain(checkpoint.get("extra_state"), path)
     config = _model_config(model, task, tuned, extra.get("w2v2") if isinstance(extra, dict) else None, path)
     vocabulary, notes = None, [] if kind is not Wav2Vec2 else ["no quantizer in the file: the encoder alone"]
     if kind is Wav2Vec2ForCTC:
         vocabulary, notes = settle_case(read_dictionary(checkpoint.get("task_state"), path))
-    blank = foreign.blank_of(config, kind, len(vocabulary.labels) if vocabulary else 0)
+    blank = foreign.blank_of(config, kind, len(vocabulary.labels) if vocabulary else 0, path)
     return Checkpoint(
         source=path,
         config=config,
         state=foreign.take(tensors, blank, fairseq_names(blank.state_dict(), config, kind), path),
         vocabulary=vocabulary,
-        channel_mask_prob=foreign.setting(tuned, "mask_channel_prob", 0.0, path),
-        channel_mask_length=foreign.setting(tuned, "mask_channel_length", 10, path),
+        channel_mask_prob=foreign.setting(tuned, "mask_channel_prob", ShareBelowOne, 0.0, path),
+        channel_mask_length=foreign.setting(tuned, "mask_channel_length", Width, 10, path),
         notes=notes,
     )
 
@@ -149,7 +149,7 @@ _Settings = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 def _settings(checkpoint: dict[str, Any], kind: type[Wav2Vec2], path: Path) -> _Settings:
     """Return settings of the pretrained model, of its task, and of fine-tuning: none of a pretraining model."""
-    saved = plain(checkpoint.get("cfg")) or plain(checkpoint.get("args"))
+    saved = plain(checkpoint.get("cfg"), path) or plain(checkpoint.get("args"), path)
     if not isinstance(saved, dict):
         raise UsageError(f"{path} has neither 'cfg' nor 'args': expected the settings that the model was trained with")
     model, task = _parts(saved)
@@ -162,7 +162,7 @@ def _settings(checkpoint: dict[str, Any], kind: type[Wav2Vec2], path: Path) -> _
     if not isinstance(model.get("w2v_args"), dict):
         raise UsageError(
             f"{path} has no settings of the model it was fine-tuned from (w2v_args), only a path, "
-            f"{model.get('w2v_path')!r}; have fairseq save it again, with that file in place"
+            f"{shown(model.get('w2v_path'))}; have fairseq save it again, with that file in place"
         )
     return *_parts(model["w2v_args"]), model
 
@@ -188,12 +188,13 @@ def _model_config(
     temperatures = _temperature(model.get("latent_temp", (2, 0.5, 0.999995)), path)
     ours |= zip(("gumbel_start", "gumbel_end", "gumbel_decay"), temperatures, strict=True)
     # zero or less means the width of the thing before it
-    ours["similarity_dim"] = max(foreign.setting(model, "final_dim", 0, path), 0) or ours["n_embd"]
-    latent, groups = max(foreign.setting(model, "latent_dim", 0, path), 0) or ours["similarity_dim"], ours["n_groups"]
+    widths = [max(foreign.setting(model, name, int, 0, path), 0) for name in ("final_dim", "latent_dim")]
+    ours["similarity_dim"] = widths[0] or ours["n_embd"]
+    latent, groups = widths[1] or ours["similarity_dim"], ours["n_groups"]
     if latent % groups:
         raise UsageError(f"{path}: latent_dim must be a multiple of latent_groups ({groups}), got {latent}")
     ours["codebook_dim"] = latent // groups
-    ours["normalize_audio"] = foreign.setting(model | task, "normalize", False, path)
+    ours["normalize_audio"] = foreign.setting(model | task, "normalize", bool, False, path)
     return foreign.published(ours, layer_norm=model.get("extractor_mode") == "layer_norm", kept=kept, where=path)
 
 
@@ -213,18 +214,17 @@ def conv_layers(text: Any, path: Path) -> list[tuple[int, ...]]:
         whole = False
     if not whole or not 0 < len(layers) <= 100:
         raise UsageError(
-            f"{path}: conv_feature_layers must be such as [(512, 10, 5)] + [(512, 3, 2)] * 4, got {text!r}"
+            f"{path}: conv_feature_layers must be such as [(512, 10, 5)] + [(512, 3, 2)] * 4, got {shown(text)}"
         )
     return layers
 
 
 def _temperature(value: Any, path: Path) -> tuple[float, ...]:
     """Return (start, end, decay), which old files have as text."""
-    try:
-        start, end, decay = (float(n) for n in (ast.literal_eval(value) if isinstance(value, str) else value))
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise UsageError(f"{path}: latent_temp must be three numbers, got {value!r}") from error
-    return start, end, decay
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+    temperatures: tuple[float, ...] = checked(value, tuple[Positive, Positive, Positive], f"{path}: latent_temp")
+    return temperatures
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------

@@ -6,27 +6,31 @@ beside it, under a key of our own.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from w2v2.checkpoint.contents import Checkpoint, check_finite, check_fit
-from w2v2.errors import UsageError
+from w2v2.checkpoint.contents import Checkpoint, check_config, check_finite, check_fit
+from w2v2.errors import UsageError, shown
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from w2v2.serial import checked
 from w2v2.text.vocabulary import Vocabulary
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 Fields = Sequence[tuple[str, str, Any]]
 """Our field, the other format's name for the same thing in the same unit, and its default, for files without it."""
+
+
+_TYPES = get_type_hints(ContrastiveConfig, include_extras=True)
+"""Of our fields, with their ranges."""
 
 
 def to_settings(config: Wav2Vec2Config, table: Fields) -> dict[str, Any]:
@@ -36,12 +40,12 @@ def to_settings(config: Wav2Vec2Config, table: Fields) -> dict[str, Any]:
 
 def from_settings(settings: Mapping[str, Any], table: Fields, where: Path) -> dict[str, Any]:
     """Return the fields of a table by our names; :class:`UsageError` names a setting that it cannot be."""
-    return {ours: setting(settings, theirs, default, where) for ours, theirs, default in table}
+    return {ours: setting(settings, theirs, _TYPES[ours], default, where) for ours, theirs, default in table}
 
 
-def setting(settings: Mapping[str, Any], name: str, default: Any, where: Path) -> Any:
-    """Return one setting, checked against its default."""
-    return checked(settings.get(name, default), default, name, where)
+def setting(settings: Mapping[str, Any], name: str, kind: Any, default: Any, where: Path) -> Any:
+    """Return one setting, checked against its type, or its default."""
+    return checked(settings.get(name, default), kind, f"{where}: {name}")
 
 
 def published(ours: dict[str, Any], *, layer_norm: bool, kept: Any, where: Path) -> ContrastiveConfig:
@@ -57,7 +61,7 @@ def published(ours: dict[str, Any], *, layer_norm: bool, kept: Any, where: Path)
     config = ContrastiveConfig(
         **ours,
         conv_paddings=(0,) * len(channels),
-        conv_norm="layer" if layer_norm else f"group:{channels[0]}",
+        conv_norm="layer" if layer_norm else f"group:{(*channels, 1)[0]}",
         target_features="encoder",
     )
     return config if kept is None else _restored(config, kept, where)
@@ -69,59 +73,16 @@ def differing_fields(config: Wav2Vec2Config, again: Wav2Vec2Config) -> dict[str,
     return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(again, name)}
 
 
-_OPTIONAL = {"similarity_dim": 256, "sub_batch_seconds": 87.5}
-"""Fields that may be None, and what they are like otherwise."""
-
-
 def _restored(config: ContrastiveConfig, kept: Any, where: Path) -> ContrastiveConfig:
-    like = {f.name: getattr(ContrastiveConfig(), f.name) for f in fields(ContrastiveConfig)} | _OPTIONAL
-    if not isinstance(kept, dict) or not kept.keys() <= like.keys():
-        raise UsageError(f"{where} has settings of w2v2 that this version does not know: {sorted(kept)}")
-    values: dict[str, Any] = {
-        name: value if value is None and name in _OPTIONAL else checked(value, like[name], name, where)
-        for name, value in kept.items()
-    }
-    return replace(config, **values)
-
-
-def checked(value: Any, like: Any, name: str, where: Path) -> Any:
-    """Return a setting of a file, if it is what it should be like; lists become tuples.
-
-    Args:
-        value: as it is in the file.
-        like: yes or no; a whole number, where 1 or more means that it must be so too; a share or other number, 0 or
-            more; a text; some whole numbers.
-        name: of the setting.
-        where: its file.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(like, (tuple, list)):
-        least = min(1, *like)
-        fits = isinstance(value, (tuple, list)) and len(value) > 0 and all(_is_whole(n, least) for n in value)
-        what = f"a list of whole numbers, {least} or more"
-    elif isinstance(like, (bool, str)):
-        fits, what = isinstance(value, type(like)), "text" if isinstance(like, str) else "true or false"
-    elif isinstance(like, int):
-        fits = _is_whole(value, 1) or (like == 0 and _is_whole(value, -math.inf))
-        what = "a whole number" + (", 1 or more" if like else "")
-    else:
-        fits, what = number and 0 <= value < math.inf, "a number, 0 or more"
-    if not fits:
-        raise UsageError(f"{where}: {name} must be {what}, got {value!r}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _is_whole(value: Any, least: float) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not isinstance(kept, dict) or not kept.keys() <= _TYPES.keys():
+        raise UsageError(f"{where} has settings of w2v2 that this version does not know: {shown(kept)}")
+    return replace(config, **{name: checked(value, _TYPES[name], f"{where}: {name}") for name, value in kept.items()})
 
 
 def refuse_other_settings(settings: Mapping[str, Any], allowed: Mapping[str, Sequence[Any]], where: Path) -> None:
     """Refuse settings of a file that make another network than ours: :class:`UsageError` names all of them."""
     faults = [
-        f"{name} {settings[name]!r} (expected {' or '.join(map(repr, values))})"
+        f"{name} {shown(settings[name])} (expected {' or '.join(map(repr, values))})"
         for name, values in allowed.items()
         if name in settings and settings[name] not in values
     ]
@@ -166,9 +127,6 @@ _OTHER_MODELS = {
     "data2vec": "data2vec has five positional convolutions, and predicts a teacher's states",
     "conformer": "its blocks are conformers, with convolutions and relative positions in them",
     "wav2vec2-bert": "w2v-BERT hears mel spectra, by conformers",
-    "unispeech": "UniSpeech has heads of its own",
-    "sew": "SEW squeezes the frames between convolutions and blocks",
-    "wav2vec_u": "wav2vec-U is a generator on top of features",
 }
 """Part of the name of models that are near, and why they are not to be had here."""
 
@@ -176,7 +134,7 @@ _OTHER_MODELS = {
 def other_model(name: Any, expected: str, where: Path) -> str:
     """Return the line that refuses a model which is no wav2vec 2.0, by the name that its file gives it."""
     why = next((why for part, why in _OTHER_MODELS.items() if part in str(name)), "")
-    return f"{where} is of a model called {name!r}, expected {expected!r}{why and ': '}{why}"
+    return f"{where} is of a model called {shown(name)}, expected {expected!r}{why and ': '}{why}"
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------------
@@ -193,9 +151,9 @@ def kind_of(names: Iterable[str]) -> type[Wav2Vec2]:
     return Wav2Vec2ForPretraining if "quantizer" in modules else Wav2Vec2
 
 
-def blank_of(config: ContrastiveConfig, kind: type[Wav2Vec2], n_labels: int) -> Wav2Vec2:
+def blank_of(config: ContrastiveConfig, kind: type[Wav2Vec2], n_labels: int, where: Path) -> Wav2Vec2:
     """Return a model whose tensors have shapes but no memory; :class:`UsageError`: no model can be so."""
-    config.check()
+    check_config(config, where)
     with torch.device("meta"):
         return Wav2Vec2ForCTC(config, n_labels) if kind is Wav2Vec2ForCTC else kind(config)
 

@@ -77,15 +77,14 @@ def _at(revision: str | None) -> str:
 
 def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors, snapshot_download
     except ImportError as error:
         raise UsageError(
             f"no {name} here: expected a folder or file; if it is a model of the hub: pip install huggingface_hub"
         ) from error
-    where = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+    where = f"{constants.ENDPOINT}/{name}"
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
         raise UsageError(f"{name} is gated: ask for access at {where}, and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
@@ -96,7 +95,7 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.RevisionNotFoundError as error:
         raise UsageError(f"{name} has no revision {revision}; {where}/commits/main lists them") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UsageError(f"there is no {name}{_at(revision)} here or in the hub's cache, and {reason}") from error
     except (OSError, errors.HTTPError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

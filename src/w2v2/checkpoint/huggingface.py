@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +19,7 @@ from w2v2.checkpoint.extractor import normalizes, write_extractor
 from w2v2.checkpoint.native import CONFIG, WEIGHTS
 from w2v2.checkpoint.tokenizer import read_tokenizer, settle_case, tokenizer_misfits, write_tokenizer
 from w2v2.checkpoint.weights import read_weights
-from w2v2.errors import UsageError
+from w2v2.errors import Range, ShareBelowOne, UsageError, Width
 from w2v2.files import write_json
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig, Wav2Vec2ForPretraining
@@ -106,6 +106,19 @@ _START_PROB = 0.1
 starts, as XLS-R has it."""
 _KEPT = "w2v2"
 """Key of their configuration for the fields that it has no place for."""
+
+
+_TYPES: dict[str, Any] = {
+    "codevector_dim": Width,
+    "apply_spec_augment": bool,
+    "mask_feature_prob": ShareBelowOne,
+    "mask_feature_length": Width,
+    "vocab_size": Annotated[int, Range(1, 1_000_000)],
+}
+
+
+def _other(values: dict[str, Any], name: str, where: Path) -> Any:
+    return foreign.setting(values, name, _TYPES[name], OTHERS[name], where)
 
 
 def class_name(kind: type[Wav2Vec2]) -> str:
@@ -198,10 +211,10 @@ def read_huggingface(folder: Path, language: str | None = None) -> Checkpoint:
         tensors[f"{prefix}masked_spec_embed"] = torch.zeros(config.n_embd)
         config = replace(config, mask_prob=0.0)
         notes.append("the file has no mask vector, which only training uses: zeros here, and mask_prob 0")
-    n_labels = foreign.setting(values, "vocab_size", OTHERS["vocab_size"], where) if kind is Wav2Vec2ForCTC else 0
+    n_labels = _other(values, "vocab_size", where) if kind is Wav2Vec2ForCTC else 0
     if language is not None:
         n_labels = len(tensors["lm_head.weight"])  # an output layer of its own
-    blank = foreign.blank_of(config, kind, n_labels)
+    blank = foreign.blank_of(config, kind, n_labels, where)
     state, vocabulary = foreign.take(tensors, blank, hf_names(blank.state_dict(), kind), file), None
     if kind is Wav2Vec2ForCTC:
         vocabulary, choices = settle_case(_read_vocabulary(folder, values, n_labels, language))
@@ -211,8 +224,8 @@ def read_huggingface(folder: Path, language: str | None = None) -> Checkpoint:
         config=config,
         state=state,
         vocabulary=vocabulary,
-        channel_mask_prob=foreign.setting(values, "mask_feature_prob", OTHERS["mask_feature_prob"], where),
-        channel_mask_length=foreign.setting(values, "mask_feature_length", OTHERS["mask_feature_length"], where),
+        channel_mask_prob=_other(values, "mask_feature_prob", where),
+        channel_mask_length=_other(values, "mask_feature_length", where),
         notes=notes,
     )
 
@@ -231,12 +244,12 @@ def _read_vocabulary(folder: Path, values: dict[str, Any], n_labels: int, langua
 
 def _model_config(values: dict[str, Any], kind: type[Wav2Vec2], normalize: bool, where: Path) -> ContrastiveConfig:
     ours = foreign.from_settings(values, FIELDS, where) | {"normalize_audio": normalize, "audio_epsilon": EPSILON}
-    width, groups = foreign.setting(values, "codevector_dim", OTHERS["codevector_dim"], where), ours["n_groups"]
+    width, groups = _other(values, "codevector_dim", where), ours["n_groups"]
     if width % groups and kind is Wav2Vec2ForPretraining:
         raise UsageError(f"{where}: codevector_dim must be a multiple of num_codevector_groups ({groups}), got {width}")
     ours["codebook_dim"] = width // groups
-    ours["adapter_dim"] = foreign.checked(values.get("adapter_attn_dim") or 0, 0, "adapter_attn_dim", where)
-    if not values.get("apply_spec_augment", OTHERS["apply_spec_augment"]):
+    ours["adapter_dim"] = foreign.setting(values, "adapter_attn_dim", Width | None, None, where) or 0
+    if not _other(values, "apply_spec_augment", where):
         ours["mask_prob"] = 0.0
     return foreign.published(
         ours, layer_norm=values.get("feat_extract_norm") == "layer", kept=values.get(_KEPT), where=where

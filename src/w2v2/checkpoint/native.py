@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from w2v2.checkpoint.contents import Checkpoint, blank_model, check_finite, check_fit
-from w2v2.errors import UsageError
+from w2v2.checkpoint.contents import Checkpoint, blank_model, check_config, check_finite, check_fit
+from w2v2.errors import Count, ShareBelowOne, UsageError
 from w2v2.files import whole
 from w2v2.model.warm_start import SpectralConfig
 from w2v2.model.wav2vec2 import Wav2Vec2Config
-from w2v2.serial import from_dict, read_json, save_config
+from w2v2.serial import checked, from_dict, read_json, save_config
 
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocab.json"
 
@@ -31,7 +31,8 @@ def read_native(folder: Path) -> Checkpoint:
             model's, another number of labels than of outputs.
     """
     values, where = read_json(folder / CONFIG), folder / WEIGHTS
-    config = from_dict(values.get("model", values), (Wav2Vec2Config, SpectralConfig))
+    part = f"{folder / CONFIG}: model" if "model" in values else str(folder / CONFIG)
+    config = from_dict(values.get("model", values), (Wav2Vec2Config, SpectralConfig), part)
     tensors = read_safetensors(where)
     checkpoint = Checkpoint(source=folder, config=config, state={})
     heads = ("lm_head.", "classifier.output.")
@@ -55,8 +56,10 @@ def read_native(folder: Path) -> Checkpoint:
                 f"{folder / VOCABULARY} has {n_labels} labels, {where} {n_outputs} outputs; "
                 "expected those that the model was trained with"
             )
-        checkpoint.channel_mask_prob = values.get("channel_mask_prob", checkpoint.channel_mask_prob)
-        checkpoint.channel_mask_length = values.get("channel_mask_length", checkpoint.channel_mask_length)
+        for name, kind in (("channel_mask_prob", ShareBelowOne), ("channel_mask_length", Count)):
+            if name in values:
+                setattr(checkpoint, name, checked(values[name], kind, f"{folder / CONFIG}: {name}"))
+    check_config(config, folder / CONFIG)
     expected = blank_model(config, tensors, n_outputs).state_dict()
     check_fit(tensors, expected, where)
     check_finite(tensors, where)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from w2v2.errors import UsageError
 
@@ -31,6 +32,9 @@ _PLAIN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "object", "str"
 """As values: omegaconf keeps the types of its keys and elements."""
 _LEGACY_PICKLES = 5
 """Before torch 1.6 a file was so many pickles, and then the storages: magic, version, system, object, storage keys."""
+
+_MOST_VALUES, _DEEPEST = 1_000_000, 100
+"""Of settings."""
 
 
 class Inert:
@@ -50,18 +54,49 @@ class Inert:
         self.state = state
 
 
-def plain(value: Any) -> Any:
-    """Return dictionaries, lists and numbers of what was read: of namespaces, omegaconf's containers, enumerations."""
-    if isinstance(value, Inert):
-        state = value.state
-        if isinstance(state, dict):
-            return plain(next((state[name] for name in ("_content", "_val") if name in state), state))
-        return plain(state[0]) if isinstance(state, tuple) and len(state) == 1 else None
-    if isinstance(value, dict):
-        return {str(key): plain(inside) for key, inside in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inside) for inside in value]
-    return value
+def plain(value: Any, path: Path) -> Any:
+    """Return dictionaries, lists and numbers of what was read: of namespaces, omegaconf's containers, enumerations.
+
+    Raises:
+        UsageError: what refers to itself, or unfolds to more than any settings are.
+    """
+    left = iter(range(_MOST_VALUES))
+
+    def walk(value: Any, depth: int) -> Any:
+        if depth > _DEEPEST or next(left, None) is None:
+            raise UsageError(f"{path} holds settings that refer to themselves or unfold without end; do not use it")
+        if isinstance(value, Inert):
+            state = value.state
+            if isinstance(state, dict):
+                return walk(next((state[name] for name in ("_content", "_val") if name in state), state), depth + 1)
+            return walk(state[0], depth + 1) if isinstance(state, tuple) and len(state) == 1 else None
+        if isinstance(value, dict):
+            return {_name(key): walk(inside, depth + 1) for key, inside in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [walk(inside, depth + 1) for inside in value]
+        return value
+
+    return walk(value, 0)
+
+
+def _name(key: Any) -> str:
+    return str(key) if isinstance(key, (str, int, float, bool)) else type(key).__name__
+
+
+def tensors_of(values: Any, path: Path) -> dict[str, Tensor]:
+    """Return tensors by name, each with memory of its own size.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UsageError(f"{path} must hold tensors by name, got {type(values).__name__} with other keys; get it again")
+    for name, tensor in values.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise UsageError(f"{path} must hold tensors by name and nothing else, got a {type(tensor).__name__} {name}")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UsageError(f"{path} holds fewer numbers than the {tuple(tensor.shape)} of {name}; get it again")
+    return dict(values)
 
 
 def _plain_dict(*args: Any) -> dict[Any, Any]:
@@ -94,8 +129,9 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise UsageError(f"{path} cannot be read without running it: {_reason(error)}; do not use this file") from error
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, EOFError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; get it again") from error
+    except Exception as error:  # a damaged file can fail in any way that its bytes please
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} is damaged: {reason[:200]}; get it again") from error
 
 
 def _reason(error: Exception) -> str:

@@ -13,12 +13,11 @@ from torch import Tensor
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.extractor import PREPROCESSOR, PROCESSOR
 from w2v2.errors import JobError
-from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 
 _TOLERANCE = 1e-4
 """Of the audio's unit variance: the two add other, small numbers to it before they divide."""
-_OFFSET = 0.1
 
 
 def compare_processor(
@@ -41,24 +40,23 @@ def compare_processor(
     """
     vocabulary = checkpoint.vocabulary
     return {
-        "audio": _compare_audio(transformers, folder, audio + _OFFSET, normalize=checkpoint.config.normalize_audio),
+        "audio": _compare_audio(transformers, folder, audio + 0.1, checkpoint.config),
         "text": "no labels" if vocabulary is None else _compare_text(transformers, folder, vocabulary, language),
     }
 
 
-def _compare_audio(transformers: Any, folder: Path, audio: Tensor, *, normalize: bool) -> dict[str, Any] | str:
+def _compare_audio(transformers: Any, folder: Path, audio: Tensor, config: Wav2Vec2Config) -> dict[str, Any] | str:
     if not any((folder / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):
         return "not compared: no feature extractor"
     extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
     theirs = torch.as_tensor(extractor(audio.numpy(), sampling_rate=SAMPLE_RATE).input_values[0])
-    ours = (audio - audio.mean()) / audio.std(correction=0) if normalize else audio
-    difference = (ours - theirs).abs().max().item()
+    difference = (config.normalized(audio) - theirs).abs().max().item()
     if not difference <= _TOLERANCE:
         raise JobError(
             f"transformers' feature extractor gives other audio, by {difference:.2g}, where normalize_audio is "
-            f"{normalize}; nothing is left of the conversion"
+            f"{config.normalize_audio}; nothing is left of the conversion"
         )
-    return {"normalized": normalize, "difference": difference}
+    return {"normalized": config.normalize_audio, "difference": difference}
 
 
 def _compare_text(

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from w2v2.checkpoint.pickles import plain
 from w2v2.checkpoint.weights import choose_language
-from w2v2.errors import UsageError
-from w2v2.files import write_text
-from w2v2.serial import read_json
+from w2v2.errors import UsageError, shown
+from w2v2.files import read_text, write_text
+from w2v2.serial import checked, read_json
 from w2v2.text.spelling import case_of
 from w2v2.text.vocabulary import PhonemeVocabulary, Vocabulary
 
@@ -68,6 +68,22 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
+class _Token(TypedDict):
+    content: str
+
+
+class _Settings(TypedDict, total=False):
+    tokenizer_class: str | None
+    pad_token: str | _Token | None
+    unk_token: str | _Token | None
+    bos_token: str | _Token | None
+    eos_token: str | _Token | None
+    word_delimiter_token: str | _Token | None
+    phone_delimiter_token: str | None
+    target_lang: str | None
+    added_tokens_decoder: dict[str, _Token] | None
+
+
 def read_tokenizer(folder: Path, n_labels: int, language: str | None = None) -> Vocabulary:
     """Return the vocabulary of a folder's tokenizer: phonemes' is a ``PhonemeVocabulary``.
 
@@ -81,14 +97,16 @@ def read_tokenizer(folder: Path, n_labels: int, language: str | None = None) -> 
     path = folder / TOKENS
     if not path.is_file():
         raise UsageError(f"no {path}: a CTC model needs its tokenizer's files, {TOKENS} and {SETTINGS}")
-    settings = _optional(folder / SPECIAL) | _optional(folder / SETTINGS)
+    both = _optional(folder / SPECIAL) | _optional(folder / SETTINGS)
+    settings: _Settings = checked(both, _Settings, str(folder / SETTINGS))
     kind, boundary_token = _kind(settings, folder)
+    added: dict[str, int] = checked(_optional(folder / ADDED), dict[str, int], str(folder / ADDED))
     tokens = choose_language(read_json(path), language, settings.get("target_lang"), path)
-    labels = _labels(tokens, path, settings, _optional(folder / ADDED), n_labels)
+    labels = _labels(tokens, path, settings, added, n_labels)
     ids = {label: i for i, label in enumerate(labels)}
 
     def place(name: str, default: str | None) -> int | None:
-        token = settings.get(name, default)
+        token: Any = settings.get(name, default)
         token = token["content"] if isinstance(token, dict) else token
         return None if token is None else ids.get(token)
 
@@ -127,7 +145,7 @@ def settle_case(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
     return vocabulary, notes
 
 
-def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str | None]:
+def _kind(settings: _Settings, folder: Path) -> tuple[type[Vocabulary], str | None]:
     """Return which vocabulary spells as a tokenizer does, and the tokenizer's word delimiter if it names none."""
     name = settings.get("tokenizer_class") or _optional(folder / "config.json").get("tokenizer_class")
     if name in (None, "Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"):
@@ -143,16 +161,16 @@ def _kind(settings: dict[str, Any], folder: Path) -> tuple[type[Vocabulary], str
 
 
 def _labels(
-    tokens: dict[str, Any], path: Path, settings: dict[str, Any], added: dict[str, Any], n_labels: int
+    tokens: dict[str, Any], path: Path, settings: _Settings, added: dict[str, int], n_labels: int
 ) -> tuple[str, ...]:
     by_id: dict[int, str] = {}
-    for token, i in tokens.items():
-        if not isinstance(i, int) or not 0 <= i < n_labels or i in by_id:
-            raise UsageError(f"{path} has {token!r} at {i!r}; expected ids 0 to {n_labels - 1}, each once")
+    for token, i in checked(tokens, dict[str, int], str(path)).items():
+        if not 0 <= i < n_labels or i in by_id:
+            raise UsageError(f"{path} has {token!r} at {shown(i)}; expected ids 0 to {n_labels - 1}, each once")
         by_id[i] = token
     decoder = settings.get("added_tokens_decoder") or {}
     extra = {i: token for token, i in added.items()}
-    extra |= {int(i): token["content"] for i, token in decoder.items() if str(i).isdigit()}
+    extra |= {int(i): token["content"] for i, token in decoder.items() if i.isdecimal() and len(i) < 10}
     # Tokens added later have no output where the model was not widened for them: transformers never predicts them.
     by_id = {i: token for i, token in extra.items() if i < n_labels} | by_id
     missing = [str(i) for i in range(n_labels) if i not in by_id]
@@ -195,7 +213,7 @@ def read_dictionary(task_state: Any, path: Path) -> Vocabulary:
     Raises:
         UsageError: neither is there, or it is not a dictionary.
     """
-    task = plain(task_state)
+    task = plain(task_state, path)
     saved = task.get("target_dictionary") if isinstance(task, dict) else None
     if isinstance(saved, dict) and isinstance(saved.get("symbols"), list):
         symbols = tuple(str(symbol) for symbol in saved["symbols"])
@@ -217,7 +235,7 @@ def read_dictionary(task_state: Any, path: Path) -> Vocabulary:
 
 def _read_symbols(path: Path) -> tuple[str, ...]:
     """Return the labels of a file with a label and its count on each line."""
-    rows = [line.rstrip().rpartition(" ") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    rows = [line.rstrip().rpartition(" ") for line in read_text(path).splitlines()]
     for symbol, space, count in rows:
         if not symbol or not count.isdigit():
             raise UsageError(f"{path} must have a label and a count on each line, got {symbol + space + count!r}")

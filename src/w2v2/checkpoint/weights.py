@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from w2v2.checkpoint.native import WEIGHTS, read_safetensors
-from w2v2.checkpoint.pickles import read_pickle
+from w2v2.checkpoint.pickles import read_pickle, tensors_of
 from w2v2.errors import UsageError
-from w2v2.serial import read_json
+from w2v2.serial import checked, read_json
 
 BINARY = "pytorch_model.bin"
 
@@ -42,6 +42,8 @@ def read_weights(folder: Path, language: str | None = None) -> tuple[dict[str, T
 
 
 def _read_adapter(folder: Path, language: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not any(".adapter_layer." in name for name in tensors):
+        raise UsageError(f"{folder} has no adapters of languages; leave `language` out")
     files = [folder / f"adapter.{language}{ending}" for ending in (".safetensors", ".bin")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -81,9 +83,7 @@ def choose_language(tokens: dict[str, Any], language: str | None, usual: str | N
 
 def _read_parts(index: Path) -> dict[str, Tensor]:
     """All tensors of parts, which hold what their index says and nothing else."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
-        raise UsageError(f"{index} must have a weight_map from tensors to files")
+    places: dict[str, str] = checked(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
     tensors: dict[str, Tensor] = {}
     for part in sorted(set(places.values())):
         if Path(part).name != part or not (index.parent / part).is_file():
@@ -100,7 +100,4 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    tensors = read_pickle(path)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UsageError(f"{path} must hold tensors by name and nothing else")
-    return dict(tensors)
+    return tensors_of(read_pickle(path), path)

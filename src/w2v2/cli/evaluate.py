@@ -76,6 +76,8 @@ class Evaluate(Decoding):
     """Of --probe: blocks from 1, 0 the convolutions."""
     minutes: float = 20.0
     """Of --probe: labelled audio of either split at most."""
+    abx: bool = False
+    """Of --probe: ABX within and across speakers too, by fastabx."""
     batch_seconds: float = 87.5
     """Audio in a batch at most, s."""
     num_workers: Workers = 2
@@ -102,7 +104,7 @@ class Evaluate(Decoding):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
             self._probe(splits, network)
             return
-        if given := [f"`{name}`" for name in ("labels", "layers", "minutes") if name in named]:
+        if given := [f"`{name}`" for name in ("labels", "layers", "minutes", "abx") if name in named]:
             raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
         if isinstance(model, Recognizer):
             if self.tune is None and "trials" in named:
@@ -136,7 +138,9 @@ class Evaluate(Decoding):
 
         labels, layers = self.labels or Path(self.data), self.layers or None
         with progress("probe") as show:
-            results = probe(model, splits, self.split, labels, layers=layers, minutes=self.minutes, show=show)
+            results = probe(
+                model, splits, self.split, labels, layers=layers, minutes=self.minutes, abx=self.abx, show=show
+            )
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
         sys.stdout.write("\n".join(lines) + "\n")
 

@@ -43,11 +43,17 @@ VERBS = {
 }
 """What each does, and the module that has it as a class."""
 
+_LONGEST = 4000
+"""Characters of a line about a failure, which may quote what a file holds."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit code 0: done; 1: it failed; 2: the call or the input has to be put right; 130: interrupted."""
     # oneDNN keeps 1024 primitives, one for each length of a crop: a third of a small model's memory, and no time saved.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # Threads that wait for each other by spinning for long keep the core from whom they wait for, as soon as anything
+    # else runs on the machine; without any spinning they are slow where nothing does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if argv is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         # Names of files would be read in the locale's encoding, and written so into what others are to read.
         python = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
@@ -164,7 +170,8 @@ def _one_line(error: Exception) -> str:
     """The message; of one that comes from a data worker, with that worker's traceback, the last line."""
     message = str(error).strip() or type(error).__name__
     ours = isinstance(error, (UsageError, JobError, StoppedError)) and not message.startswith("Caught ")
-    return printable(message if ours else message.splitlines()[-1].removeprefix(_name(error)))
+    line = printable(message if ours else message.splitlines()[-1].removeprefix(_name(error)))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _name(error: Exception) -> str:

@@ -38,6 +38,8 @@ class Prepare:
     """Write 16 kHz mono audio into tars, of FLAC unless another is named."""
     shard_mb: float = 250.0
     """Size of a shard, MB."""
+    vad: bool = False
+    """Of recordings without a transcript, keep what is near speech."""
     splits: Annotated[str, default("SOURCE/splits.tsv, if any", "FILE")] = ""
     """Table with the columns utt and role."""
     valid_share: float = 0.05
@@ -66,7 +68,7 @@ class Prepare:
     """Of synthetic training audio."""
     speakers: Annotated[int, Range(3)] = 96
     """Of synthetic speech, all splits together; an eighth each to validate and test."""
-    cut_by: Annotated[Path | None, default("none", "MODEL")] = None
+    cut_by: Annotated[str | None, default("none", "MODEL")] = None
     """Recogniser that cuts recordings with a transcript, where they are longer than --max-seconds, into
     utterances, by alignment; OUT-cut.jsonl has them, with their confidence."""
     min_confidence: Annotated[Share | None, default("0, with --cut-by 0.1", "SHARE")] = None
@@ -79,9 +81,9 @@ class Prepare:
 
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]
-        names += ["audit", "labelled", "columns", "audio_folder"]
-        least = MIN_CONFIDENCE if self.cut_by else 0.0
-        least = least if self.min_confidence is None else self.min_confidence
+        names += ["audit", "labelled", "columns", "audio_folder", "vad"]
+        usual = MIN_CONFIDENCE if self.cut_by else 0.0
+        least = usual if self.min_confidence is None else self.min_confidence
         config = PrepareConfig(min_confidence=least, **{name: getattr(self, name) for name in names})
         source: str | Path = self.source
         if self.download:
@@ -121,7 +123,7 @@ class Prepare:
                 show=show,
             )
 
-    def _cut(self, model: Path, source: str, config: PrepareConfig) -> tuple[Path, PrepareConfig]:
+    def _cut(self, model: str, source: str, config: PrepareConfig) -> tuple[Path, PrepareConfig]:
         """A table of utterances instead of the source, and how to read it."""
         from w2v2.inference.cut import cut_table
         from w2v2.inference.recognizer import load_recognizer, place, weights_key

@@ -11,9 +11,9 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from w2v2.cli.decoding import Decoding
-from w2v2.cli.options import Device, Settings
+from w2v2.cli.options import MODEL, Device, Language, Settings
 from w2v2.decoding.decoder import make_decoder
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, public
 from w2v2.inference.recognizer import load_recognizer, place
 from w2v2.serve.config import ServeConfig
 
@@ -22,8 +22,8 @@ from w2v2.serve.config import ServeConfig
 class Serve(Decoding):
     """See ``main.VERBS``."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Fine-tuning run, or folder of weights of a CTC model."""
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
+    language: Language = None
     device: Device = None
     """cpu, cuda, cuda:1, mps."""
     server: Settings[ServeConfig] = field(default_factory=ServeConfig)
@@ -38,7 +38,8 @@ class Serve(Decoding):
             raise UsageError(f"'w2v2 serve' needs {error.name}: pip install 'w2v2[serve]'") from None
         config = replace(self.server, token=self.server.token or os.environ.get("W2V2_TOKEN"))
         config.check()
-        recognizer = load_recognizer(self.model)
+        recognizer = load_recognizer(self.model, self.language)
         place(recognizer.model, self.device)
         decoder = make_decoder(recognizer.vocabulary, **self.decoder(named))
-        serve(recognizer, self.model.resolve().name, decoder, config)
+        name = Path(self.model).resolve().name if Path(self.model).exists() else public(self.model)
+        serve(recognizer, name, decoder, config)

@@ -110,6 +110,7 @@ class Transcribe(Decoding, _Windows):
                 decoder,
                 layout=layout,
                 batch_size=self.batch_size,
+                vad=self.vad,
                 show=lambda share: show("transcribe", share),
             ):
                 failed += not _take(writer, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
+import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,10 +16,12 @@ from lhotse import MonoCut
 
 from w2v2.data.config import DataConfig
 from w2v2.data.folders import folder_cuts
-from w2v2.data.splits import SCHEMA, choose_labelled
+from w2v2.data.splits import SCHEMA, Prepared, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
-from w2v2.data.utterance import TEXT, Utterance, head_of, labelled, location_of, read_cut, repeated
-from w2v2.errors import JobError, UsageError
+from w2v2.data.utterance import TEXT, Utterance, labelled, location_of, read_cut, read_line, repeated
+from w2v2.errors import JobError, UsageError, shown
+from w2v2.files import MOST_BYTES
+from w2v2.serial import checked, parse_json
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ class Piece:
                 yield Row(cut.duration, cut.id, cut, place=(number, i), label=self.label)
             return
         try:
-            lines = gzip.decompress(read_bytes(self.manifest)).splitlines()
+            with gzip.GzipFile(fileobj=io.BytesIO(read_bytes(self.manifest))) as file:
+                content = file.read(MOST_BYTES)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise JobError(
                 f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
             ) from error
-        yield from (
-            Row(*head_of(line), line, self.audio, (number, i), label=self.label) for i, line in enumerate(lines)
-        )
+        for i, line in enumerate(content.splitlines()):
+            cut = read_line(line, f"{self.manifest}, line {i + 1},")
+            yield Row(cut.duration, cut.id, line, self.audio, (number, i), label=self.label)
 
     def read(self) -> Iterator[MonoCut]:
         """The cuts, in order."""
@@ -101,7 +104,9 @@ class Row(NamedTuple):
     def utterance(self) -> Utterance:
         """What is known of it."""
         if isinstance(self.content, bytes):
-            return Utterance.from_line(self.content, self.audio, self.label)
+            if self.label != TEXT:
+                return Utterance.of(self.cut())
+            return Utterance.from_line(self.content, self.audio)
         return Utterance.of(labelled(self.content, self.label))
 
 
@@ -240,15 +245,13 @@ def read_corpus(root: str | Path, *, training: bool = True) -> Splits:
 
 def _prepared(location: str, description: str) -> Splits:
     try:
-        corpus = json.loads(read_bytes(description))
+        values = parse_json(read_bytes(description), description)
     except FileNotFoundError as error:
         raise UsageError(f"no {description}: expected a corpus that 'w2v2 prepare' wrote") from error
-    except ValueError as error:
-        raise UsageError(f"{description} is not what 'w2v2 prepare' writes ({error}); check the address") from error
-    if corpus.get("schema") != SCHEMA:
-        raise UsageError(
-            f"{description} has schema {corpus.get('schema')}, expected {SCHEMA}; prepare the corpus again"
-        )
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"{description} has schema {shown(schema)}, expected {SCHEMA}; prepare the corpus again")
+    corpus: Prepared = checked(values, Prepared, description)
     splits = {}
     for name, split in corpus["splits"].items():
         pieces = tuple(

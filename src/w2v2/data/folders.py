@@ -7,6 +7,7 @@ from pathlib import Path
 from lhotse import MonoCut
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, AudioFile
+from w2v2.data.layouts import refuse_layout
 from w2v2.data.names import utterance_id
 from w2v2.data.sources import Row, folder_rows
 from w2v2.data.splits import SPLITS, held_out, named_split
@@ -23,6 +24,7 @@ def folder_cuts(root: Path, *, training: bool) -> dict[str, list[MonoCut]]:
     Raises:
         UsageError: as ``read_corpus``.
     """
+    refuse_layout(root)
     rows = list(folder_rows(root))
     if not rows:
         raise UsageError(f"no audio in {root}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path")

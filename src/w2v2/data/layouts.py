@@ -22,6 +22,15 @@ def layout_rows(root: Path) -> Iterator[Row] | None:
     return _stm_rows(root, tables) if tables else None
 
 
+def refuse_layout(root: Path) -> None:
+    """Refuse one of Kaldi's or TED-LIUM's layout (:class:`UsageError`) where only files as they are can be taken."""
+    if layout_rows(root) is not None:
+        raise UsageError(
+            f"{root} says in wav.scp or *.stm what its utterances are, which only 'w2v2 prepare' reads: prepare it, "
+            "then name the corpus"
+        )
+
+
 def _lines(path: Path, fields: int) -> Iterator[tuple[int, list[str]]]:
     """Row number, from 1, and so many fields at most of each line that has any, blanks between."""
     text = read_text(path)

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class Passes:
     """The usable utterances of a split, in the order of each pass; logs once how many are not usable.
 
-    A piece of weight w gives each of its utterances w times a pass. For a w that is not whole, utterances take turns,
-    so that after n passes each has come n·w times, rounded up or down.
+    A piece of weight w gives each of its utterances w times a pass, or ``times`` as often. For a w that is not whole,
+    utterances take turns, so that after n passes each has come n·w times, rounded up or down.
 
     Args:
         name, split: of the utterances.
@@ -50,6 +50,7 @@ class Passes:
         self.left_out: Counter[str] = Counter()
         """Of the pass so far, by what is wrong with them."""
         self.logged = False
+        self.times = 1  # that a pass goes over the split
         if self.count(1) == 0:
             kind = "with a transcript " if labelled else ""
             raise UsageError(
@@ -59,7 +60,7 @@ class Passes:
 
     def count(self, enough: int) -> int:
         """The most usable utterances of a pass, counted no further than to so many."""
-        pieces = (piece for piece in self.split.pieces for _ in range(math.ceil(piece.weight)))
+        pieces = (piece for piece in self.split.pieces for _ in range(math.ceil(piece.weight * self.times)))
         rows = (row for piece in pieces for row in piece.rows() if not self._fault(row))
         return sum(1 for _ in islice(rows, enough))
 
@@ -77,7 +78,8 @@ class Passes:
 
     def turns(self, epoch: int) -> list[tuple[int, int]]:
         """The pieces of a pass in its order, as (piece, for which time)."""
-        turns = [(i, n) for i, piece in enumerate(self.split.pieces) for n in range(math.ceil(piece.weight))]
+        weights = [piece.weight * self.times for piece in self.split.pieces]
+        turns = [(i, n) for i, weight in enumerate(weights) for n in range(math.ceil(weight))]
         if self.shuffle:
             random.Random(f"{self.seed}/{epoch}").shuffle(turns)
         return turns
@@ -87,9 +89,9 @@ class Passes:
         piece = self.split.pieces[turn[0]]
         rows = []
         for row in piece.rows(number):
-            if piece.weight != 1.0:
+            if (weight := piece.weight * self.times) != 1.0:
                 phase = random.Random(f"{self.seed}/{row.id}").random()
-                before, after = (int(passes * piece.weight + phase) for passes in (epoch, epoch + 1))
+                before, after = (int(passes * weight + phase) for passes in (epoch, epoch + 1))
                 if before + turn[1] >= after:
                     continue
                 row = row._replace(repeats=before + turn[1])

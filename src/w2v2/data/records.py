@@ -11,6 +11,7 @@ from typing import Any
 
 from w2v2.data.names import nfc
 from w2v2.errors import UsageError
+from w2v2.files import open_text
 
 
 def records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -54,12 +55,12 @@ def _record_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Row number, from 1, and fields of each row; those that a short row lacks are missing."""
     commas = table.suffix.lower() == ".csv"
-    with table.open(newline="", encoding="utf-8-sig") as file:
+    with open_text(table, newline="") as lines:
         # Tab-separated corpora such as Common Voice have bare quotation marks in their sentences.
         rows = (
-            csv.reader(file, skipinitialspace=True, strict=True)
+            csv.reader(lines, skipinitialspace=True, strict=True)
             if commas
-            else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         )
         line = 0
         try:
@@ -82,8 +83,8 @@ def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     yield line, dict(zip(names, row, strict=False))
         except UsageError:
             raise
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{table} cannot be read as a table in UTF-8: {error}") from None
+        except UnicodeDecodeError:
+            raise
         except csv.Error as error:
             hint = "; is a quotation mark left open?" if commas else ""
             raise UsageError(f"{table}, row {line + 1}: cannot be read: {error}{hint}") from None
@@ -92,8 +93,8 @@ def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _json_records(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open("rb") as file:
-        for line, text in enumerate(file, 1):
+    with open_text(table) as lines:
+        for line, text in enumerate(lines, 1):
             if not text.strip():
                 continue
             try:

@@ -8,6 +8,7 @@ are shuffled. What is left over of a window, too little for an update, goes into
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from bisect import bisect_right
@@ -22,7 +23,9 @@ from w2v2.data.passes import Passes
 from w2v2.errors import UsageError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
+_UPDATES = 8  # of a pass over a small split at least: in one of so many something may be missing
 _PIECES = 8
 """Of which a window is made, at least, where they are shuffled."""
 
@@ -89,6 +92,21 @@ class EpochSampler:
                 f"the {passes.name} split has {count} utterances for {world_size} processes; use fewer processes"
             )
 
+    def fill_updates(self) -> None:
+        """Let a pass go over a split several times that is less than one update: else each would be as small as it."""
+        split = self.passes.split
+        if self.update == 1 or len(split) > self.enough:
+            return
+        rows = [row for turn in enumerate(self.passes.turns(0)) for row in self.passes.rows(0, *turn)]
+        self.passes.left_out.clear()
+        if (batches := len(self._batches(rows, random.Random(0)))) >= self.update:
+            return
+        seconds = sum(min(row.seconds, self.max_seconds) for row in rows)
+        self.passes.times = math.ceil(_UPDATES * self.update * self.batch_seconds / seconds)
+        if self.rank == 0:
+            what = f"an update is {self.update} batches of {self.batch_seconds:g} s, all utterances {batches} of them"
+            log.warning("%s: %s: a pass takes each %d times", self.passes.name, what, self.passes.times)
+
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each pass."""
         self.epoch = epoch
@@ -151,11 +169,26 @@ class EpochSampler:
 
     def _plan(self, rows: list[Row], key: str, last: bool) -> tuple[list[list[list[Row]]], list[Row]]:
         """Steps of a window, and the utterances left over, unless it is the last."""
+        rng = random.Random(f"{self.passes.seed}/{key}")
+        batches = self._batches(rows, rng)
+        whole, spare = divmod(len(batches), self.update)
+        at = self.update * rng.randint(0, whole) if self.passes.shuffle else 0  # none is always the one left over
+        rest = batches[at : at + spare]
+        del batches[at : at + spare]
+        updates = [batches[i : i + self.update] for i in range(0, len(batches), self.update)]
+        if self.passes.shuffle:
+            rng.shuffle(updates)
+        if last and rest:
+            updates, rest = whole_updates([*updates, rest], self.update, self.world_size), []
+        steps = [update[i : i + self.world_size] for update in updates for i in range(0, len(update), self.world_size)]
+        return steps, list(chain.from_iterable(rest))
+
+    def _batches(self, rows: list[Row], rng: random.Random) -> list[list[Row]]:
+        """Batches of a window, of similar utterances."""
 
         def seconds(row: Row) -> float:
             return min(row.seconds, self.max_seconds)
 
-        rng = random.Random(f"{self.passes.seed}/{key}")
         rows.sort(key=seconds)
         if self.passes.shuffle:
             bounds = [seconds(row) for row in rows[:: math.ceil(len(rows) / self.num_buckets) or 1]]
@@ -169,17 +202,7 @@ class EpochSampler:
                 batches.append([])
                 longest = seconds(row)
             batches[-1].append(row)
-        whole, spare = divmod(len(batches), self.update)
-        at = self.update * rng.randint(0, whole) if self.passes.shuffle else 0  # none is always the one left over
-        rest = batches[at : at + spare]
-        del batches[at : at + spare]
-        updates = [batches[i : i + self.update] for i in range(0, len(batches), self.update)]
-        if self.passes.shuffle:
-            rng.shuffle(updates)
-        if last and rest:
-            updates, rest = whole_updates([*updates, rest], self.update, self.world_size), []
-        steps = [update[i : i + self.world_size] for update in updates for i in range(0, len(update), self.world_size)]
-        return steps, list(chain.from_iterable(rest))
+        return batches
 
 
 def whole_updates(updates: list[list[list[T]]], size: int, world_size: int) -> list[list[list[T]]]:

@@ -209,6 +209,8 @@ def _refusal(error: soundfile.LibsndfileError, stream: BinaryIO) -> AudioError:
         start = head[:20].decode("utf-8", "replace").split("\n")[0]
         return AudioError(f"it is no audio but text, which begins with {start!r}")
     reason = _reason(error)
+    if "SF_INFO" in reason:
+        return AudioError("its header announces a rate or a number of channels that cannot be")
     if "does not exist" in reason or "not recognised" in reason:
         return AudioError("no kind of audio that is known (samples without a header have to be converted to WAV)")
     return AudioError(reason)

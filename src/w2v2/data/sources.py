@@ -154,8 +154,8 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
             continue
         try:
             (folders if entry.is_dir() else files).append(entry.name)
-        except OSError as error:  # a link to itself
-            raise UsageError(f"symbolic link loop: {entry.path} ({error.strerror}); remove the link") from None
+        except OSError:  # a link to itself: whoever opens it says so
+            files.append(entry.name)
     if files:
         yield folder, files
     for name in folders:

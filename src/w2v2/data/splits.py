@@ -5,11 +5,38 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterable
+from typing import TypedDict
+
+from w2v2.errors import NotNegative, Whole
 
 SPLITS = ("train", "valid", "test")
 SCHEMA = 2
 """Of ``corpus.json``; its keys change only with it."""
 _SUBSET = re.compile(r"(train|dev|val|test)(ing|elopment|id|idation)?(?![a-z])", re.IGNORECASE)
+
+
+class PreparedPiece(TypedDict):
+    """A piece of a split, in ``corpus.json``."""
+
+    cuts: str
+    audio: str | None
+    utterances: Whole
+    seconds: NotNegative
+
+
+class PreparedSplit(TypedDict):
+    """A split, in ``corpus.json``."""
+
+    pieces: list[PreparedPiece]
+    speakers: Whole
+    transcribed: Whole
+
+
+class Prepared(TypedDict):
+    """What ``corpus.json`` must have."""
+
+    content_hash: str
+    splits: dict[str, PreparedSplit]
 
 
 def named_split(name: str, *, numbered: bool = True) -> str | None:

@@ -12,10 +12,11 @@ import functools
 import os
 import random
 from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from w2v2.data.answers import RangeError, TransientError, beyond, check_range, meaning
 from w2v2.errors import UsageError
+from w2v2.files import MOST_BYTES, open_file
 
 if TYPE_CHECKING:
     import aiohttp
@@ -26,6 +27,10 @@ ATTEMPTS = 8
 """How often a request is made that fails for no lasting reason."""
 BACKOFF = 0.25
 """Seconds before the second attempt, at most; doubled for each one after, up to 8 s."""
+SLOWEST = 16 * 1024
+"""Bytes a second; an answer that takes longer than at this speed, and twice ``TIMEOUT``, counts as failed, too."""
+LONGEST = 600.0
+"""Seconds that any answer may take."""
 REQUESTS = 16
 """Simultaneous requests of one call."""
 _BUFFER = 256 * 1024
@@ -77,7 +82,8 @@ def read_range(location: str, start: int, size: int) -> bytes:
 def read_bytes(location: str) -> bytes:
     """A whole file; errors as for ``read_ranges``. For small ones, such as manifests: a failure starts it again."""
     if not is_remote(location):
-        return Path(location).read_bytes()
+        with open_file(location) as file:
+            return file.read(MOST_BYTES)
     content: bytes = _filesystem(location).cat_file(location)
     return content
 
@@ -94,7 +100,7 @@ def size_of(location: str) -> int:
 def open_binary(location: str) -> BinaryIO:
     """A file to read and seek in; remote ones through a buffer of 256 KiB. Errors as for ``read_ranges``."""
     if not is_remote(location):
-        return Path(location).open("rb")
+        return open_file(location)
     from fsspec.spec import AbstractBufferedFile
 
     class Remote(AbstractBufferedFile):
@@ -111,11 +117,11 @@ def open_binary(location: str) -> BinaryIO:
 def _read_local(path: str, start: int, size: int) -> bytes:
     if not size:
         return b""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(start)
         content = file.read(size)
     if len(content) < size:
-        raise OSError(f"cannot read {path}: {_beyond(start, start + size, os.stat(path).st_size)}")
+        raise OSError(f"cannot read {path}: {beyond(start, start + size, os.stat(path).st_size)}")
     return content
 
 
@@ -124,14 +130,6 @@ def _read_local(path: str, start: int, size: int) -> bytes:
 
 class UnreachableError(OSError):
     """A server that does not answer, however often it is asked: no fault of the file."""
-
-
-class _RangeError(OSError):
-    """An answer to a request for a range that no further attempt would mend; says what is wrong with it."""
-
-
-class _TransientError(Exception):
-    """What went wrong, in words; worth another attempt."""
 
 
 def _filesystem(location: str) -> Any:
@@ -159,10 +157,22 @@ def _http(timeout: float) -> Any:
             if response.status != 416 or not sent:
                 response.raise_for_status()
             if asked := response.request_info.headers.get("Range"):
-                _check_range(asked, sent if response.status != 200 else None)
+                check_range(asked, sent if response.status != 200 else None)
         except Exception:
             response.close()
             raise
+
+    class BoundedHTTP(HTTPFileSystem):
+        async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+            # fsspec's own reads as long as anything comes.
+            headers = {} if end is None else {"Range": await self._process_limits(url, start, end)}
+            content, most = bytearray(), _most(start, end)
+            async with (await self.set_session()).get(self.encode_url(url), headers=headers) as answer:
+                async for part in answer.content.iter_chunked(_BUFFER):
+                    content += part
+                    if len(content) > most:
+                        raise RangeError(f"its server sends more than {most} bytes, without an end")
+            return bytes(content)
 
     client = {
         "timeout": ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
@@ -172,7 +182,7 @@ def _http(timeout: float) -> Any:
         "headers": {"Accept-Encoding": "identity"},
         "trust_env": True,
     }
-    return _patient(HTTPFileSystem)(client_kwargs=client, skip_instance_cache=True)
+    return _patient(BoundedHTTP)(client_kwargs=client, skip_instance_cache=True)
 
 
 def _s3(timeout: float) -> Any:
@@ -189,8 +199,8 @@ def _s3(timeout: float) -> Any:
             answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **asked)
             async with answer["Body"] as body:
                 if asked:
-                    _check_range(asked["Range"], answer.get("ContentRange"))
-                return await body.read()
+                    check_range(asked["Range"], answer.get("ContentRange"))
+                return await body.read(_most(start, end) + 1)
 
         async def _info(self, path: str, **options: Any) -> dict[str, Any]:
             # s3fs's own takes a prefix of names for an empty file.
@@ -205,39 +215,43 @@ def _s3(timeout: float) -> Any:
     return filesystem
 
 
-def _check_range(asked: str, sent: str | None) -> None:
-    """Compare the header Content-Range of an answer with Range of its request."""
-    if sent is None:
-        raise _RangeError("its server ignores range requests and sends the whole file; use one that supports them")
-    start, last = map(int, asked.removeprefix("bytes=").split("-"))
-    total = sent.rpartition("/")[2]
-    if total.isdigit() and int(total) <= last:
-        raise _RangeError(_beyond(start, last + 1, int(total)))
-    if not sent.startswith(f"bytes {start}-{last}/"):
-        raise _TransientError(f"got the range '{sent}' instead of {asked}")
-
-
-def _beyond(start: int, end: int, total: int) -> str:
-    return f"expected bytes {start} to {end}, got a file of {total} bytes; it is cut off, or not the file meant"
-
-
 def _patient(kind: Any) -> Any:
     """A kind of file system whose requests are made again where that may help, and whose ranges have their length."""
 
     class Patient(kind):
         async def _cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
             async def read() -> bytes:
-                content: bytes = await super(Patient, self)._cat_file(path, start=start, end=end)
+                most = _most(start, end)
+                content: bytes = await _in_time(super(Patient, self)._cat_file(path, start=start, end=end), most)
+                if len(content) > most:
+                    raise RangeError(f"its server sends more than {most} bytes")
                 if start is not None and end is not None and len(content) != end - start:
-                    raise _TransientError(f"got {len(content)} bytes instead of {end - start}")
+                    raise TransientError(f"got {len(content)} bytes instead of {end - start}")
                 return content
 
             return await _persist(path, read)
 
         async def _info(self, path: str) -> dict[str, Any]:
-            return await _persist(path, functools.partial(super()._info, path))
+            get = super()._info
+            return await _persist(path, lambda: _in_time(get(path), 0))
 
     return Patient
+
+
+def _most(start: int | None, end: int | None) -> int:
+    """Bytes of a range, or that a whole file may have."""
+    return MOST_BYTES if start is None or end is None else end - start
+
+
+async def _in_time(work: Coroutine[Any, Any, T], size: int) -> T:
+    limit = min(2 * TIMEOUT + size / SLOWEST, LONGEST)
+    try:
+        async with asyncio.timeout(limit) as clock:
+            return await work
+    except TimeoutError:
+        if clock.expired():
+            raise TransientError(f"no whole answer within {limit:.0f} s") from None
+        raise
 
 
 async def _persist(location: str, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -247,44 +261,9 @@ async def _persist(location: str, request: Callable[[], Coroutine[Any, Any, T]])
         try:
             return await request()
         except Exception as error:
-            failure = _meaning(location, error)
-            if not isinstance(failure, _TransientError):
+            failure = meaning(location, error)
+            if not isinstance(failure, TransientError):
                 raise failure from error
     raise UnreachableError(
         f"cannot read {location}: {failure}, at the last of {ATTEMPTS} attempts; check the connection"
     )
-
-
-def _meaning(location: str, error: BaseException) -> BaseException:
-    """What an error means to a reader of ``location``; a ``_TransientError`` if it may pass."""
-    # fsspec and s3fs put one of Python's errors above the one that knows what happened.
-    error = error.__cause__ if type(error).__module__ == "builtins" and error.__cause__ else error
-    # By name, since botocore is there only with s3fs.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    line = " ".join(str(error).split()) or type(error).__name__
-    if "ClientResponseError" in kinds and not error.__cause__:
-        return _failure(location, getattr(error, "status", 0), line)
-    if answer := getattr(error, "response", None):
-        return _failure(location, answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 400), line)
-    if kinds & {"ClientSSLError", "SSLError"}:
-        return OSError(f"no secure connection to {location}: {line}; check its certificate")
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}:
-        return PermissionError(f"no access to {location}: {line}; set AWS_ACCESS_KEY_ID and the like")
-    if "ValueError" in kinds:
-        return UsageError(f"not a valid address: {location}; expected http(s)://HOST/PATH")
-    passing = {"TimeoutError", "ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError"}
-    if kinds & {"ClientError", *passing}:
-        return _TransientError(line)
-    if "BotoCoreError" in kinds:
-        return OSError(f"cannot read {location}: {line}; check the address and the AWS_... settings")
-    return OSError(f"cannot read {location}: {line}") if isinstance(error, _RangeError) else error
-
-
-def _failure(location: str, status: int, line: str) -> Exception:
-    if status in (404, 410):
-        return FileNotFoundError(f"no file {location} (HTTP {status}); check the address")
-    if status in (401, 403):
-        return PermissionError(f"no access to {location} (HTTP {status}); check the address and the credentials")
-    if status in (408, 429) or status >= 500:
-        return _TransientError(f"HTTP {status}: {line}")
-    return OSError(f"cannot read {location}: HTTP {status}: {line}; check the address")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from w2v2 import files
 from w2v2.data.names import nfc
 from w2v2.data.records import records
 from w2v2.errors import UsageError
@@ -108,7 +108,7 @@ def _metadata(path: Path) -> Iterator[tuple[str, str]]:
         raise text
     head = text.partition("\n")[0]
     if path.suffix == ".csv" and "|" in head:
-        for row in csv.reader(text.split("\n"), delimiter="|", quoting=csv.QUOTE_NONE):
+        for row in (line.split("|") for line in text.split("\n")):
             if len(row) > 1:
                 yield nfc(row[0]), row[2] if len(row) > 2 and row[2].strip() else row[1]
         return
@@ -122,11 +122,7 @@ def _metadata(path: Path) -> Iterator[tuple[str, str]]:
 
 def read_text(path: Path) -> str | UsageError:
     """A file of UTF-8 text, without what is around it, or what is wrong with it."""
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting
-        return UsageError(f"{path} is not a regular file; remove it")
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return UsageError(f"{path} is not UTF-8 text; convert it")
-    except OSError as error:
-        return UsageError(f"{path} cannot be read: {error.strerror}")
+        return files.read_text(path).strip()
+    except UsageError as error:
+        return error

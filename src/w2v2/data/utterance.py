@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 from w2v2.data.storage import is_remote
+from w2v2.errors import JobError
 
 if TYPE_CHECKING:
     from lhotse import MonoCut, Recording
@@ -15,6 +17,66 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """The label that an utterance has without any other: its transcript."""
+
+
+_Whole = Annotated[int, Meta(ge=0, le=1 << 53)]
+_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class _Supervision(TypedDict, total=False):
+    text: str | None
+    speaker: str | None
+
+
+class _Source(TypedDict):
+    source: str
+
+
+class _Recording(TypedDict):
+    sources: Annotated[list[_Source], Meta(min_length=1)]
+    sampling_rate: Annotated[int, Meta(ge=1, le=1 << 31)]
+    num_samples: _Whole
+
+
+_Custom = TypedDict(
+    "_Custom",
+    {
+        "unreadable": str,
+        "ctc_infeasible": bool,
+        "pass": _Whole | None,
+        "shard_offset": _Whole,
+        "shard_bytes": _Whole,
+        "channel": _Whole | None,
+        "gain": float,
+    },
+    total=False,
+)
+
+
+class Line(msgspec.Struct, frozen=True):
+    """What a line of a manifest must have."""
+
+    id: str
+    start: _Seconds
+    duration: _Seconds
+    supervisions: Annotated[list[_Supervision], Meta(min_length=1)]
+    recording: _Recording
+    custom: _Custom | None = None
+
+
+_decoder = msgspec.json.Decoder(Line)
+
+
+def read_line(line: bytes, where: str = "a manifest") -> Line:
+    """Read a line of a manifest.
+
+    Raises:
+        JobError: it is none.
+    """
+    try:
+        return _decoder.decode(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise JobError(f"{where} is damaged ({error}); copy it again, or prepare the corpus again") from None
 
 
 @dataclass(frozen=True)
@@ -42,17 +104,11 @@ class Utterance:
         return cls._read(cut.id, cut.duration, supervision.text, supervision.speaker, cut.custom, location_of(cut))
 
     @classmethod
-    def from_line(cls, line: bytes, tar: str = "", label: str = TEXT) -> Utterance:
-        """Read a line of a manifest, which takes less than to make a cut of it.
-
-        Args:
-            tar: as of :func:`read_cut`.
-            label: as of :func:`labelled`.
-        """
-        cut = json.loads(line)
-        supervision = cut["supervisions"][0]
-        text, speaker = {**(supervision.get("custom") or {}), **supervision}.get(label), supervision.get("speaker")
-        return cls._read(cut["id"], cut["duration"], text, speaker, cut.get("custom"), tar)
+    def from_line(cls, line: bytes, tar: str = "") -> Utterance:
+        """Read a line of a manifest, which takes less than to make a cut of it; ``tar`` as of :func:`read_cut`."""
+        cut = read_line(line)
+        supervision = cut.supervisions[0]
+        return cls._read(cut.id, cut.duration, supervision.get("text"), supervision.get("speaker"), cut.custom, tar)
 
     @classmethod
     def _read(
@@ -71,25 +127,17 @@ class Utterance:
         )
 
 
-_HEAD = re.compile(rb'\{"id": "([^"\\]*)", "start": [^,]+, "duration": ([^,]+),')
-
-
-def head_of(line: bytes) -> tuple[float, str]:
-    """Seconds and id of a manifest's line; all of it is parsed only where it does not begin as they do."""
-    if head := _HEAD.match(line):
-        return float(head[2]), head[1].decode()
-    cut = json.loads(line)
-    return cut["duration"], cut["id"]
-
-
 def read_cut(line: bytes, tar: str = "") -> MonoCut:
     """The cut that a line of a manifest is; ``tar`` is where its audio lies, which manifests do not say."""
     from lhotse.serialization import deserialize_item
 
-    values = json.loads(line)
+    values = msgspec.json.decode(line)
     if tar:
         values["recording"]["sources"][0]["source"] = tar
-    cut: MonoCut = deserialize_item(values)
+    try:
+        cut: MonoCut = deserialize_item(values)
+    except Exception as error:  # lhotse checks nothing
+        raise JobError(f"a manifest holds what is no cut: {type(error).__name__} {error}; prepare it again") from error
     return cut
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import copy
-import gzip
 import logging
 import math
-import shutil
-import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -28,22 +23,18 @@ from flashlight.lib.text.decoder import (
     Trie,
     ZeroLM,
 )
-from flashlight.lib.text.decoder.kenlm import KenLM
-from flashlight.lib.text.dictionary import Dictionary
 from torch import Tensor
 
 from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.greedy import Hypothesis, path_hypothesis
 from w2v2.decoding.hot_words import HotLabels, HotWords
+from w2v2.decoding.kenlm import is_binary, load_lm
 from w2v2.decoding.lexicon import Entry, as_lm_writes, phrases_of, read_lexicon, spell, spelling_of
-from w2v2.decoding.ngram import UNKNOWN, arpa_words
+from w2v2.decoding.ngram import arpa_words
 from w2v2.errors import JobError, UsageError
 from w2v2.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-
-
-_KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 
 
 _NEVER = -1e9
@@ -77,7 +68,7 @@ def make_beam(
         )
     if lm is None and lexicon is None:
         return FreeBeam(vocabulary, config, hot_words)
-    known = None if lm is None or _is_binary(lm) else arpa_words(lm)
+    known = None if lm is None or is_binary(lm) else arpa_words(lm)
     if lexicon is not None:
         entries = read_lexicon(lexicon, vocabulary)
         entries = entries if known is None else as_lm_writes(entries, known, vocabulary)
@@ -175,7 +166,7 @@ class LexiconBeam(_Beam):
         self.same = [first[word] for word in self.words]
         """The first word that is spelled as each one."""
         self.hot_words = [tuple(first[word] for word in phrase) for phrase in phrases]
-        self.ngram = ZeroLM() if lm is None else _load(lm, list(numbers), asked)
+        self.ngram = ZeroLM() if lm is None else load_lm(lm, list(numbers), asked)
         self._trie: Trie | None = None
         self._set_up(config)
 
@@ -241,43 +232,6 @@ def _without_surplus(entries: Sequence[Entry]) -> list[Entry]:
             len(lost), _HOMOPHONES, " ".join(entry.word for entry in lost),
         )  # fmt: skip
     return kept
-
-
-def _is_binary(lm: Path) -> bool:
-    with lm.open("rb") as file:
-        return file.read(len(_KENLM_BINARY)) == _KENLM_BINARY
-
-
-@contextlib.contextmanager
-def _without_mark(lm: Path) -> Iterator[Path]:
-    """The file, or a copy without the byte order mark that KenLM takes for a word."""
-    with (gzip.open if lm.suffix == ".gz" else open)(lm, "rb") as file, tempfile.NamedTemporaryFile() as bare:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            yield lm
-            return
-        shutil.copyfileobj(file, bare)
-        bare.flush()
-        yield Path(bare.name)
-
-
-def _load(lm: Path, words: list[str], asked: int) -> KenLM:
-    """The LM, whose words have the numbers of ``words``; so many of them, the first, it is expected to know."""
-    try:
-        with _without_mark(lm) as path:
-            model = KenLM(str(path), Dictionary([*words, UNKNOWN]))
-    except RuntimeError as error:
-        raise UsageError(f"{lm} is not an LM: {str(error).splitlines()[-1]}; expected ARPA or a KenLM binary") from None
-    nothing = model.start(True)
-    unknown = model.score(nothing, len(words))[1]
-    lost = [word for number, word in enumerate(words[:asked]) if model.score(nothing, number)[1] == unknown]
-    if len(lost) == asked:
-        raise UsageError(
-            f"the LM {lm} knows none of the {asked} words of the lexicon, such as {lost[0]}; expected one of the same "
-            "language and case"
-        )
-    if lost:
-        log.info("%d of %d words of the lexicon are unknown to the LM, such as %s", len(lost), asked, lost[0])
-    return model
 
 
 def _frame(like: Tensor, label: int) -> Tensor:

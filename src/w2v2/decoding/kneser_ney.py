@@ -23,9 +23,9 @@ from w2v2.decoding.ngram import (
     encode,
     is_arpa,
     ngram_starts,
-    open_text,
 )
 from w2v2.errors import UsageError
+from w2v2.files import open_text
 from w2v2.text.spelling import UPPER, casing, normalize_text
 
 log = logging.getLogger(__name__)

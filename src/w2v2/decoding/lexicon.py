@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
 
-from w2v2.decoding.ngram import SPECIAL, open_text
+from w2v2.decoding.ngram import SPECIAL
 from w2v2.errors import UsageError
+from w2v2.files import open_text
 from w2v2.text.spelling import composed_ids
 from w2v2.text.vocabulary import Vocabulary
 
@@ -37,8 +38,8 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
     boundary = vocabulary.boundary
     assert boundary is not None
     found, alone = [], []
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
             word, *labels = line.split() or [""]
             labels = [normalize("NFC", label) for label in labels]
             if not labels:

@@ -7,23 +7,22 @@ Legend: V words, n order of an n-gram, N order of the model.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w2v2.errors import UsageError
-from w2v2.files import whole
+from w2v2.files import open_text, whole
 
 UNKNOWN, START, END = SPECIAL = ("<unk>", "<s>", "</s>")
 NO_PROBABILITY = -99.0
@@ -128,7 +127,8 @@ class NGram:
 
     def save(self, path: Path) -> None:
         """Write as ARPA, gzipped where the name ends in .gz; whole or not at all."""
-        with whole(path) as partial, _open(partial, "wt") as file:
+        kind: Any = gzip if path.suffix == ".gz" else io
+        with whole(path) as partial, kind.open(partial, "wt", encoding="utf-8") as file:
             self._write(file)
 
     def _write(self, file: TextIO) -> None:
@@ -164,34 +164,11 @@ def ngram_starts(sentence: Ints, n: int) -> Ints:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, mode: str) -> TextIO:
-    kind: Any = gzip if path.suffix == ".gz" else io
-    encoding = "utf-8-sig" if mode == "rt" else "utf-8"  # a byte order mark is no word
-    return cast(TextIO, kind.open(path, mode, encoding=encoding))
-
-
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A text file to read, gzipped or not.
-
-    Raises:
-        UsageError: no such file, a folder, or no text in it.
-    """
-    try:
-        with _open(path, "rt") as file:
-            yield file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(
-            f"cannot read {path}: {what}; expected a file of UTF-8 text, gzipped if it ends in .gz"
-        ) from error
-
-
 def is_arpa(path: Path) -> bool:
     """Whether an existing file, gzipped if it ends in .gz, begins as an ARPA file does."""
     try:
-        with open_text(path) as file:
-            return next(filter(None, map(str.strip, file)), None) == _BEGIN
+        with open_text(path) as lines:
+            return next(filter(None, map(str.strip, lines)), None) == _BEGIN
     except UsageError:
         return False
 

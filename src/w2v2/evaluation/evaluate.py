@@ -29,9 +29,10 @@ from w2v2.errors import Show, UsageError, public, quiet
 from w2v2.evaluation.scoring import COUNTS, Tally
 from w2v2.evaluation.significance import Units, paired_difference
 from w2v2.evaluation.tuning import tune_on
-from w2v2.files import whole, write_text
+from w2v2.files import open_text, whole, write_text
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer, load_recognizer, place, weights_key
 from w2v2.model.wav2vec2 import SAMPLE_RATE
+from w2v2.serial import checked, parse_json
 
 if TYPE_CHECKING:
     from w2v2.data.batch import Batch
@@ -139,13 +140,11 @@ def evaluate_model(
         tune: split to tune the weights of LM and words on, with so many ``trials``.
         out: folder of results; None: RUN/evaluation/SPLIT, of a model that is a folder here.
         against, show: as in ``run_evaluation``; stage ``evaluate``, and those of ``tune_on``.
-        data: how the corpus is read.
-        device: as in ``place``.
+        data, device: how the corpus is read; as in ``place``.
 
     Returns what ``evaluation.json`` holds. Raises as ``choose_split``, ``make_decoder``, ``run_evaluation``.
     """
-    data = data or DataConfig()
-    data.check()
+    (data := data or DataConfig()).check()
     scored = choose_split(splits, split, corpus)
     tuned_on = None if tune is None else choose_split(splits, tune, corpus, "tune")
     if against is not None:
@@ -163,8 +162,7 @@ def evaluate_model(
         decoder = decoder.tuned(tuning.best)
         for line in tuning.table()[:6]:
             log.info("%s", line)
-    files = {name: None if path is None else str(path) for name, path in (("lm", lm), ("lexicon", lexicon))}
-    asked = {**files, "hot_words": tuple(hot_words), "tuned_on": tune}
+    asked = {"lm": lm and str(lm), "lexicon": lexicon and str(lexicon), "hot_words": tuple(hot_words), "tuned_on": tune}
     settings = {**asked, **asdict(decoder.config)} if isinstance(decoder, TunableDecoder) else {}
     return run_evaluation(
         recognizer,
@@ -283,14 +281,11 @@ def hypotheses_file(path: Path) -> Path:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     file = hypotheses_file(path)
-    with file.open("rb") as lines:
+    types: dict[str, Any] = {"id": str, "speaker": str | None, "reference": str, **dict.fromkeys(COUNTS, int)}
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if not row.keys() >= {"id", "speaker", "reference", *COUNTS}:
-                    raise ValueError("keys are missing")
-                if not all(isinstance(row[name], int) for name in COUNTS):
-                    raise ValueError("counts are not whole numbers")
-            except (ValueError, AttributeError) as error:
-                raise UsageError(f"{file}, line {number}, is not what 'w2v2 evaluate' writes ({error})") from None
-            yield row
+            where = f"{file}, line {number}"
+            row: dict[str, Any] = checked(parse_json(line, where), dict[str, Any], where)
+            if missing := types.keys() - row:
+                raise UsageError(f"{where}, lacks {', '.join(sorted(missing))}; evaluate again")
+            yield row | {name: checked(row[name], kind, f"{where}: {name}") for name, kind in types.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w2v2.errors import UsageError
+from w2v2.files import read_text
 
 _SILENCE = {"", "sil", "sp", "spn", "pau", "_", "<eps>"}
 _RARE = 0.0005
@@ -61,7 +62,7 @@ def read_labels(folder: Path) -> Labels:
 
 
 def _ctm(path: Path) -> Iterable[tuple[str, Phone]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip() and not line.startswith(";;"):
             try:
                 name, _, start, duration, label, *_ = line.split()
@@ -76,12 +77,15 @@ _INTERVAL = re.compile(r'xmin\s*=\s*(\S+)\s+xmax\s*=\s*(\S+)\s+text\s*=\s*"((?:[
 
 
 def _grid(path: Path) -> Iterable[tuple[str, Phone]]:
-    tiers = path.read_text(encoding="utf-8-sig").split('class = "IntervalTier"')[1:]
+    tiers = read_text(path).split('class = "IntervalTier"')[1:]
     wanted = [tier for tier in tiers if re.search(r'name\s*=\s*"phones?"', tier)]
     if len(wanted) != 1:
         raise UsageError(f"{path}: expected a TextGrid (long text format) with one tier 'phones', got {len(wanted)}")
     for start, end, label in _INTERVAL.findall(wanted[0]):
-        yield path.stem, Phone(label, float(start), float(end))
+        try:
+            yield path.stem, Phone(label, float(start), float(end))
+        except ValueError:
+            raise UsageError(f"{path}: expected seconds of {label!r}, got {start} and {end}") from None
 
 
 def check_times(labels: Mapping[str, Sequence[Phone]], seconds: Mapping[str, float]) -> None:

@@ -39,11 +39,14 @@ def probe_table(found: dict[str, Any]) -> list[str]:
         others=found["speakers"]["train"],
         **found["frames"],
     )
-    lines = [f"{'accuracy':20}{'1 frame':>10}{'5 frames':>10}{'speaker':>10}"]
+    columns = {"phones_one": "1 frame", "phones_five": "5 frames", "speakers": "speaker"}
+    if "abx_within" in found["rows"][0]:
+        columns |= {"abx_within": "ABX within", "abx_across": "across"}
+    lines = [f"{'accuracy':20}" + "".join(f"{title:>11}" for title in columns.values())]
     for row in found["rows"]:
         name = row["features"] if row["layer"] is None else f"{row['features']}, layer {row['layer']}"
-        cells = (row["phones_one"], row["phones_five"], row["speakers"])
-        lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>10}" for cell in cells))
+        cells = (row[key] for key in columns)
+        lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>11}" for cell in cells))
     if found["codes"] is not None:
         lines.append("codes: purity {purity:.3f}, {information:.3f} of the phones' entropy".format(**found["codes"]))
     return [told, "", *lines]

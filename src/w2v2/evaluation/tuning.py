@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jiwer
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.quasirandom import SobolEngine
@@ -22,6 +24,7 @@ from w2v2.decoding.greedy import Decoder
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole, write_json
 from w2v2.inference.recognizer import Recognizer
+from w2v2.serial import read_json
 
 LM_WEIGHTS, WORD_SCORES = (0.0, 5.0), (-5.0, 5.0)
 """Where weights are looked for (paper, appendix B)."""
@@ -153,7 +156,7 @@ def tune_on(
         folder: of the model, if it has one; they are kept in ``emissions`` below it.
         key: of the model (``weights_key``).
     """
-    cache = EmissionCache(folder / "emissions" / f"{split.audio}-{key[:16]}", key)
+    cache = EmissionCache(folder / "emissions" / f"{split.audio}-{key[:16]}", key, len(recognizer.vocabulary.labels))
     spoken = ((u.id, u.text) for u in split.utterances())
     references = {name: recognizer.vocabulary.normalize(text) for name, text in spoken if text is not None}
     lacking = {name for name in references if name not in cache}
@@ -180,28 +183,29 @@ class EmissionCache:
     is interrupted: compute only what is not ``in`` it yet, and ``fill`` it with that.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, labels: int) -> None:
         """Open or create.
 
         Args:
+            labels: of the model.
             key: of what the log-probabilities come from, such as ``weights_key``.
 
         Raises:
             UsageError: the folder has those of another model, or something else.
         """
-        self.folder = folder
+        self.folder, self.labels = folder, labels
         about = folder / "cache.json"
         if not about.exists() and folder.exists() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty and no cache of log-probabilities; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        if about.exists() and json.loads(about.read_text(encoding="utf-8")) != {"key": key}:
+        if about.exists() and read_json(about) != {"key": key}:
             raise UsageError(
                 f"{folder} has the log-probabilities of another model; remove it, or choose another folder"
             )
         write_json(about, {"key": key})
         self._files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
 
     def __contains__(self, name: str) -> bool:
@@ -212,9 +216,15 @@ class EmissionCache:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for path in dict.fromkeys(self._files.values()):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118
-                    yield name, file.get_tensor(name)
+                    log_probs = file.get_tensor(name)
+                    if log_probs.dtype != torch.float32 or log_probs.shape[1:] != (self.labels,):
+                        raise UsageError(
+                            f"{path}: {name} must be (frames, {self.labels} labels) float32, got "
+                            f"{tuple(log_probs.shape)} {log_probs.dtype}; remove the folder"
+                        )
+                    yield name, log_probs
 
     def fill(self, emissions: Iterable[tuple[str, Tensor]]) -> None:
         """Add utterances; in files of about 64 MB, each written whole or not at all."""
@@ -236,3 +246,14 @@ class EmissionCache:
         with whole(path) as partial:
             save_file(tensors, partial)
         self._files |= dict.fromkeys(tensors, path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise UsageError(f"{path} is not a regular file; remove it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged: {error}; remove it") from error

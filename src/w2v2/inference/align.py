@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError
+from w2v2.data.layouts import refuse_layout
 from w2v2.data.sources import folder_texts
 from w2v2.decoding.greedy import Greedy, Hypothesis, path_hypothesis
 from w2v2.errors import UsageError
+from w2v2.files import read_text
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import Failure, Source, source_of
 from w2v2.inference.transcribe import Layout, transcribe
@@ -255,6 +257,7 @@ def find_texts(audio: str, text: str | None) -> list[tuple[Source, str | UsageEr
         raise UsageError(
             f"{audio} is a folder, whose transcripts lie beside the audio; name a file, or leave the text out"
         )
+    refuse_layout(Path(audio))
     transcripts = list(folder_texts(Path(audio)))
     expected = "expected *.trans.txt, or a .txt beside each recording"
     if not any(words is not None for _, words in transcripts):
@@ -275,7 +278,4 @@ def _read_text(text: str) -> str:
         if text.endswith(".txt") or (os.sep in text and len(text.split()) == 1):
             raise UsageError(f"no such file: {text}; {expected}")
         return text
-    try:
-        return Path(text).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{text} is not UTF-8 text; convert it") from None
+    return read_text(Path(text))

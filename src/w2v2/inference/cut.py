@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import tempfile
 from collections import Counter
@@ -24,7 +23,7 @@ from w2v2.files import whole
 from w2v2.inference.align import align
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import Failure, Source
-from w2v2.inference.words import Word
+from w2v2.inference.words import Word, confidence
 from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.reading import source_rows, stamped
 
@@ -73,8 +72,8 @@ def cut_words(words: Sequence[Word], seconds: float, longest: float, least: floa
         after = (words[last].end + words[last + 1].start) / 2 if last + 1 < len(words) else seconds
         said = [words[i] for i in part]
         start, end = max(before, words[first].start - _MARGIN), min(after, words[last].end + _MARGIN)
-        confidence = _confidence(said) if all(map(_is_brief, said)) else 0.0
-        utterances.append(CutUtterance(start, end, " ".join(word.text for word in said), confidence))
+        sure = confidence(said) if all(map(_is_brief, said)) else 0.0
+        utterances.append(CutUtterance(start, end, " ".join(word.text for word in said), sure))
     return utterances
 
 
@@ -82,19 +81,12 @@ def _matching(words: Sequence[Word], least: float) -> list[bool]:
     """Whether each word is what is said there: with its neighbours; no longer than a word can be; as most around it."""
     around = [slice(max(i - _NEIGHBOURS, 0), i + _NEIGHBOURS + 1) for i in range(len(words))]
     brief = [_is_brief(word) for word in words]
-    alone = [short and _confidence(words[near]) >= least for short, near in zip(brief, around, strict=True)]
+    alone = [short and confidence(words[near]) >= least for short, near in zip(brief, around, strict=True)]
     return [short and 2 * sum(alone[near]) > len(alone[near]) for short, near in zip(brief, around, strict=True)]
 
 
 def _is_brief(word: Word) -> bool:
     return word.end - word.start <= _WORD + _LABEL * len(word.characters)
-
-
-def _confidence(words: Sequence[Word]) -> float:
-    """Geometric mean over the labels of words; of words without any, 1."""
-    scored = [(word.score, max(len(word.characters), 1)) for word in words if word.score is not None]
-    labels = sum(count for _, count in scored)
-    return math.exp(min(sum(score * count for score, count in scored) / labels, 0.0)) if labels else 1.0
 
 
 def _short(group: list[int], words: Sequence[Word], longest: float) -> Iterator[list[int]]:
@@ -123,7 +115,6 @@ def cut_table(
     that cannot be aligned is in the table whole, with a confidence of 0.
 
     Args:
-        recognizer: knows the language.
         key: of its weights (``weights_key``).
         source: folder of audio or table.
         table: to write, JSONL.
@@ -138,19 +129,21 @@ def cut_table(
     counts = Counter[str]()
     cache = table.with_name(f"{table.stem}.aligned.jsonl")
     known: dict[str, Any] = {}
-    if cache.exists():
-        with contextlib.suppress(ValueError), cache.open(encoding="utf-8") as lines:  # the last line may be half one
-            known.update(json.loads(line) for line in lines)
+    for line in cache.read_text(encoding="utf-8").split("\n") if cache.exists() else ():
+        with contextlib.suppress(ValueError):  # half a line, of a call that was killed
+            known.update([json.loads(line)])
     root, rows = source_rows(source, config, Counter())
-    with whole(table) as partial, partial.open("w", encoding="utf-8") as out, cache.open("w", encoding="utf-8") as kept:
+    with whole(table) as partial, partial.open("w", encoding="utf-8") as out, cache.open("a", encoding="utf-8") as kept:
         for done, (row, stamp, _) in enumerate(stamped(root, rows)):
             location, cuts = locate(root, row.path), None
             if row.text and row.text.strip() and _seconds(location, row) > config.audit.max_seconds:
                 what = (key, stamp, row, config.audit.max_seconds, config.min_confidence)
                 name = hashlib.sha256(repr(what).encode()).hexdigest()
-                cuts = known[name] if name in known else _cut(recognizer, location, row, config)
-                kept.write(json.dumps((name, cuts), ensure_ascii=False) + "\n")
-                kept.flush()
+                if name not in known:
+                    known[name] = _cut(recognizer, location, row, config)
+                    kept.write("\n" + json.dumps((name, known[name]), ensure_ascii=False))
+                    kept.flush()
+                cuts = known[name]
                 counts["could not be aligned" if len(cuts) == 1 and not cuts[0][3] else "cut"] += 1
                 counts["utterances"] += len(cuts)
             for start, end, text, confidence in cuts or [(row.start, row.end, row.text, None)]:

@@ -90,7 +90,7 @@ def load_onnx(path: Path) -> tuple[OnnxModel, Vocabulary | None]:
             f"{path} takes {', '.join(inputs)} and gives {', '.join(model.outputs)}; expected an export of "
             f"'w2v2 export', which takes {AUDIO} and gives {LOG_PROBS} or {VECTORS}"
         )
-    vocabulary = _vocabulary(folder / VOCABULARY) if LOG_PROBS in model.outputs else None
+    vocabulary = load_vocabulary(folder / VOCABULARY) if LOG_PROBS in model.outputs else None
     output, width = (VECTORS, config.n_embd) if vocabulary is None else (LOG_PROBS, len(vocabulary.labels))
     expected = (1, config.frames([SAMPLE_RATE])[0], width)
     if (shape := tuple(model.run(torch.zeros(1, SAMPLE_RATE), output).shape)) != expected:
@@ -100,9 +100,3 @@ def load_onnx(path: Path) -> tuple[OnnxModel, Vocabulary | None]:
             f"{expected[1]} of {width}; expected the files of one export"
         )
     return model, vocabulary
-
-
-def _vocabulary(path: Path) -> Vocabulary:
-    if not path.is_file():
-        raise UsageError(f"no {path}: expected the labels of this CTC model; copy it from its export")
-    return load_vocabulary(path)

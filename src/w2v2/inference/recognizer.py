@@ -73,21 +73,15 @@ class Recognizer:
         Returns:
             (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
         """
-        frames = self.model.config.frames([len(row) for row in audio])
-        rows = [self.model.config.normalized(row) for row in audio]
-        usable = [row for row, count in zip(rows, frames, strict=True) if count]
-        found: list[Tensor] = []
-        if usable:
-            batch = torch.nn.utils.rnn.pad_sequence(usable, batch_first=True).to(self.model.device)
-            found = self.batch_emissions(batch, [len(row) for row in usable])
-        rest = iter(found)
-        return [next(rest) if count else torch.zeros(0, len(self.vocabulary.labels)) for count in frames]
-
-    @torch.no_grad()
-    def batch_emissions(self, audio: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """The same of a padded batch (B, S) that is normalised already, every row at least a frame long."""
-        log_probs, frames = self.model.eval()(audio, lengths)
-        return [row[:count].cpu() for row, count in zip(log_probs, frames, strict=True)]
+        config, found = self.model.config, [torch.zeros(0, len(self.vocabulary.labels))] * len(audio)
+        places = [i for i, count in enumerate(config.frames([len(row) for row in audio])) if count]
+        if places:
+            rows = [config.normalized(audio[i]) for i in places]
+            batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.device)
+            log_probs, frames = self.model.eval()(batch, [len(row) for row in rows])
+            for i, row, count in zip(places, log_probs, frames, strict=True):
+                found[i] = row[:count].cpu()
+        return found
 
 
 def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, Mixer, stream_audio
+from w2v2.data.vad import MARGIN, WINDOW, Vad, near_speech
 from w2v2.decoding.greedy import Decoder, Hypothesis
 from w2v2.errors import UsageError
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer
@@ -69,6 +71,8 @@ class Window:
     """Frames that do, after those."""
     last: bool
     """Whether the recording ends with it."""
+    speech: Tensor | None = None
+    """(keep,) whether somebody speaks in each frame that counts; None: nobody has listened for that."""
 
 
 def cut_windows(blocks: Iterable[FloatArray], config: Wav2Vec2Config, layout: Layout) -> Iterator[Window]:
@@ -93,7 +97,9 @@ def cut_windows(blocks: Iterable[FloatArray], config: Wav2Vec2Config, layout: La
 class _Recording:
     """A recording whose windows are coming in. Decodes what it holds, up to a pause, whenever that is long enough."""
 
-    def __init__(self, source: Source, recognizer: Recognizer, decoder: Decoder, longest: float) -> None:
+    def __init__(
+        self, source: Source, recognizer: Recognizer, decoder: Decoder, longest: float, vad: Vad | None
+    ) -> None:
         self.source, self.recognizer, self.decoder, self.longest = source, recognizer, decoder, longest
         self.failure: Failure | None = None
         self.samples = self.expected = 0
@@ -101,6 +107,7 @@ class _Recording:
         self.first = 0  # frame of the recording that ``parts`` start with
         self.texts: list[str] = []
         self.labels: list[tuple[int, int, int, float]] = []  # id, first and last frame, score
+        self.vad, self.speech, self.cut = vad, array("f"), 0  # of 32 ms each; frames that windows have been cut of
 
     def windows(self, layout: Layout) -> Iterator[tuple[_Recording, Window | None]]:
         """Itself with each window; with None in the end if it cannot be read (further), and ``failure`` says why."""
@@ -108,7 +115,8 @@ class _Recording:
         try:
             with self.source.open() as file:
                 self.expected = round(file.frames * SAMPLE_RATE / file.rate)
-                for window in cut_windows(self._counted(stream_audio(file, mix=mix)), config, layout):
+                blocks = self._counted(stream_audio(file, mix=mix))
+                for window in map(self._listened, cut_windows(blocks, config, layout)):
                     if window.last and mix.cancels:
                         log.warning("%s: its channels cancel each other out; choose one of them", self.source.name)
                     yield self, window
@@ -119,14 +127,31 @@ class _Recording:
     def _counted(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
         for block in blocks:
             self.samples += len(block)
+            if self.vad is not None:
+                self.speech.extend(self.vad(block))
             yield block
+
+    def _listened(self, window: Window) -> Window:
+        """The window, with what is speech in it; without any it need not be heard."""
+        if self.vad is None:
+            return window
+        hop = math.prod(self.recognizer.model.config.conv_strides)
+        places = (np.arange(self.cut, self.cut + window.keep) * hop + hop // 2) // WINDOW
+        self.cut += window.keep
+        first = max(places[0] - MARGIN, 0) if len(places) else 0
+        near = np.append(near_speech(self.speech[first:]), False)  # the last windows may not be whole
+        speech = torch.from_numpy(near[np.minimum(places - first, len(near) - 1)])
+        return replace(window, speech=speech, audio=window.audio if speech.any() else window.audio[:0])
 
     def share(self) -> float:
         """How much of it has been read, 0 to 1."""
         return min(self.samples / self.expected, 1.0) if self.expected else 1.0
 
-    def add(self, log_probs: Tensor) -> None:
-        """Take the next frames (T, labels); of a recording that has failed already, nothing."""
+    def add(self, window: Window, log_probs: Tensor) -> None:
+        """Take the (T, labels) of a window; of a recording that has failed already, nothing."""
+        log_probs = log_probs[window.skip : window.skip + window.keep]
+        if window.speech is not None:
+            log_probs = silenced(log_probs, window.speech, self.recognizer.vocabulary)
         if log_probs.isnan().any():
             self.failure = Failure(self.source.name, NOT_FINITE)
         if self.failure is not None:
@@ -154,6 +179,22 @@ class _Recording:
         self.labels += zip(found.ids, starts, ends, label_scores(found, log_probs), strict=True)
         self.texts.append(found.text)
         self.first += len(log_probs)
+
+
+def silenced(log_probs: Tensor, speech: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Log-probabilities (T, labels), or none of all T, with blanks where nobody speaks, and a word's end before these.
+
+    Args:
+        speech: (T,) bool.
+    """
+    found = torch.full((len(speech), len(vocabulary.labels)), -100.0)
+    found[:, vocabulary.blank] = 0.0
+    if vocabulary.boundary is not None:
+        ends = torch.cat([torch.ones(1, dtype=torch.bool), speech[:-1]])[: len(speech)] & ~speech
+        found[ends] = torch.full_like(found[0], -100.0).index_fill(0, torch.tensor(vocabulary.boundary), 0.0)
+    if len(log_probs):
+        found[speech] = log_probs[speech]
+    return found
 
 
 def find_pause(log_probs: Tensor, vocabulary: Vocabulary) -> int:
@@ -186,6 +227,7 @@ def transcribe(
     layout: Layout | None = None,
     batch_size: int = 1,
     stretch: float = STRETCH_SECONDS,
+    vad: bool = False,
     show: Callable[[float], None] | None = None,
 ) -> Iterator[Transcript | Failure]:
     """Transcribe recordings, in their order; what cannot be read is a failure, and the rest goes on.
@@ -195,12 +237,14 @@ def transcribe(
         batch_size: windows that go through the model together, also of several recordings. The text does not depend on
             it.
         stretch: seconds that the decoder gets at most; infinite: always whole recordings.
+        vad: whether what is no speech is left out, by ``data/vad.py``.
         show: is told the share of the work that is done, by size of files.
     """
     layout = layout or Layout()
     sizes = [source.size() for source in sources]
     longest = stretch * SAMPLE_RATE / math.prod(recognizer.model.config.conv_strides)
-    recordings = (_Recording(source, recognizer, decoder, longest) for source in sources)
+    listeners = (Vad() if vad else None for _ in sources)
+    recordings = (_Recording(source, recognizer, decoder, longest, next(listeners)) for source in sources)
     done = 0
     windows = (item for recording in recordings for item in recording.windows(layout))
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
@@ -225,7 +269,7 @@ def _texts(batch: Sequence[_Item], log_probs: Iterable[Tensor]) -> list[Transcri
     rest, ended = iter(log_probs), []
     for recording, window in batch:
         if window is not None:
-            recording.add(next(rest)[window.skip : window.skip + window.keep])
+            recording.add(window, next(rest))
         if window is None or window.last:
             ended.append(recording.failure or recording.finish())
     return ended

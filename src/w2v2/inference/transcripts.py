@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from w2v2.errors import printable
-from w2v2.inference.words import Word
+from w2v2.inference.words import Word, confidence
 
 LINE, LINES = 42, 2
 """Characters of a subtitle's line, and its lines: what broadcasters use."""
@@ -120,12 +120,13 @@ def to_text(transcript: Transcript, timestamps: str) -> str:
 
 
 def to_json(transcript: Transcript, timestamps: str) -> str:
-    """An object in one line: ``path``, ``seconds``, ``text``, and ``words`` with ``start``, ``end``, ``score``."""
+    """An object in one line: ``path``, ``seconds``, ``text``, ``confidence``, ``words`` with times and ``score``."""
     made: dict[str, Any] = {
         "path": transcript.name,
         **({} if transcript.channel is None else {"channel": transcript.channel}),
         "seconds": round(transcript.seconds, 3),
         "text": transcript.text,
+        "confidence": round(confidence(transcript.words), 4),
     }
     if timestamps != "none":
         made["words"] = [

@@ -31,6 +31,13 @@ class Word:
         return None if self.score is None else math.exp(min(self.score, 0.0))
 
 
+def confidence(words: Sequence[Word]) -> float:
+    """Geometric mean of the probabilities of the frames of words' labels, 0 to 1; of words without any, 1."""
+    scored = [(word.score, max(len(word.characters), 1)) for word in words if word.score is not None]
+    labels = sum(count for _, count in scored)
+    return math.exp(min(sum(score * count for score, count in scored) / labels, 0.0)) if labels else 1.0
+
+
 LATEST_ONSET, ONSET, PAUSE = 0.12, 0.06, 0.1
 """Seconds: how late the first label of a word is at most; and where nothing tells; less between words is no pause."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from w2v2.model.conv_stack import Layers, conv_stack, first_weights, folded_weights
+from w2v2.model.conv_stack import Layers, conv_stack, conv_stack_in_parts, first_weights, folded_weights
 from w2v2.model.packing import is_plain
 from w2v2.model.precision import low_precision
 from w2v2.model.slots import Geometry, Slots
@@ -97,7 +98,7 @@ class FeatureEncoder(nn.Module):
         self.kernel_sizes, self.strides, self.paddings = tuple(kernel_sizes), tuple(strides), tuple(paddings)
         self.gradient_scale = gradient_scale
         self.recompute = False
-        """Whether the backward pass computes GELU again, as on a CPU, where fresh memory costs more."""
+        """Whether the backward pass computes GELU again."""
         self.conv_layers = nn.ModuleList()
         fan_in = 1
         for width, kernel, stride, padding, norm in zip(channels, kernel_sizes, strides, paddings, norms, strict=True):
@@ -126,12 +127,14 @@ class FeatureEncoder(nn.Module):
             (B, T, C), or (1, sum of T, C) packed when ``lengths`` is given.
         """
         layers = None if is_plain() or audio.requires_grad else self._layers()
-        # Where nothing learns, torch's convolutions are as fast on a CPU, and need no copy of their weights.
-        joined = layers is not None and (torch.is_grad_enabled() or audio.is_cuda)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0):
-            if joined:
-                assert layers is not None
+        learns = torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns and self.gradient_scale > 0):
+            if layers is not None and (learns or audio.is_cuda):
                 x = self._joined(audio, lengths, layers)
+            elif layers is not None and audio.device.type == "cpu" and not torch.compiler.is_compiling():
+                counts = [audio.shape[1]] * len(audio) if lengths is None else lengths
+                rows = [self._in_parts(row[None, :n], layers) for row, n in zip(audio, counts, strict=True)]
+                x = torch.stack(rows) if lengths is None else torch.cat(rows)[None]
             elif lengths is None:
                 x = self._stack(audio)
             else:
@@ -151,20 +154,30 @@ class FeatureEncoder(nn.Module):
 
     def _joined(self, audio: Tensor, lengths: Sequence[int] | None, layers: Layers) -> Tensor:
         """All utterances in one go."""
+        rows = list(lengths) if lengths is not None else [audio.shape[1]] * len(audio)
+        with self._first(audio, rows) as (windows, first, slots, eps):
+            x = conv_stack(windows, first, slots, layers, eps, keep=not self.recompute)
+        return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
+
+    def _in_parts(self, audio: Tensor, layers: Layers) -> Tensor:
+        """(1, S) -> (T, C), some frames at a time."""
+        with self._first(audio, [audio.shape[1]]) as (windows, first, slots, eps):
+            return conv_stack_in_parts(windows, first.to(windows.dtype), slots, layers, eps)
+
+    @contextlib.contextmanager
+    def _first(self, audio: Tensor, lengths: list[int]) -> Iterator[tuple[Tensor, Tensor, Slots, float]]:
+        """Windows, weights of the first convolution with its norm, where utterances lie, eps; without autocast."""
         conv, norm, _ = cast(tuple[nn.Conv1d, nn.Module, nn.Module], self.conv_layers[0])
         device = audio.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
-        rows = list(lengths) if lengths is not None else [audio.shape[1]] * len(audio)
         with torch.autocast(device, enabled=False):
-            slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), rows, audio.device)
+            slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), lengths, audio.device)
             windows = slots.windows(audio, dtype)
             if isinstance(norm, nn.GroupNorm):
                 first = folded_weights(conv, norm, slots.moments(windows))
             else:
                 first = first_weights(conv)
-            keep = audio.is_cuda and not self.recompute
-            x = conv_stack(windows, first, slots, layers, cast(float, norm.eps), keep=keep)
-        return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
+            yield windows, first, slots, cast(float, norm.eps)
 
     def _stack(self, audio: Tensor) -> Tensor:
         x = audio.unsqueeze(1)  # (B, S) -> (B, 1, S)

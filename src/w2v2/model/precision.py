@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,12 +37,49 @@ def _cast(tensors: Any, dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
+Casts = dict[tuple[object, ...], tuple[Tensor, ...]]
+"""Cast parameters by the modules that they are of, and whether gradients are taken."""
+_kept = ContextVar[Casts | None]("kept", default=None)
+
+
+@contextlib.contextmanager
+def casts_kept(casts: Casts | None) -> Iterator[None]:
+    """Cast nothing inside that has been before, until ``casts`` is cleared: as soon as the parameters change."""
+    token = _kept.set(casts)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _cast_once(modules: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
+    casts, key = _kept.get(), (*modules, torch.is_grad_enabled())
+    known = None if casts is None else casts.get(key)
+    if known is None:
+        known = _CastTogether.apply(torch.bfloat16, *(p for m in modules for p in m.parameters()))
+        if casts is not None:
+            casts[key] = known
+    return known
+
+
+class Methods(nn.Module):
+    """A module's methods by name, to be called with other parameters than its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, name: str, *args: Any) -> Any:
+        """The method."""
+        return getattr(self.module, name)(*args)
+
+
 @contextlib.contextmanager
 def low_precision(x: Tensor, *modules: nn.Module) -> Iterator[tuple[Any, ...]]:
     """x and modules as they are; under bf16 autocast in bf16 from end to end, autocast off.
 
     LayerNorm computes in fp32 inside, as ever; its input, output and parameters are bf16, like those of products.
-    ``torch.compile`` joins the casts with other work by itself, and gets autocast's.
+    Inside of ``torch.compile``, which joins the casts with other work by itself, they stay as they are.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
@@ -50,7 +88,7 @@ def low_precision(x: Tensor, *modules: nn.Module) -> Iterator[tuple[Any, ...]]:
         return
     with torch.autocast(device, enabled=False):
         names = [[name for name, _ in module.named_parameters()] for module in modules]
-        parameters = iter(_CastTogether.apply(torch.bfloat16, *(p for m in modules for p in m.parameters())))
+        parameters = iter(_cast_once(modules))
         yield (
             x.bfloat16(),
             *(

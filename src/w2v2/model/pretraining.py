@@ -6,12 +6,13 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.errors import Count, Positive, ShareBelowOne, UsageError, Whole
+from w2v2.errors import Positive, Range, ShareBelowOne, UsageError, Width
 from w2v2.model.initialization import init_weights
 from w2v2.model.losses import contrastive_logits, contrastive_loss, diversity_loss, feature_penalty
 from w2v2.model.masking import (
@@ -222,15 +223,15 @@ class ContrastiveConfig(Wav2Vec2Config):
     """On the features that the quantizer gets (``dropout_features``)."""
     target_features: str = "projected"
     """What is quantised: ``projected``, D wide, as on the page; ``encoder``, the normalised C-wide features (paper)."""
-    n_groups: Count = 2
+    n_groups: Width = 2
     """Codebooks G (``latent_groups``)."""
-    n_entries: Count = 320
+    n_entries: Width = 320
     """Entries V of each codebook (``latent_vars``)."""
-    codebook_dim: Count = 384
+    codebook_dim: Width = 384
     """Width of an entry (``latent_dim / latent_groups``)."""
-    similarity_dim: Count | None = None
+    similarity_dim: Width | None = None
     """Width of the space in which contexts and targets meet (``final_dim``); None: the quantizer's own, unprojected."""
-    num_distractors: Count = 100
+    num_distractors: Width = 100
     """Distractors K for each target (``num_negatives``)."""
     logit_temperature: Positive = 0.1
     """Cosine similarities are divided by it (``logit_temp``)."""
@@ -240,10 +241,10 @@ class ContrastiveConfig(Wav2Vec2Config):
     """Its lower bound (``latent_temp[1]``)."""
     gumbel_decay: Positive = 0.999995
     """Its factor per optimiser step (``latent_temp[2]``)."""
-    neighbourhood: Whole = 0
+    neighbourhood: Annotated[int, Range(0, 100_000)] = 0
     """Frames around each, itself among them, whose conv features it has to tell: odd, 9 in ``tiny``; 0: none, as in the
     paper. For convolutions that are warm and frozen (``model/neighbourhood.py``)."""
-    neighbourhood_dim: Count = 120
+    neighbourhood_dim: Width = 120
     """Principal components of these features that are told."""
     sub_batch_seconds: Positive | None = 87.5
     """Batches of more audio are cut into parts of at most this, of which the diversity loss and the equal numbers of

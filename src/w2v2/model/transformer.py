@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from w2v2.model.attention import attend
 from w2v2.model.packing import Rows, is_plain, pack, row_index, spread, starts_of, unpack
-from w2v2.model.precision import low_precision
+from w2v2.model.precision import Methods, low_precision
+from w2v2.model.wide_conv import wide_conv
 
 
 def touch(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -46,6 +48,10 @@ class PositionalConvEmbedding(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> positions, same shape. They are to be added to x."""
+        fast = not is_plain() and x.device.type == "cpu" and torch.is_grad_enabled()
+        if fast and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            y = wide_conv(x.flatten(0, 1), self.conv.weight, lengths or [x.shape[1]] * x.shape[0])
+            return F.gelu(y + self.conv.bias).view_as(x)
         if lengths is None or is_plain():
             y = self.conv(unpack(x, lengths).transpose(1, 2))  # (B, D, T + trim)
             y = F.gelu(y[..., : y.shape[-1] - self.trim])
@@ -71,26 +77,36 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)  # on the attention probabilities; read by the fused kernel
 
-    def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
-        """x (B, T, D), or packed (1, sum of T, D) with its lengths -> same shape; (1, N, D) if only rows are wanted."""
+    def project(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, D) frames -> queries, of all or of those at the index, keys and values: (N, H, D / H)."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if rows is None and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+        if index is None and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
             # One product: the three weights are small beside the frames that would be read, and added up, thrice.
             weight, bias = (torch.cat([getattr(proj, name) for proj in projections]) for name in ("weight", "bias"))
-            parts = F.linear(x, weight, bias).chunk(3, dim=-1)
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
         else:
-            parts = tuple(
-                proj(t) for proj, t in zip(projections, (x if rows is None else take(x, rows), x, x), strict=True)
-            )
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)) for part in parts)  # (B, T, D) -> (B, T, H, D / H)
+            asked = x if index is None else x.index_select(0, index)
+            q, k, v = self.q_proj(asked), self.k_proj(x), self.v_proj(x)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)) for part in (q, k, v))
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None
+    ) -> Tensor:
+        """What is projected, as (B, T, H, D / H) or packed -> (B, T, D) or packed, before the output projection."""
         p = self.dropout.p if self.training else 0.0
-        out: Tensor = self.out_proj(attend(q, k, v, lengths if rows is None else rows.counts, lengths, p).flatten(2))
-        return out
+        return attend(q, k, v, lengths if rows is None else rows.counts, lengths, p).flatten(2)
 
 
 def take(x: Tensor, rows: Rows) -> Tensor:
     """(B, T, D) or packed -> (1, N, D)."""
     return x.flatten(0, 1).index_select(0, rows.index)[None]
+
+
+def _frames(x: Tensor) -> Tensor:
+    """(B, T, D) -> (N, D), for autograd no view: ``torch.compile`` makes a graph for each kind of them."""
+    frames: Tensor = torch.ops.aten._unsafe_view(x.contiguous(), (x.shape[0] * x.shape[1], x.shape[2]))
+    return frames
 
 
 class MLP(nn.Module):
@@ -146,20 +162,35 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
         self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else nn.Identity()
+        self.methods = (Methods(self),)  # no child of its own child
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
         """x (B, T, D), or packed with its lengths -> same shape; (1, N, D) if only rows are wanted."""
-        modules = (self.attn, self.mlp, self.ln_1, self.ln_2, self.adapter)
-        with low_precision(x, *modules) as (x, attn, mlp, ln_1, ln_2, adapter):
+        with low_precision(x, *self.methods) as (x, call):
+            q, k, v = call("project", _frames(x), None if rows is None else rows.index)
             asked: Tensor = x if rows is None else take(x, rows)
-            if self.norm_first:
-                asked = asked + self.dropout(attn(ln_1(x), lengths, rows))
-                asked = asked + self.dropout(mlp(ln_2(asked)))
-            else:
-                asked = ln_1(asked + self.dropout(attn(x, lengths, rows)))
-                asked = ln_2(asked + self.dropout(mlp(asked)))
-            asked = adapter(asked)
-        return asked
+            q, k, v = q.unflatten(0, asked.shape[:2]), k.unflatten(0, x.shape[:2]), v.unflatten(0, x.shape[:2])
+            attended = self.attn.attend(q, k, v, lengths, rows)
+            return cast(Tensor, call("finish", _frames(asked), _frames(attended)).view_as(asked))
+
+    def project(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention, of all utterances' frames (N, D); as :meth:`SelfAttention.project`."""
+        return self.attn.project(self.ln_1(x) if self.norm_first else x, index)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes after it, (N, D) each -> (N, D)."""
+        if self.norm_first:
+            x = x + self.dropout(self.attn.out_proj(attended))
+            x = x + self.dropout(self.mlp(self.ln_2(x)))
+        else:
+            x = self.ln_1(x + self.dropout(self.attn.out_proj(attended)))
+            x = self.ln_2(x + self.dropout(self.mlp(x)))
+        return cast(Tensor, self.adapter(x))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile`` what is around attention, which is a kernel of its own: no graph depends on utterances."""
+        self.project = torch.compile(self.project, *args, **kwargs)  # type: ignore[method-assign]
+        self.finish = torch.compile(self.finish, *args, **kwargs)  # type: ignore[method-assign]
 
     def skip(self, x: Tensor) -> Tensor:
         """Identity, for a dropped layer."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2v2.errors import Count
+from w2v2.errors import Width
 from w2v2.model.losses import feature_penalty
 from w2v2.model.masking import Draws, StepKey, Utterances
 from w2v2.model.objective import SSLOutput
@@ -104,7 +104,7 @@ class SpectralWarmStart(Wav2Vec2):
 class SpectralConfig(Wav2Vec2Config):
     """The encoder whose conv stack is warmed up."""
 
-    bands: Count = 40
+    bands: Width = 40
     """Bands of the spectrum, between 40 and 7,800 Hz."""
 
     def build(self) -> SpectralWarmStart:

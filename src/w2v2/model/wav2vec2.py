@@ -6,13 +6,26 @@ Legend: B batch, S samples, T frames, C conv channels, D width, M masked frames,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from w2v2.errors import Count, NotNegative, Positive, Share, ShareBelowOne, UsageError, Whole, check_ranges
+from w2v2.errors import (
+    Count,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    ShareBelowOne,
+    UsageError,
+    Whole,
+    Width,
+    check_ranges,
+)
 from w2v2.model.feature_encoder import ChannelLayerNorm, FeatureEncoder, FeatureProjection, frame_center, output_lengths
 from w2v2.model.initialization import init_weights
 from w2v2.model.masking import sample_span_mask
@@ -26,23 +39,23 @@ SAMPLE_RATE = 16_000
 class Wav2Vec2Config:
     """Everything that decides the shape of the encoder, and what is masked. Defaults are the page's BASE."""
 
-    n_layer: Count = 12
+    n_layer: Annotated[int, Range(1, 1_000)] = 12
     """Transformer blocks (fairseq ``encoder_layers``)."""
-    n_head: Count = 8
+    n_head: Width = 8
     """Attention heads; the released BASE has 12 (``encoder_attention_heads``)."""
-    n_embd: Count = 768
+    n_embd: Width = 768
     """Width of the context network (``encoder_embed_dim``)."""
-    ffn_dim: Count = 3072
+    ffn_dim: Width = 3072
     """Width of the feed-forward layers (``encoder_ffn_embed_dim``)."""
     max_seq_len: Count = 1024
     """Frames in a training crop at most: 20.48 s. A guard; the model itself takes any length."""
-    conv_channels: tuple[Count, ...] = (512,) * 7
+    conv_channels: tuple[Width, ...] = (512,) * 7
     """Channels of each convolution (``conv_feature_layers``)."""
-    conv_kernel_sizes: tuple[Count, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_kernel_sizes: tuple[Width, ...] = (10, 3, 3, 3, 3, 2, 2)
     """Kernels of the convolutions, in frames of their input."""
-    conv_strides: tuple[Count, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_strides: tuple[Width, ...] = (5, 2, 2, 2, 2, 2, 2)
     """Strides; their product is the hop of a frame, 320 samples: 20 ms."""
-    conv_paddings: tuple[Whole, ...] = (4, 1, 1, 1, 1, 0, 0)
+    conv_paddings: tuple[Annotated[int, Range(0, 100_000)], ...] = (4, 1, 1, 1, 1, 0, 0)
     """Zeros on each side of each convolution's input. The page pads, so 1 s gives 50 frames; the paper does not."""
     conv_bias: bool = False
     """Whether the convolutions have a bias."""
@@ -73,13 +86,13 @@ class Wav2Vec2Config:
     """On the projected features that the context network gets (``dropout_input``)."""
     layer_drop: ShareBelowOne = 0.05
     """Probability that a block is skipped in training (``encoder_layerdrop``)."""
-    pos_conv_kernel: Count = 128
+    pos_conv_kernel: Width = 128
     """Frames that the positional convolution sees (``conv_pos``)."""
-    pos_conv_groups: Count = 16
+    pos_conv_groups: Width = 16
     """Its groups (``conv_pos_groups``)."""
     mask_prob: Share = 0.65
     """Share of frames that would be masked if no spans overlapped (``mask_prob``); the paper's 0.065 times the span."""
-    mask_length: Count = 10
+    mask_length: Width = 10
     """Frames of a span: 200 ms (``mask_length``)."""
     adapter_dim: Whole = 0
     """Width of the adapter after each block, as MMS has one for each language (``adapter_attn_dim`` of transformers);
@@ -89,6 +102,8 @@ class Wav2Vec2Config:
         """Refuse a model that cannot be built or trained; :class:`UsageError` names the field."""
         check_ranges(self, "model")
         shape = [self.conv_kernel_sizes, self.conv_strides, self.conv_paddings]
+        if not 1 <= len(self.conv_channels) <= 100:
+            raise UsageError(f"`model.conv_channels` needs 1 to 100 numbers, got {len(self.conv_channels)}")
         if any(len(part) != len(self.conv_channels) for part in shape):
             raise UsageError(
                 f"`model.conv_kernel_sizes`, `model.conv_strides` and `model.conv_paddings` need one number for "
@@ -98,16 +113,12 @@ class Wav2Vec2Config:
         for name, parts in (("n_head", self.n_head), ("pos_conv_groups", self.pos_conv_groups)):
             if self.n_embd % parts:
                 raise UsageError(f"`model.n_embd` must be a multiple of `model.{name}` ({parts}), got {self.n_embd}")
-        kind, _, groups = self.conv_norm.partition(":")
-        if self.conv_norm != "layer" and (kind != "group" or not groups.isdigit() or int(groups) == 0):
-            raise UsageError(
-                f"`model.conv_norm` must be 'layer' or 'group:N' such as 'group:32', got {self.conv_norm!r}"
-            )
-        if kind == "group" and self.conv_channels[0] % int(groups):
-            raise UsageError(
-                f"`model.conv_norm` needs groups that divide the first of `model.conv_channels` "
-                f"({self.conv_channels[0]}), got {groups}"
-            )
+        norm = re.fullmatch("layer|group:([1-9][0-9]{0,5})", self.conv_norm)
+        if not norm:
+            raise UsageError(f"`model.conv_norm` must be 'layer' or 'group:N', as 'group:32', got {self.conv_norm!r}")
+        if norm[1] and self.conv_channels[0] % int(norm[1]):
+            first = self.conv_channels[0]
+            raise UsageError(f"`model.conv_norm` needs groups that divide `model.conv_channels` {first}, got {norm[1]}")
 
     def build(self) -> Wav2Vec2:
         """The model, freshly initialised from torch's global generator: of this configuration an encoder."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
+import soxr
 
 from w2v2.data.audio import (
     FORMATS,
@@ -22,6 +25,7 @@ from w2v2.data.audio import (
 )
 from w2v2.data.headers import examine
 from w2v2.data.storage import is_remote, open_binary
+from w2v2.data.vad import Vad, speech_spans
 from w2v2.preparation.config import AuditConfig
 from w2v2.preparation.findings import Finding, Part
 from w2v2.preparation.transcripts import check_transcript
@@ -33,7 +37,7 @@ _FLAT = 0.99  # of the peak
 class _Scan:
     """Running figures over the blocks of a recording."""
 
-    def __init__(self, file: AudioFile, channel: int | None, *, energies: bool) -> None:
+    def __init__(self, file: AudioFile, channel: int | None, *, energies: bool, vad: bool) -> None:
         self.channels = file.channels if channel is None else 1
         self.hash = hashlib.sha256(f"{file.rate} Hz, {self.channels} channels".encode())
         self.mix = Mixer(channel)
@@ -43,6 +47,8 @@ class _Scan:
         self.finite = True
         self.frame = round(file.rate * FRAME_SECONDS) if energies else 0
         self.energy: list[FloatArray] = []
+        self.vad, self.speech = Vad() if vad else None, array("f")
+        self.to_16_khz = soxr.ResampleStream(file.rate, SAMPLE_RATE, 1, dtype="float32") if vad else None
 
     def add(self, block: FloatArray) -> None:
         mono = self.mix(block)
@@ -64,11 +70,24 @@ class _Scan:
             for channel in block.T:
                 if max(float(channel.max()), -float(channel.min())) >= _FLAT * self.peak:
                     self.flat += _flat_samples(channel, _FLAT * self.peak, self.step)
+        if self.vad is not None and self.to_16_khz is not None:
+            self.speech.extend(self.vad(self.to_16_khz.resample_chunk(np.ascontiguousarray(mono))))
         if self.frame:
             starts = np.arange(0, len(mono), self.frame)
             lengths = np.diff(starts, append=len(mono))  # the recording's last frame may be a shorter one
             energy = np.einsum("sc,sc->s", block, block)
             self.energy.append((np.add.reduceat(energy, starts) / lengths).astype(np.float32))
+
+    def pieces(self, rate: int, limit: int) -> list[tuple[int, int]]:
+        """(first, end) samples of what is to be kept, each at most ``limit`` long; empty: nothing."""
+        pieces: list[tuple[int, int]] = []
+        for start, end in [(0, self.samples)] if self.vad is None else speech_spans(self.speech, rate, self.samples):
+            points: list[int] = []
+            if end - start > limit:
+                energy = np.concatenate(self.energy)[start // self.frame : -(-end // self.frame)]
+                points = [start + point * self.frame for point in quiet_points(energy, limit // self.frame)]
+            pieces += pairwise([start, *points, end])
+        return pieces
 
     def judge(self, finding: Finding, config: AuditConfig) -> None:
         if not self.finite:
@@ -109,18 +128,19 @@ def _flat_samples(channel: FloatArray, level: float, step: float) -> int:
     return int(lengths[runs][steep].sum())
 
 
-def audit_all(tasks: Sequence[tuple[str, Sequence[Part]]], config: AuditConfig) -> list[Finding]:
+def audit_all(tasks: Sequence[tuple[str, Sequence[Part]]], config: AuditConfig, vad: bool = False) -> list[Finding]:
     """``audit`` of several recordings, in one call to another process."""
-    return [finding for location, parts in tasks for finding in audit(location, parts, config)]
+    return [finding for location, parts in tasks for finding in audit(location, parts, config, vad)]
 
 
-def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Finding]:
+def audit(location: str, parts: Sequence[Part], config: AuditConfig, vad: bool = False) -> list[Finding]:
     """Decode the parts of one recording, in blocks of a minute, and say what is wrong with each.
 
     Args:
         location: path or URL.
         parts: which parts; each is decoded once.
         config: thresholds.
+        vad: whether what is far from speech is left out of parts without a transcript.
     """
     findings = [Finding(part.row) for part in parts]
     try:
@@ -128,7 +148,7 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
             raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
             for part, finding in zip(parts, findings, strict=True):
-                _audit_part(file, part, finding, config)
+                _audit_part(file, part, finding, config, vad=vad and not part.text)
                 if file.missing and not any(reason == "truncated" for reason, _ in finding.reasons):
                     finding.reasons = [reason for reason in finding.reasons if reason[0] != "empty"]
                     finding.add("truncated", file.missing)
@@ -144,7 +164,7 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig) -> list[Fin
     return findings
 
 
-def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConfig) -> None:
+def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConfig, *, vad: bool) -> None:
     finding.rate, finding.channels, finding.total, finding.channel = file.rate, file.channels, file.frames, part.channel
     start = part.start or 0.0
     if start < 0 or (part.end is not None and part.end <= start):
@@ -162,7 +182,7 @@ def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConf
     whole = part.start is None and part.end is None
     expected = file.frames - finding.first if part.end is None else round(part.end * file.rate) - finding.first
     limit = round(config.max_seconds * file.rate)
-    scan = _Scan(file, part.channel, energies=not part.text and expected > limit)
+    scan = _Scan(file, part.channel, energies=not part.text and expected > limit, vad=vad)
     file.seek(finding.first)
     for block in _blocks(file, None if part.end is None else expected):
         scan.add(block)
@@ -178,9 +198,11 @@ def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConf
         scan.judge(finding, config)
         if scan.samples * SAMPLE_RATE / file.rate < config.receptive_field:
             finding.add("too_short", f"{scan.samples / file.rate:.4f} s")
-        elif scan.energy and scan.samples > limit:
-            points = quiet_points(np.concatenate(scan.energy), limit // scan.frame)
-            finding.cuts = [point * scan.frame for point in points]
+        elif not finding.rejected and (vad or (scan.energy and scan.samples > limit)):
+            pieces = scan.pieces(file.rate, limit)
+            finding.cuts = [] if pieces == [(0, scan.samples)] else pieces
+            if not pieces:
+                finding.add("no_speech", "nobody speaks in it")
 
 
 def _blocks(file: AudioFile, count: int | None) -> Iterator[FloatArray]:

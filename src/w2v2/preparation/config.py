@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from w2v2.data.vad import Vad
 from w2v2.errors import Count, Positive, Range, Share, ShareBelowOne, UsageError, check_ranges
 
 ENCODINGS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS"), "wav": ("WAV", "PCM_16")}
@@ -73,10 +74,15 @@ class PrepareConfig:
     shard_mb: Positive = 250.0
     """Size of a shard, about, MB."""
 
+    vad: bool = False
+    """Of recordings without a transcript keep only what is near speech (``data/vad.py``)."""
+
     def check(self) -> None:
         """Refuse what cannot work; :class:`UsageError` names the field."""
         check_ranges(self.audit)
         check_ranges(self)
+        if self.vad:
+            Vad()  # is it installed?
         if self.shards and self.shards not in ENCODINGS:
             raise UsageError(f"`shards` must be one of {', '.join(ENCODINGS)}, got {self.shards!r}")
         for pair in self.columns:

@@ -16,6 +16,7 @@ from lhotse import MonoCut
 from w2v2.data.names import nfc
 from w2v2.data.splits import SPLITS, choose_labelled
 from w2v2.errors import JobError, Show, UsageError
+from w2v2.files import read_text
 from w2v2.preparation.config import PrepareConfig, minutes_of
 from w2v2.preparation.executors import in_order
 from w2v2.preparation.journal import Journal
@@ -78,7 +79,7 @@ class CorpusWriter:
         name, _, file = subset.partition("=")
         rows = self.journal.transcribed()
         if file:
-            wanted = set(nfc(Path(file).read_text(encoding="utf-8-sig", errors="replace")).split())
+            wanted = set(nfc(read_text(Path(file))).split())
             chosen = {row for row, _, _ in rows if row in wanted}
             if len(chosen) < len(wanted):
                 log.info("%s: %d of %d ids are in train with a transcript", name, len(chosen), len(wanted))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from w2v2.data import storage
 from w2v2.errors import Show, UsageError, quiet
+from w2v2.files import read_text
 
 OFFICIAL = "https://www.openslr.org/resources"
 BLOCK = 8 * 2**20
@@ -175,7 +176,7 @@ def _checksum(part: str, base_url: str, checksums: Path | None) -> str:
     if checksums is not None:
         if not checksums.is_file():
             raise UsageError(f"no file {checksums} of checksums; expected lines 'MD5  NAME' in it")
-        if md5 := _listed(checksums.read_text(encoding="utf-8", errors="replace"), name):
+        if md5 := _listed(read_text(checksums), name):
             return md5
         raise UsageError(f"{checksums} lists no MD5 for {name}; expected a line 'MD5  {name}'; add it")
     if base_url.rstrip("/") != OFFICIAL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-REJECTING = ("unreadable", "truncated", "empty", "silent", "non_finite", "too_short", "duplicate")
+REJECTING = ("unreadable", "truncated", "empty", "silent", "non_finite", "too_short", "duplicate", "no_speech")
 """Reasons to leave a recording out."""
 WARNING = (
     "clipped",
@@ -57,8 +57,8 @@ class Finding:
     """That is to be heard, from 1; None: the mean over all."""
     content: str = ""
     """Hash of the decoded samples."""
-    cuts: list[int] = field(default_factory=list)
-    """Samples at which to cut it."""
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+    """First and end samples of the pieces to take, counted from the row's own; empty: all of it in one."""
     reasons: list[tuple[str, str]] = field(default_factory=list)
     """(reason, detail)."""
 

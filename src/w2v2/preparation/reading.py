@@ -23,7 +23,6 @@ def source_rows(source: Path, config: PrepareConfig, passed_over: Counter[str]) 
 
     Args:
         source: folder of audio (Kaldi's, with STM, or any), or table.
-        config: how to read it.
         passed_over: where is counted, as rows are read, what is not taken.
 
     Raises:

@@ -16,20 +16,21 @@ from concurrent.futures import Executor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from w2v2.data.sources import locate
 from w2v2.data.splits import SCHEMA
 from w2v2.data.tables import hf_rows, listed_splits
 from w2v2.errors import JobError, Show, UsageError, public, quiet
-from w2v2.files import whole, write_json
+from w2v2.files import open_text, whole, write_json
 from w2v2.preparation.audit import audit_all
-from w2v2.preparation.config import AuditConfig, PrepareConfig
+from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.executors import in_order, local_executor
 from w2v2.preparation.findings import REASONS
 from w2v2.preparation.journal import Journal, open_journal
 from w2v2.preparation.reading import source_rows, stamped
 from w2v2.preparation.settle import settle
+from w2v2.serial import checked, parse_json, read_json
 
 HF, _JOURNAL = "hf:", "journal.sqlite"
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _write(
     """Audit what has not been, and write the corpus; returns what ``corpus.json`` holds."""
     work = out / ".prepare"
     with open_journal(work / _JOURNAL) as journal:
-        _audit(journal, root, config.audit, executor, jobs, show)
+        _audit(journal, root, config, executor, jobs, show)
         table = _splits(options)
         known = config.splits or (table.exists() and not options["source"].startswith(HF))
         shares = {"valid": config.valid_share, "test": config.test_share}
@@ -142,9 +143,10 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The corpus that is there already, if it is this one."""
     path = out / "corpus.json"
     if path.exists():
-        with contextlib.suppress(ValueError):  # not JSON, and so not of ours
-            corpus = json.loads(path.read_bytes())
-            if isinstance(corpus, dict) and corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
+        with contextlib.suppress(UsageError):  # not of ours
+            corpus = read_json(path)
+            checked([corpus.get(part, 0) for part in ("options", "audit")], list[dict[str, Any]], str(path))
+            if corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
@@ -152,13 +154,19 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+class _Finding(TypedDict):
+    path: str
+    row: NotRequired[int]
+
+
 def _changes(journal: Journal, finished: dict[str, Any], now: dict[str, str], out: Path) -> str:
     """What is not as it was when the corpus was made of it; empty: all is."""
-    before = finished.get("sources", now)
+    before = checked(finished.get("sources", now), dict[str, str], str(out / "corpus.json"))
     changed = [name for name in now | before if now.get(name) != before.get(name) and name != _ROWS]
     if now[_ROWS] != before[_ROWS]:
-        with (out / "audit.jsonl").open("rb") as lines:
-            new, gone = journal.differences((line["path"], line.get("row", 0)) for line in map(json.loads, lines))
+        with open_text(audit := out / "audit.jsonl") as lines:
+            rows = (checked(parse_json(line, audit), _Finding, str(audit)) for line in lines)
+            new, gone = journal.differences((row["path"], row.get("row", 0)) for row in rows)
         changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
     return ", ".join(changed)
 
@@ -240,13 +248,16 @@ def _enter(
 # --- The audit --------------------------------------------------------------------------------------------------------
 
 
-def _audit(journal: Journal, root: Path, config: AuditConfig, executor: Executor, jobs: int, show: Show) -> None:
+def _audit(journal: Journal, root: Path, config: PrepareConfig, executor: Executor, jobs: int, show: Show) -> None:
     """Decode what has not been decoded yet, and keep what is found."""
     totals = journal.totals()
     if totals.checked:
         log.info("%d of %d checked already", totals.checked, totals.rows)
     done = totals.checked_size
-    tasks = (([(locate(root, path), parts) for path, parts in recordings], config) for recordings in journal.pending())
+    tasks = (
+        ([(locate(root, path), parts) for path, parts in recordings], config.audit, config.vad)
+        for recordings in journal.pending()
+    )
     for findings in in_order(executor, audit_all, tasks, 4 * jobs):
         done += journal.record(findings)
         show("check", done / totals.size)

@@ -126,7 +126,7 @@ def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
 
 def _hold_parts(journal: Journal, wanted: float) -> bool:
     """Hold out the last parts of the only recording there is, if it was cut; returns whether it was."""
-    rows = journal.db.execute("SELECT id, json_array_length(cuts) + 1 FROM kept WHERE part = 'train'").fetchall()
+    rows = journal.db.execute("SELECT id, max(json_array_length(cuts), 1) FROM kept WHERE part = 'train'").fetchall()
     if len(rows) != 1 or rows[0][1] < 2:
         return False  # rows of a table are held out with their recording, or not at all
     [(row, parts)] = rows

@@ -9,7 +9,6 @@ import sqlite3
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,13 @@ class Piece:
 
 def row_cuts(row: sqlite3.Row, root: Path) -> Iterator[MonoCut]:
     """A member of a split as one cut, or as several where it was cut."""
-    bounds = [0, *json.loads(row["cuts"]), row["samples"]]
-    first_held = len(bounds) - 1 - row["held"]
-    for i, (start, end) in enumerate(pairwise(bounds)):
+    pieces = json.loads(row["cuts"])
+    first_held = len(pieces) - row["held"]
+    for i, (start, end) in enumerate(pieces or [(0, row["samples"])]):
         if row["held"] and (i >= first_held) != (row["member_of"] == "valid"):
             continue
         yield file_cut(
-            row["name"] if len(bounds) == 2 else f"{row['name']}-{i:04d}",
+            row["name"] if not pieces else f"{row['name']}-{i:04d}",
             locate(root, row["path"]),
             rate=row["rate"],
             channels=row["channels"],

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 import jiwer
 from markupsafe import Markup
 
-from w2v2.errors import UsageError
-from w2v2.files import write_text
+from w2v2.errors import NotNegative, UsageError
+from w2v2.files import read_bytes, write_text
 from w2v2.report import figures
 from w2v2.report.figures import PANELS, Series
 from w2v2.report.listening import samples_of
+from w2v2.serial import checked, files_of, parse_json, read_figures
 
 PRETRAINING = ("contrastive", "accuracy", "code_perplexity", "learning_rate")
 ARMS = {
@@ -29,6 +28,54 @@ STAGES = {"pretrain": "Pretraining", **{arm: f"Fine-tuning, {label}" for arm, (l
 """Run folders of a demo, and what they are called; those that are compared must be there."""
 CLEAR = 0.02
 """Relative difference of error rates below which none counts."""
+
+
+class _Rates(TypedDict):
+    wer: NotNegative
+    cer: NotNegative
+    cer_interval: NotRequired[tuple[float, float] | None]
+
+
+class _Pretrained(TypedDict, total=False):
+    loss: float
+    accuracy: float
+    accuracy_all_masked: float
+    codes_per_utterance: float
+    code_perplexity: float
+    prob_perplexity: float
+
+
+class _Summary(TypedDict):
+    finetuned: _Rates
+    scratch: _Rates
+    pretrain: NotRequired[_Pretrained]
+    labelled_minutes: NotRequired[float]
+    test_split: NotRequired[str]
+    seconds: NotRequired[dict[str, float]]
+    peak_memory_gib: NotRequired[float]
+    command: NotRequired[str]
+
+
+class _Size(TypedDict, total=False):
+    hours: float
+
+
+class _Data(TypedDict, total=False):
+    train: _Size
+
+
+class _Environment(TypedDict, total=False):
+    data: _Data
+
+
+class _Codebook(TypedDict, total=False):
+    counts: list[list[NotNegative]]
+
+
+class _Hypothesis(TypedDict):
+    reference: str
+    finetuned: str
+    scratch: str
 
 
 def write_run_report(run: Path) -> Path:
@@ -49,6 +96,7 @@ def write_run_report(run: Path) -> Path:
         final=[
             (figures.title_of(name), *(_final(name, metrics.get(f"{kind}/{name}")) for kind in figures.KINDS))
             for name in names
+            if any(f"{kind}/{name}" in metrics for kind in figures.KINDS)
         ],
         curves=[figures.panel(name, metrics, config) for name in dict.fromkeys((*PANELS, *names)) if name in drawn],
     )
@@ -65,39 +113,39 @@ def write_demo_report(folder: Path) -> Path:
         UsageError: no summary.json, one without error rates, or a run without metrics.
     """
     path = _existing(folder, "summary.json", "the results of a demo", "name the folder of a finished w2v2 demo")
-    summary = _json(path, {})
-    for arm in COMPARED:
-        if not {"wer", "cer"} <= set(summary.get(arm, {})):
-            got = ", ".join(summary.get(arm, {})) or "nothing"
-            raise UsageError(f"{path}: expected wer and cer under {arm!r}, got {got}; let w2v2 demo finish")
+    summary = _json(path, {}, _Summary)
     runs = {name: folder / name for name in STAGES if name != "warm_start_only" or (folder / name).is_dir()}
     metrics = {name: _metrics(run) for name, run in runs.items()}
     config = _json(runs["pretrain"] / "config.json", {})
-    data = {name: _json(run / "environment.json", {}).get("data", {}).get("train", {}) for name, run in runs.items()}
+    about = {name: _json(run / "environment.json", {}, _Environment) for name, run in runs.items()}
+    data = {name: environment.get("data", {}).get("train", {}) for name, environment in about.items()}
     seconds = dict(summary.get("seconds", {}))
     total = seconds.pop("total", None) or sum(seconds.values()) or 1
     probe = _json(folder / "probe.json", {})
-    return _write(
-        folder,
-        title="w2v2 demo: does pretraining help?",
-        summary=summary,
-        clear=CLEAR,
-        data=data,
-        updates={name: _end(columns) for name, columns in metrics.items()},
-        model=config.get("model", {}),
-        listening=[_heard(item) for item in _json(folder / "listening.json", [])],
-        probe=probe,
-        layers=figures.layers(probe["rows"]) if probe else [],
-        curves=[figures.panel(name, metrics["pretrain"], config) for name in PRETRAINING],
-        arms=_arms(metrics),
-        codebooks=figures.codebooks(_json(folder / "codebook.json", {}).get("counts", [])),
-        example=figures.example(folder / "example.npz"),
-        transcripts=_transcripts(_json(folder / "hypotheses.json", [])),
-        total_seconds=total,
-        stages=[(figures.title_of(name), f"{spent:,.1f}", f"{spent / total:.0%}") for name, spent in seconds.items()],
-        settings=_settings({STAGES[name]: run for name, run in runs.items()}),
-        command=summary.get("command", f"w2v2 demo --out {folder.resolve().name}"),
-    )
+    with files_of(folder, "w2v2 demo"):
+        return _write(
+            folder,
+            title="w2v2 demo: does pretraining help?",
+            summary=summary,
+            clear=CLEAR,
+            data=data,
+            updates={name: _end(columns) for name, columns in metrics.items()},
+            model=config.get("model", {}),
+            listening=[_heard(item) for item in _json(folder / "listening.json", [], list[dict[str, Any]])],
+            probe=probe,
+            layers=figures.layers(probe["rows"]) if probe else [],
+            curves=[figures.panel(name, metrics["pretrain"], config) for name in PRETRAINING],
+            arms=_arms(metrics),
+            codebooks=figures.codebooks(_json(folder / "codebook.json", {}, _Codebook).get("counts", [])),
+            example=figures.example(folder / "example.npz"),
+            transcripts=_transcripts(_json(folder / "hypotheses.json", [], list[_Hypothesis])),
+            total_seconds=total,
+            stages=[
+                (figures.title_of(name), f"{spent:,.1f}", f"{spent / total:.0%}") for name, spent in seconds.items()
+            ],
+            settings=_settings({STAGES[name]: run for name, run in runs.items()}),
+            command=summary.get("command", f"w2v2 demo --out {folder.resolve().name}"),
+        )
 
 
 def _heard(item: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +153,7 @@ def _heard(item: dict[str, Any]) -> dict[str, Any]:
     written = {
         f"{ARMS[arm][0]}{how}": _differences(item["reference"], item[arm + key])
         for arm in COMPARED
-        for key, how in (("", ", greedy"), ("_trigram", ", with a trigram"))
+        for key, how in (("", ""), ("_trigram", " + trigram"))
         if arm + key in item
     }
     return item | {"figure": figures.utterance(item["id"], samples_of(item["flac"]), item["words"]), "written": written}
@@ -115,15 +163,9 @@ def _metrics(run: Path) -> dict[str, Series]:
     remedy = "name a folder that w2v2 pretrain or finetune wrote"
     path = _existing(run, "metrics.csv", "the figures of a run", remedy)
     columns: dict[str, Series] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                for name, value in row.items():
-                    if name != "step" and value:
-                        columns.setdefault(name, {})[int(row["step"])] = float(value)
-            except (KeyError, TypeError, ValueError) as error:
-                got = f"{type(error).__name__} {error}"
-                raise UsageError(f"{path}: expected a column step and numbers, got {got}; {remedy}") from None
+    for step, row in read_figures(path):
+        for name, value in row.items():
+            columns.setdefault(name, {})[step] = value
     if not columns:
         raise UsageError(f"{path} holds no figures: expected logged steps, got none; wait for the first, or run again")
     return columns
@@ -136,11 +178,13 @@ def _existing(folder: Path, name: str, what: str, remedy: str) -> Path:
     return folder / name
 
 
-def _json(path: Path, absent: Any) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else absent
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: expected JSON, got {error}; have it written again") from None
+def _json(path: Path, absent: Any, kind: Any = dict[str, Any]) -> Any:
+    """What a file holds, checked, with whatever else is in it."""
+    if not path.is_file():
+        return absent
+    value = parse_json(read_bytes(path), path)
+    checked(value, kind, str(path))
+    return value
 
 
 def _arms(metrics: dict[str, dict[str, Series]]) -> dict[str, Any]:

@@ -20,11 +20,13 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from w2v2.errors import UsageError
+
 INK, PALE, GREY = "#1f2328", "#d9dde1", "#7d858e"
 BLUE, ORANGE, GREEN = "#2563a8", "#c2571a", "#2f7d5b"
 COLOURS = {INK: "ink", PALE: "pale", GREY: "grey", BLUE: "blue", ORANGE: "orange", GREEN: "green"}
 """Colours of the figures, each a variable of page.css: they follow the reader's light or dark mode."""
-STYLES: dict[str, Any] = {
+STYLES: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 1.0, "alpha": 0.6},
     "valid": {"linewidth": 1.5, "marker": "o", "markersize": 3},
 }
@@ -41,8 +43,6 @@ PANELS = {
     "blank_share": ("Blank frames", "% of frames"),
     "loss_per_label": ("Loss per label", "nats"),
     "phones_one": ("Phones told from one frame", "% of frames"),
-    "phones_five": ("Phones told from five frames", "% of frames"),
-    "speakers": ("Speakers told from one frame", "% of frames"),
     "purity": ("Purity of the codes", "% of frames with their code's phone"),
     "information": ("What codes tell of phones", "% of the phones' entropy"),
     "length_ratio": ("Length of what is said", "labels of greedy decoding per label of the reference"),
@@ -184,8 +184,14 @@ def example(path: Path) -> Drawing | None:
     """Draw the spectrogram and the masked spans of example.npz, where there is one."""
     if not path.is_file():
         return None
-    with np.load(path) as data:
-        audio, mask, hop, name = data["audio"], data["mask"], int(data["hop"]), str(data["id"])
+    try:
+        with np.load(path) as data:
+            audio, mask, hop, name = data["audio"], data["mask"], int(data["hop"]), str(data["id"])
+        if audio.ndim != 1 or mask.ndim != 1 or audio.dtype.kind != "f" or not 400 < len(audio) < 1 << 22 or hop < 1:
+            raise ValueError(f"audio of {audio.shape} {audio.dtype}, a mask of {mask.shape}")
+    except Exception as error:  # numpy's reader fails in any way that the bytes please
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{path}: expected audio, mask, hop and id, got {reason}; remove it") from None
     spans = (np.flatnonzero(np.diff(np.pad(mask.astype(int), 1))) * hop / 16_000).reshape(-1, 2)
 
     def draw(figure: Figure) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -14,7 +14,7 @@ from w2v2.serve.config import ServeConfig
 
 OPEN = ("/", "/page.css", "/page.js", "/health")
 """Paths without secrets: they need no token."""
-LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 def failure(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -47,9 +47,10 @@ class Guard:
         """Status and reason; None: it may pass."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.config.local and urlsplit(f"//{host}").hostname not in LOCAL:  # a name that was bent to this address
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without a port
+        if self.config.local and name not in (*LOCAL, self.config.host):  # one that was bent to this address
             return 403, f"this server is for {self.config.host} alone, not for {host}"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.rpartition("://")[2] != host:
             return 403, f"pages of {origin} may not ask this server"
         if self.config.token is None or scope["path"] in OPEN:
             return None

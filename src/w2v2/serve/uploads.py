@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from starlette.datastructures import FormData, UploadFile
@@ -23,6 +23,8 @@ from w2v2.serve.config import ServeConfig
 
 TEXTS = {"text": "txt", "srt": "srt", "vtt": "vtt", "textgrid": "TextGrid", "ctm": "ctm"}
 ANSWERS = ("json", "verbose_json", *TEXTS)
+FORMAT_MB = 16.0
+"""Size of a transcript that is sent to be written, at most: a day of speech."""
 IGNORED = ("language", "prompt", "temperature")
 """Fields of the interface that this kind of model has no use for."""
 
@@ -34,6 +36,10 @@ class Upload(Source):
     file: BinaryIO | None = None
     seconds: float = 0.0
     """Longer ones are refused."""
+
+    def size(self) -> int:
+        """Of no use: there is one recording."""
+        return 1
 
     def open(self) -> AudioFile:
         """Open it, decoded in another process; raises as ``Source.open``."""
@@ -134,7 +140,7 @@ async def rewritten(request: Request, config: ServeConfig) -> Response:
         HTTPException: it is none.
     """
     try:
-        fields = json.loads(await limited(request, config).body())
+        fields = json.loads(await limited(request, replace(config, upload_mb=FORMAT_MB)).body())
         words = tuple(Word(str(w["word"]), float(w["start"]), float(w["end"])) for w in fields["words"])
         text = " ".join(word.text for word in words)
         kind, transcript = fields["format"], Transcript("audio", float(fields["seconds"]), text, words)

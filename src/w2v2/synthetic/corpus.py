@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from w2v2.data.augment import keyed_rng
 from w2v2.errors import Show, UsageError, quiet
 from w2v2.files import whole_folder, write_json, write_text
+from w2v2.serial import read_json
 from w2v2.synthetic.acoustics import SAMPLE_RATE, Session, draw_session, record
 from w2v2.synthetic.espeak import ESPEAK_RATE, Phone, Speech, Word, espeak_paths, speak
 from w2v2.synthetic.grammar import sentence, transcript
@@ -143,7 +144,7 @@ def _is_finished(out: Path, identity: dict[str, Any]) -> bool:
     content = "other files" if out.is_dir() else "a file"
     if (out / "synthetic.json").is_file():
         try:
-            description = json.loads((out / "synthetic.json").read_bytes())
+            description = read_json(out / "synthetic.json")
             if {key: description[key] for key in identity} == identity:
                 return True
             content = f"format {description['format']} with {description['config']}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from w2v2.errors import UsageError
 from w2v2.files import write_text
-from w2v2.serial import load_config, to_dict
+from w2v2.serial import from_dict, read_json, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,4 +66,4 @@ def load_classes(path: Path) -> ClassNames:
     Raises:
         UsageError: something else.
     """
-    return load_config(path, ClassNames)
+    return from_dict({"_type": ClassNames.__name__, **read_json(path)}, ClassNames, str(path))

@@ -26,10 +26,8 @@ def casing(case: str, language: str = "") -> Callable[[str], str]:
         UsageError: another case, or a language without rules of its own.
     """
     if case not in CASES or language not in ("", *_RULES):
-        raise UsageError(
-            f"case and language must be of {', '.join(CASES)} and of {', '.join(_RULES)} or none, got {case!r} and "
-            f"{language!r}"
-        )
+        known = f"{', '.join(CASES)} and {', '.join(_RULES)} or none"
+        raise UsageError(f"case and language must be of {known}, got {case!r} and {language!r}")
     if case == KEPT:
         return str
     table, change = _RULES.get(language, {}).get(case, {}), str.upper if case == UPPER else str.lower

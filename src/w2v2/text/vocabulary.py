@@ -259,7 +259,4 @@ def load_vocabulary(path: Path) -> Vocabulary:
     Raises:
         UsageError: something else.
     """
-    try:
-        return from_dict({"_type": Vocabulary.__name__, **read_json(path)}, Vocabulary)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a vocabulary of 'w2v2 finetune' ({error}); check the path") from error
+    return from_dict({"_type": Vocabulary.__name__, **read_json(path)}, Vocabulary, str(path))

@@ -50,7 +50,8 @@ class ClassifyTask(HeadTask):
         """Summed loss of one micro-batch."""
         self.seed_step(batch_idx)
         frozen = self.encoder_is_frozen
-        log_probs, _ = self.model(batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=frozen)
+        with self.casts_kept():
+            log_probs, _ = self.model(batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=frozen)
         loss, counts = self._count(log_probs, batch)
         self.record({"classes": loss}, batch.audio)
         self.sums.add(counts)

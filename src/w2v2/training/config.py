@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
+
+import torch
 
 from w2v2.checkpoint.native import CONFIG
 from w2v2.data.config import DataConfig
@@ -58,8 +61,10 @@ class TrainConfig:
     shard: bool = False
     """Share parameters, gradients and optimiser state out over the processes, block by block (FSDP2), instead of
     keeping all of them on each (DDP): for models that would not fit otherwise. The numbers are the same."""
+    bf16_gradients: bool = False
+    """Send gradients between GPUs as bf16: half the traffic, sums less exact."""
     compile: bool = False
-    """``torch.compile`` each block."""
+    """``torch.compile`` each block, around its attention: three graphs for all batches."""
     sentinel: bool = True
     """Stop a pretraining run that has collapsed, and keep the last checkpoint before that (``training/health.py``)."""
     max_steps_left_out: Whole = 10
@@ -74,11 +79,23 @@ class WarmStartConfig:
     """The spectral warm start of the convolutions, a stage before a pretraining run. Defaults: LOG.md's study."""
 
     updates: Whole = 0
-    """Optimiser steps, of as much audio as the run's own; 0: none. 600 of 12 s did for ``tiny``."""
+    """Optimiser steps, of as much audio as the run's own; 0: none. 1,500 of 12 s in ``tiny``; 3,000 still gain."""
     peak: Positive = 4e-3
     """Highest learning rate, after a twentieth of the updates; from there a cosine to 0."""
     bands: Count = 40
     """Mel bands of the spectrum. 80 taught no more (probe .502 on five frames, with 40 .507)."""
+
+
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """Probes of the layers while a pretraining run goes on (``evaluation/probe.py``), into its metrics."""
+
+    every: Whole = 0
+    """Optimiser steps between probes; 0: none."""
+    labels: str = ""
+    """Folder of phones with times, ``*.ctm`` or ``*.TextGrid``, of utterances of ``train`` and ``valid``."""
+    minutes: Positive = 2.0
+    """Of labelled audio of either split, spread over all of it: what is told is less than by ``evaluate --probe``."""
 
 
 def _loss_weights() -> dict[str, float]:
@@ -113,6 +130,12 @@ class RunConfig:
     def max_steps(self) -> int:
         """Optimiser steps at which the run ends."""
         return self.train.max_steps or self.optim.schedule.total_steps
+
+    @property
+    def threads(self) -> int:
+        """CPU threads: one for a model whose products are so small that threads would mostly wait for each other."""
+        small = self.model.n_embd < 256 and "OMP_NUM_THREADS" not in os.environ
+        return 1 if small else torch.get_num_threads()
 
     def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
         """Take a pretrained model's architecture.
@@ -158,6 +181,8 @@ class PretrainConfig(RunConfig):
     """Weight of each of the model's losses, per masked frame; the keys must be the model's."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     """Stage before the run; off where it starts from a model that hears already."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """What is told of phones by each layer, now and then."""
     KEPT = (*_REGULARISATION, "dropout_features", *_TEMPERATURE, "neighbourhood", "neighbourhood_dim")
 
     def adopt_architecture(self, pretrained: Wav2Vec2Config) -> None:
@@ -192,6 +217,11 @@ class PretrainConfig(RunConfig):
             raise UsageError(
                 f"`warm_start.updates` must be 0 for a {type(self.model).__name__}, whose build_conv_norms is its own; "
                 f"got {self.warm_start.updates}"
+            )
+        if self.probe.every and (self.train.shard or not self.probe.labels):
+            raise UsageError(
+                "`probe.every` needs `probe.labels`, a folder of phones with times, and no `train.shard`; got "
+                f"{self.probe.labels!r} and {self.train.shard}"
             )
         if getattr(self.model, "neighbourhood", 0) and (self.train.shard or self.model.conv_gradient_scale):
             raise UsageError(

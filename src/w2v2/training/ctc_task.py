@@ -142,9 +142,9 @@ class FinetuneTask(HeadTask):
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Summed CTC loss of one micro-batch."""
         self.seed_step(batch_idx)
-        log_probs, frames = self.model(
-            batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=self.encoder_is_frozen
-        )
+        frozen = self.encoder_is_frozen
+        with self.casts_kept():
+            log_probs, frames = self.model(batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=frozen)
         loss, counts = self._count(log_probs, frames, batch)
         self.record({"ctc": loss}, batch.audio)
         self.sums.add(counts)
@@ -202,9 +202,9 @@ class FinetuneTask(HeadTask):
                 logger.experiment.add_text("valid/samples", text, self.global_step)
 
     def score(self) -> tuple[float, ...]:
-        """WER, as published; where no word is right yet, CER."""
+        """CER: WER is near 1 until words are right, and lower for a model that says nothing yet."""
         figures = self.valid_figures
-        return figures["wer"], figures["cer"], figures["loss"]
+        return figures["cer"], figures["wer"], figures["loss"]
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The weights, and the vocabulary: all that transcribing needs."""

@@ -97,6 +97,7 @@ class SpeechDataModule(pl.LightningDataModule):
         )
         assert isinstance(loader.sampler, EpochSampler)
         self.sampler = loader.sampler
+        self.sampler.fill_updates()
         return loader
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -17,13 +17,25 @@ from w2v2.checkpoint.native import CONFIG, VOCABULARY, WEIGHTS
 from w2v2.data.corpora import Splits, describe
 from w2v2.errors import UsageError
 from w2v2.files import write_json
-from w2v2.serial import differences, load_config, read_json, save_config, to_dict
+from w2v2.serial import differences, load_config, read_checked, save_config, to_dict
 from w2v2.training.config import RunConfig
 from w2v2.training.resume import WARM_START, can_resume, checkpoint_files, newest_good, step_of
 
 METRICS, TENSORBOARD = "metrics.csv", "tensorboard"
 _BEGUN = (CONFIG, "environment.json", VOCABULARY, METRICS, TENSORBOARD, WARM_START, "best", "checkpoints")
 """What a run writes before its first checkpoint."""
+
+
+class _Every(TypedDict):
+    checkpoint_every: int
+
+
+class _Begun(TypedDict):
+    train: _Every
+
+
+class _Step(TypedDict):
+    step: int
 
 
 @rank_zero_only
@@ -33,8 +45,8 @@ def clear_begun(out: Path) -> None:
     if any(path.name not in _BEGUN and not re.fullmatch(r"\.\w+\.partial(\.\w+)?", path.name) for path in entries):
         return
     best, warm = out / "best" / "best.json", out / WARM_START / WEIGHTS
-    every = read_json(out / CONFIG)["train"]["checkpoint_every"] if best.exists() else 0
-    if warm.exists() or (best.exists() and read_json(best)["step"] >= every):
+    every = read_checked(out / CONFIG, _Begun)["train"]["checkpoint_every"] if best.exists() else 0
+    if warm.exists() or (best.exists() and read_checked(best, _Step)["step"] >= every):
         return  # its checkpoints were there, and somebody took them away
     for path in entries:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -61,15 +73,19 @@ def start_folder(out: Path, config: RunConfig, splits: Splits, resume: bool) -> 
         _refuse_changes(out, config, splits)
     save_config(config, out / CONFIG)
     if not resume:
-        write_json(out / "environment.json", environment(splits))
+        write_json(out / "environment.json", environment(splits, config.threads))
 
 
 _MAY_CHANGE = (
     "recipe", "train.max_steps", "train.log_every", "train.val_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.compile", "train.activation_checkpointing", "data.num_workers", "data.sources",
     "data.max_bad", "train.sentinel", "train.max_steps_left_out", "train.wandb",
-    "train.shard",
+    "train.shard", "probe.every", "probe.labels", "probe.minutes",
 )  # fmt: skip
+
+
+class _Environment(TypedDict):
+    data: dict[str, dict[str, Any]]
 
 
 def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
@@ -80,7 +96,7 @@ def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
     """
     changes = differences(to_dict(load_config(out / CONFIG, type(config))), to_dict(config))
     faults = [f"{name} was {old}, is {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
-    data = read_json(out / "environment.json")["data"]
+    data = read_checked(out / "environment.json", _Environment)["data"]
     for name, now in describe({name: splits[name] for name in ("train", "valid")}).items():
         faults += [
             f"{name} {key} was {data.get(name, {}).get(key)}, is {now[key]}"
@@ -93,7 +109,7 @@ def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
         )
 
 
-def environment(splits: Splits) -> dict[str, Any]:
+def environment(splits: Splits, threads: int) -> dict[str, Any]:
     """Versions, machine, source revision and data of a run."""
     packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
     revision = subprocess.run(
@@ -108,6 +124,6 @@ def environment(splits: Splits) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in packages},
         "git_revision": revision.stdout.strip() or None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "data": describe(splits),
     }

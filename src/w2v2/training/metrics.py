@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from w2v2.files import whole
 from w2v2.model.flops import peak_flops, utilisation
+from w2v2.serial import read_figures
 from w2v2.training.task import NormalizedTask
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,7 @@ class CSVMetrics(Logger):
         self.path = path
         self.rows: dict[int, dict[str, float]] = {}
         if path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    values = {name: float(value) for name, value in row.items() if value and name != "step"}
-                    self.rows[int(row["step"])] = values
+            self.rows = dict(read_figures(path))
 
     @property
     def name(self) -> str:

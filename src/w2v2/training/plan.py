@@ -85,7 +85,7 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
     updates = np.arange(len(wall)) % every == every - 1
     low, updating, high = np.quantile((wall / audio)[updates], [0.25, 0.5, 0.75]).tolist()
     return Measured(
-        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name() if cuda else f"CPU, {config.threads} threads",
         steps=int(updates.sum()),
         micro_seconds=float(audio.mean()),
         plain=float(np.median((wall / audio)[~updates])) if every > 1 else updating,

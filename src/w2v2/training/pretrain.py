@@ -240,7 +240,8 @@ class PretrainTask(NormalizedTask):
     def training_step(self, batch: SSLBatch, batch_idx: int) -> Tensor:
         """Sum of the weighted losses of one micro-batch."""
         self.seed_step(batch_idx)
-        total, out, sums = self._losses(batch)
+        with self.casts_kept():
+            total, out, sums = self._losses(batch)
         self.record(out.losses, batch[0])
         self.sums.add(sums)
         if self.watched is not None:

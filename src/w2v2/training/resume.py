@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import signal
 import zipfile
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from w2v2.errors import JobError, StoppedError
+from w2v2.errors import JobError, StoppedError, Whole
 from w2v2.files import whole, write_json
-from w2v2.serial import save_config
+from w2v2.serial import checked, read_checked, save_config
 from w2v2.training.config import RunConfig
 from w2v2.training.sharding import whole_weights
 from w2v2.training.task import NormalizedTask
@@ -25,10 +25,34 @@ from w2v2.training.task import NormalizedTask
 log = logging.getLogger(__name__)
 
 
-_NAME = "step={:08d}.ckpt"
+_NAME, _NUMBER = "step={:08d}.ckpt", "step=[0-9]{8,18}"
 _ASKS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]  # not all systems
 WARM_START = "warm_start"
 """Folder in a run folder: the run that the warm start is."""
+
+
+class _Best(TypedDict):
+    score: list[float]
+
+
+class _Count(TypedDict):
+    ready: Whole
+
+
+class _Progress(TypedDict):
+    current: _Count
+
+
+_Loop = TypedDict("_Loop", {"epoch_loop.batch_progress": _Progress})
+
+
+class _Loops(TypedDict):
+    fit_loop: _Loop
+
+
+class _Saved(TypedDict):
+    global_step: Whole
+    loops: _Loops
 
 
 class AtomicIO(CheckpointIO):
@@ -64,7 +88,8 @@ class AtomicIO(CheckpointIO):
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Checkpoints of a run folder, newest first."""
-    return sorted((folder / "checkpoints").glob("step=*.ckpt"), reverse=True)
+    files = (folder / "checkpoints").glob("step=*.ckpt")
+    return sorted((path for path in files if re.fullmatch(_NUMBER, path.stem) and path.is_file()), reverse=True)
 
 
 def can_resume(out: Path) -> bool:
@@ -88,7 +113,10 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
             with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
                 if (name := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {name}")
-            return path, AtomicIO().load_checkpoint(path)
+            saved = AtomicIO().load_checkpoint(path)
+            if checked(saved, _Saved, path.name)["global_step"] != step_of(path):
+                raise ValueError(f"it is of step {saved['global_step']}")
+            return path, saved
         except Exception as error:  # a damaged file can fail in any way that its bytes please
             said = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("%s is damaged (%s); the one before is used", path, said[:200])
@@ -119,14 +147,26 @@ class Checkpoints(pl.Callback):
         """Whether the weights may have collapsed and must not become the best."""
         self.best: tuple[float, ...] = (float("inf"),)
         if (out / "best" / "best.json").exists():
-            self.best = tuple(json.loads((out / "best" / "best.json").read_text(encoding="utf-8"))["score"])
+            self.best = tuple(read_checked(out / "best" / "best.json", _Best)["score"])
         self.handlers: dict[int, Any] = {}
+        self.started = False
+        """Whether an optimiser step has been done."""
+        self.before_validation: dict[str, Any] = {}
+        """What a checkpoint holds at the step whose validation is under way."""
+        self.validated = -1  # last step after which there was a validation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to signals."""
         self.step = trainer.global_step
+        self._listen()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals, in a validation after the last step too."""
+        self._listen()
+
+    def _listen(self) -> None:
         for number in _ASKS:
-            self.handlers[number] = signal.signal(number, self._ask_to_stop)
+            self.handlers.setdefault(number, signal.signal(number, self._ask_to_stop))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Listen no more."""
@@ -158,12 +198,14 @@ class Checkpoints(pl.Callback):
         step = trainer.global_step
         if step == self.step:
             return
-        self.step = step
+        self.step, self.started = step, True
         number = self._agreed(trainer)
         if number or step == self.max_steps or step % self.config.train.checkpoint_every == 0:
             self._save(trainer)
         if number:
             raise StoppedError(number, f"{signal.Signals(number).name} at step {step}: saved; go on with `resume`")
+        if step % self.config.train.val_every == 0 and not self.config.train.shard:  # references, not copies
+            self.before_validation = trainer._checkpoint_connector.dump_checkpoint()
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """The signal that any process got; all learn of it at the same step."""
@@ -174,6 +216,16 @@ class Checkpoints(pl.Callback):
         number = torch.tensor(self.signal, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
         return int(number)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Leave a validation, which may take long, with the state of the step before it saved."""
+        if not self.signal or self.config.train.shard:
+            return
+        path = self.out / "checkpoints" / _NAME.format(self.step)
+        if trainer.is_global_zero and self.before_validation and not path.exists():
+            trainer.strategy.checkpoint_io.save_checkpoint(self.before_validation, path)
+        name = signal.Signals(self.signal).name
+        raise StoppedError(self.signal, f"{name} in the validation of step {self.step}: saved; go on with `resume`")
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.out / "checkpoints" / _NAME.format(self.step))
@@ -187,6 +239,8 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if they are the best so far."""
         assert isinstance(pl_module, NormalizedTask)
+        self.before_validation = {}
+        self.validated = trainer.global_step
         score = pl_module.score()
         # The first process decides: the others may not see its disk, and gathering the weights takes all of them.
         if not trainer.strategy.broadcast(score < self.best and not self.suspected):

@@ -17,8 +17,9 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
 
 from w2v2.data.corpora import Splits
@@ -32,6 +33,7 @@ from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import METRICS, TENSORBOARD, check_folder
 from w2v2.training.health import Sentinel
 from w2v2.training.metrics import CSVMetrics, Progress
+from w2v2.training.probing import Probing, probed_splits
 from w2v2.training.resume import AtomicIO, Checkpoints, checkpoint_files, newest_good
 from w2v2.training.sharding import transformer_blocks, whole_weights
 from w2v2.training.task import NormalizedTask
@@ -68,8 +70,14 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     pretraining = isinstance(config, PretrainConfig)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
     tune(task.model, train)
+    if _on_gpu(train) and "mixed" in _precision(train):
+        torch.set_float32_matmul_precision("high")  # TF32 for what of bf16 or fp16 training stays fp32
     board = TensorBoardLogger(out, name="", version=TENSORBOARD, purge_step=metrics.last + 1)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
+    progress = Progress(train.log_every, max_steps, flops)
+    probing: list[pl.Callback] = []
+    if isinstance(config, PretrainConfig) and config.probe.every:
+        probing = [Probing(config.probe, data.splits, train.seed, progress)]
     with warnings.catch_warnings():
         _silence_lightning()
         trainer = pl.Trainer(
@@ -93,11 +101,11 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=[metrics, board, *_wandb(config, out)],
-            callbacks=[sentinel, Progress(train.log_every, max_steps, flops), checkpoints],
+            callbacks=[sentinel, progress, *probing, checkpoints],
         )
-        with _failures_named(checkpoints):
+        with _threads(config.threads), _failures_named(checkpoints, last):
             trainer.fit(task, data, ckpt_path=last, weights_only=True)
-            if trainer.global_step % train.val_every:
+            if trainer.global_step != checkpoints.validated:
                 trainer.validate(task, data, verbose=False)
     weights = whole_weights(task.model)
     if trainer.is_global_zero:
@@ -107,8 +115,8 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
 def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: int) -> Path:
     """The checkpoint to go on from, with data and metrics set to go on there, too."""
     path, saved = newest_good(out)
-    data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     step = saved["global_step"]
+    data.skip = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     metrics.resume_at(step)
     if step == max_steps:
         rank_zero_only(log.info)("%s has done its %d steps: nothing is left to do", out, step)
@@ -116,11 +124,21 @@ def _take_up(out: Path, data: SpeechDataModule, metrics: CSVMetrics, max_steps: 
 
 
 @contextlib.contextmanager
-def _failures_named(checkpoints: Checkpoints) -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _failures_named(checkpoints: Checkpoints, last: Path | None) -> Iterator[None]:
     """What ends training from without, as one line; workers end with it.
 
     Raises:
-        JobError: no memory, or a data worker that was killed.
+        JobError: no memory, a data worker that was killed, or a checkpoint that no step can follow on.
         KeyboardInterrupt, StoppedError: of which Lightning has made an exit code.
     """
     try:
@@ -128,22 +146,36 @@ def _failures_named(checkpoints: Checkpoints) -> Iterator[None]:
             yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
+            raise error if last is None or checkpoints.started else _unusable(last, error) from error
         reason = (str(error).splitlines() or ["no memory on the host"])[0]
         raise JobError(
             f"out of memory ({reason[:200]}); lower `data.batch_seconds` and raise `train.accumulate` as much, or "
             "choose `train.activation_checkpointing` True; go on with `resume`"
         ) from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise error if last is None or checkpoints.started else _unusable(last, error) from error
     except SystemExit as stop:
         raise checkpoints.interruption() from stop
     finally:
         stop_workers()
 
 
+def _unusable(last: Path, error: Exception) -> Exception:
+    if isinstance(error, (UsageError, JobError)):
+        return error
+    reason = (str(error).splitlines() or [""])[0]
+    return JobError(
+        f"cannot go on from {last}: {type(error).__name__} {reason[:200]}; remove it, and the one before is used"
+    )
+
+
 def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
     """One device, DDP, or FSDP2 over all processes; a checkpoint is one whole file in each case."""
-    if not train.shard or train.devices * train.num_nodes == 1:
+    if train.devices * train.num_nodes == 1:
         return "auto"
+    if not train.shard:  # gradients lie where they are sent from: no copy, and half their memory
+        hook = bf16_compress_hook if train.bf16_gradients else None
+        return DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)
     transformer_blocks(model, "`train.shard`")
     return ModelParallelStrategy(train.devices * train.num_nodes, 1, save_distributed_checkpoint=False)
 
@@ -205,6 +237,8 @@ def check_run(config: RunConfig, splits: Splits, out: Path | None = None, resume
     schedule, steps = config.optim.schedule, config.max_steps
     if schedule(steps) > schedule(steps - 1):
         rank_zero_only(log.warning)("the warm-up of `optim.schedule` is longer than the run, which has %d steps", steps)
+    if isinstance(config, PretrainConfig) and config.probe.every:
+        probed_splits(config.probe, splits)
     if out is not None:
         check_world(config.train)
         check_folder(out, resume, config.max_steps)
@@ -232,6 +266,8 @@ def check_device(train: TrainConfig) -> None:
     if train.precision not in known:
         raise UsageError(f"`train.precision` must be one of {', '.join(known)}, got {train.precision!r}")
     check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
+    if train.bf16_gradients and (train.shard or not _on_gpu(train)):
+        raise UsageError("`train.bf16_gradients` works between GPUs, without `train.shard`; leave it out")
     if train.shard and train.precision == "16-mixed":
         raise UsageError("`train.shard` works with bf16-mixed, bf16-true or 32-true, got `train.precision` 16-mixed")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from w2v2.checkpoint.native import save_state
 from w2v2.data.batch import Batch
 from w2v2.errors import JobError
 from w2v2.model.masking import Draws
+from w2v2.model.precision import Casts, casts_kept
 from w2v2.training.optim import OptimConfig
 from w2v2.training.sharding import shard, whole
 
@@ -121,6 +124,7 @@ class NormalizedTask(pl.LightningModule):
         super().__init__()
         self.optim_config, self.seed = optim, seed
         self.step_targets = 0
+        self.casts: Casts = {}
         self.sums = Sums()
         self.valid_figures: dict[str, float] = {}
         self.seconds_heard = 0.0
@@ -192,6 +196,10 @@ class NormalizedTask(pl.LightningModule):
         """Make dropout and Gumbel noise depend on (seed, step, rank, micro-batch) alone."""
         torch.manual_seed(step_seed(self.seed, self.global_step, self.global_rank, batch_idx))
 
+    def casts_kept(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, weights are cast once for all micro-batches of a step; sharded ones, which come and go, each time."""
+        return casts_kept(None if isinstance(self.model, FSDPModule) else self.casts)
+
     def sum_loss(self, total: Tensor, num_targets: int) -> Tensor:
         """A summed loss as ``training_step`` has to return it: Lightning divides by the number of micro-batches."""
         self.step_targets += num_targets
@@ -224,6 +232,7 @@ class NormalizedTask(pl.LightningModule):
             torch.distributed.all_reduce(targets)
             scale = self.trainer.world_size / targets
         self.step_targets = 0
+        self.casts.clear()
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         for group in optimizer.param_groups:
             group["lr"] = self.optim_config.schedule(self.global_step + 1) * group.get("lr_scale", 1.0)

@@ -26,7 +26,7 @@ class Characters:
         """Labels for transcripts."""
         from w2v2.text.vocabulary import Vocabulary  # late: pretraining, whose recipes stand beside, needs no text
 
-        return Vocabulary.from_texts(texts, _case(self.upper), self.language)
+        return Vocabulary.from_texts(texts, "upper" if self.upper else "kept", self.language)
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,8 @@ class SentencePieces:
         """Labels for transcripts."""
         from w2v2.text.vocabulary import PieceVocabulary
 
-        return PieceVocabulary.from_texts(texts, _case(self.upper), self.language, size=self.size)
+        case = "upper" if self.upper else "kept"
+        return PieceVocabulary.from_texts(texts, case, self.language, size=self.size)
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,3 @@ class Classes:
     text=emotion``); or what lhotse's supervisions have, such as ``language`` or ``gender``."""
     attention: bool = False
     """Whether frames are pooled by learned weights; else by their mean."""
-
-
-def _case(upper: bool) -> str:
-    return "upper" if upper else "kept"

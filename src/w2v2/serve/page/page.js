@@ -72,16 +72,15 @@ function start() {
 
   function draw() {
     const width = wave.width = wave.clientWidth * devicePixelRatio, height = wave.height = 96 * devicePixelRatio;
-    const pen = wave.getContext("2d"), style = getComputedStyle(document.documentElement);
+    const pen = wave.getContext("2d");
     const peaks = sound?.peaks ?? [], columns = Math.min(peaks.length, Math.floor(width / 2));
     const total = Math.max(peaks.length, 500);  // the first ten seconds fill it from the left
-    pen.fillStyle = style.getPropertyValue("--accent");
-    pen.fillStyle = getComputedStyle(speak).backgroundColor;
+    pen.fillStyle = getComputedStyle(wave).color;
     const wide = width * peaks.length / total / Math.max(columns, 1);
     for (let x = 0; x < columns; x++) {
       const part = peaks.slice(Math.floor(x * peaks.length / columns), Math.ceil((x + 1) * peaks.length / columns));
       const high = Math.max(Math.max(...part) * height * 0.95, devicePixelRatio);
-      pen.fillRect(x * wide, (height - high) / 2, Math.max(wide - 1, 1), high);
+      pen.fillRect(Math.round(x * wide), (height - high) / 2, Math.max(Math.round(wide) - 1, 1), high);
     }
     wave.setAttribute("aria-label", peaks.length ? `Waveform of ${(peaks.length / 50).toFixed(1)} seconds` : "Waveform, empty");
   }
@@ -102,12 +101,16 @@ function start() {
     draw();
   }
 
+  function line() {
+    if (!paragraph) {
+      paragraph = document.createElement("p");
+      text.append(paragraph);
+    }
+    return paragraph;
+  }
+
   function addWords(more) {
     for (const word of more) {
-      if (!paragraph) {
-        paragraph = document.createElement("p");
-        text.append(paragraph);
-      }
       const button = document.createElement("button");
       button.className = "word";
       button.textContent = word.word;
@@ -116,7 +119,8 @@ function start() {
       const sure = word.probability === undefined ? "" : `, ${Math.round(100 * word.probability)} % sure`;
       button.title = `${word.start.toFixed(2)} to ${word.end.toFixed(2)} s${sure}`;
       button.addEventListener("click", () => play(word, button));
-      paragraph.append(button, " ");
+      button.addEventListener("dblclick", () => correct(word, button));
+      line().append(button, " ");
       words.push(word);
     }
     at("hint").hidden = words.length > 0;
@@ -140,7 +144,45 @@ function start() {
     player.start();
   }
 
+  function correct(word, button) {
+    const field = document.createElement("input");
+    field.className = "correction";
+    field.value = word.word;
+    field.size = Math.max(word.word.length, 4);
+    field.ariaLabel = `Instead of ${word.word}`;
+    let done = false;
+    const finish = keep => {
+      if (done) return;
+      done = true;
+      const better = field.value.trim();
+      if (keep && better) {
+        word.word = button.textContent = better;
+        delete word.probability;
+        button.style.setProperty("--p", 1);
+        button.title = `${word.start.toFixed(2)} to ${word.end.toFixed(2)} s, corrected`;
+      }
+      const focused = document.activeElement === field;
+      field.replaceWith(button);
+      if (keep && !better) {
+        words.splice(words.indexOf(word), 1);
+        button.remove();
+      } else if (focused) button.focus();
+    };
+    field.addEventListener("blur", () => finish(true));
+    field.addEventListener("keydown", event => {
+      if (event.key === "Enter" || event.key === "Escape") finish(event.key === "Enter");
+      event.stopPropagation();
+    });
+    button.replaceWith(field);
+    field.select();
+  }
+
   text.addEventListener("keydown", event => {
+    if (event.key === "F2" && document.activeElement.matches(".word")) {
+      const place = [...text.querySelectorAll(".word")].indexOf(document.activeElement);
+      correct(words[place], document.activeElement);
+      return event.preventDefault();
+    }
     const buttons = [...text.querySelectorAll(".word")], place = buttons.indexOf(document.activeElement);
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
     const next = buttons[{Home: 0, End: buttons.length - 1}[event.key] ?? place + (step ?? NaN)];
@@ -255,7 +297,7 @@ function start() {
     const socket = new WebSocket(`${location.href.split(/[?#]/)[0].replace(/^http/, "ws")}v1/audio/live?${query}`);
     const node = new AudioWorkletNode(context, "pcm");
     const mySound = sound = newSound(context.sampleRate);
-    let waiting = [], ended = false;
+    let waiting = [], ended = false, done = false;
     const close = () => {
       media.getTracks().forEach(track => track.stop());
       if (context.state !== "closed") context.close();
@@ -282,13 +324,17 @@ function start() {
       if (ended) socket.send("end");
       else status.textContent = "Listening…";
     };
-    socket.onmessage = ({data}) => mine === job && take(JSON.parse(data));
+    socket.onmessage = ({data}) => {
+      const update = JSON.parse(data);
+      done ||= update.done;
+      if (mine === job) take(update);
+    };
     socket.onclose = () => {
       close();
       if (mine !== job) return;
       stream = null;
       button(false);
-      if (!error.textContent && status.textContent && !status.textContent.startsWith("Done")) fail("The server closed the connection.");
+      if (!done && !error.textContent) fail("The server closed the connection.");
     };
     source.connect(node);
     button(true);
@@ -307,6 +353,7 @@ function start() {
     }
     addWords(update.words);
     partial.textContent = update.partial;
+    if (update.partial) line().append(partial);
     if (update.ended) paragraph = null;
   }
 
