@@ -261,7 +261,7 @@ def test_names_that_only_look_like_fairseqs_are_inert(tmp_path, monkeypatch):
         (lambda folder: edit(folder / "vocab.json", Z=10), "has 'Z' at 10; expected ids 0 to 9"),
         (lambda folder: edit(folder / "vocab.json", Z=9), "has 'Z' at 9; expected ids 0 to 9, each once"),
         (lambda folder: (folder / "vocab.json").write_text('{"<pad>": 0}'), "no token for 9 of the model's 10 outputs"),
-        (lambda folder: (folder / "vocab.json").write_text('{"en": {"A": 0}, "de": {}}'), "of 2 languages, got None"),
+        (lambda folder: (folder / "vocab.json").write_text('{"en": {"A": 0}, "de": {}}'), "is of 2 languages"),
         (lambda folder: edit(folder / "config.json", vocab_size=11), "lm_head.weight has (10, 48), expected (11, 48)"),
     ],
 )  # fmt: skip

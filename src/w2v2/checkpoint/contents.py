@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from w2v2.errors import UsageError
+from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 if TYPE_CHECKING:
+    from w2v2.text.classes import ClassNames
     from w2v2.text.vocabulary import Vocabulary
 
 
@@ -31,6 +33,8 @@ class Checkpoint:
     """Tensors by our names, on the host; floats are float32."""
     vocabulary: Vocabulary | None = None
     """Of a CTC model, and only of one."""
+    classes: ClassNames | None = None
+    """Of a classifier, and only of one."""
     channel_mask_prob: float = 0.0
     channel_mask_length: int = 64
     """Of fine-tuning, as in ``FinetuneConfig``: other formats keep them with the model."""
@@ -69,7 +73,8 @@ class Checkpoint:
         model.load_state_dict(state, strict=False)
 
     def _blank(self) -> Wav2Vec2:
-        return blank_model(self.config, self.state, len(self.vocabulary.labels) if self.vocabulary else 0)
+        labels = self.vocabulary or self.classes
+        return blank_model(self.config, self.state, len(labels.labels) if labels else 0)
 
 
 def check_config(config: Wav2Vec2Config, where: Path) -> None:
@@ -83,12 +88,16 @@ def check_config(config: Wav2Vec2Config, where: Path) -> None:
 def blank_model(config: Wav2Vec2Config, names: Iterable[str], n_labels: int = 0) -> Wav2Vec2:
     """Return the model that tensors of these names belong to, for its shapes.
 
-    With ``lm_head`` it is a CTC model; without heads the encoder; else what the checked configuration builds.
+    With ``lm_head`` it is a CTC model, with ``classifier`` one; without heads the encoder; else what the checked
+    configuration builds.
     """
     heads = head_names(config, names)
     with _without_memory(config):
         if "lm_head" in heads:
             return Wav2Vec2ForCTC(config, n_labels)
+        if "classifier" in heads:
+            attention = "classifier.attention.weight" in {*names}
+            return Wav2Vec2ForClassification(config, n_labels, attention=attention)
         return config.build() if heads else Wav2Vec2(config)
 
 

@@ -134,7 +134,7 @@ def convert(
         raise UsageError(f"{source} is {form.title}'s already; nothing to convert")
     checkpoint = read(source, language)
     show("read", 1.0)
-    faults = target.misfits(checkpoint)
+    faults = ["it is a classifier"] if checkpoint.classes else target.misfits(checkpoint)
     if faults:
         raise UsageError(
             f"{source} has no twin at {target.title}: {'; '.join(faults)}; 'w2v2 export' takes it as it is"

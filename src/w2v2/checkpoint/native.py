@@ -35,14 +35,22 @@ def read_native(folder: Path) -> Checkpoint:
     config = from_dict(values.get("model", values), (Wav2Vec2Config, SpectralConfig), part)
     tensors = read_safetensors(where)
     checkpoint = Checkpoint(source=folder, config=config, state={})
-    n_outputs = next((len(tensor) for name, tensor in tensors.items() if name.startswith("lm_head.")), 0)
+    heads = ("lm_head.", "classifier.output.")
+    outputs = {name: len(tensor) for name, tensor in tensors.items() if name.startswith(heads)}
+    n_outputs = next(iter(outputs.values()), 0)
     if n_outputs:
-        from w2v2.text.vocabulary import load_vocabulary  # late: pretraining has no labels
+        from w2v2.text.classes import load_classes  # late: pretraining has no labels
+        from w2v2.text.vocabulary import load_vocabulary
 
         if not (folder / VOCABULARY).is_file():
-            raise UsageError(f"no {folder / VOCABULARY}: expected the labels of this CTC model; copy it from its run")
-        checkpoint.vocabulary = load_vocabulary(folder / VOCABULARY)
-        n_labels = len(checkpoint.vocabulary.labels)
+            raise UsageError(f"no {folder / VOCABULARY}: expected the labels of this model; copy it from its run")
+        if next(iter(outputs)).startswith(heads[0]):
+            checkpoint.vocabulary = load_vocabulary(folder / VOCABULARY)
+        else:
+            checkpoint.classes = load_classes(folder / VOCABULARY)
+        labels = checkpoint.vocabulary or checkpoint.classes
+        assert labels is not None
+        n_labels = len(labels.labels)
         if n_labels != n_outputs:
             raise UsageError(
                 f"{folder / VOCABULARY} has {n_labels} labels, {where} {n_outputs} outputs; "
@@ -64,8 +72,8 @@ def write_native(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a folder of weights."""
     save_config(checkpoint.config, folder / CONFIG)
     save_state(checkpoint.state, folder)
-    if checkpoint.vocabulary is not None:
-        checkpoint.vocabulary.save(folder / VOCABULARY)
+    if labels := checkpoint.vocabulary or checkpoint.classes:
+        labels.save(folder / VOCABULARY)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:

@@ -83,6 +83,8 @@ class Export:
         if self.push_to_hub:
             expect_hub(self.push_to_hub)
         checkpoint = read(self.model, self.language)
+        if checkpoint.classes:
+            raise UsageError(f"{self.model} is a classifier, which is not exported; use it by w2v2.load")
         with whole_folder(self.out) as folder:
             self._write(checkpoint, folder)
             if has_hub:

@@ -20,6 +20,7 @@ from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError, public
 
 if TYPE_CHECKING:
+    from w2v2.inference.recognizer import Classifier
     from w2v2.model.wav2vec2 import Wav2Vec2
 
 log = logging.getLogger("w2v2")
@@ -90,7 +91,7 @@ class Evaluate(Decoding):
     def run(self, named: Collection[str]) -> None:
         """Evaluate, and print a table or JSON."""
         from w2v2.data.corpora import choose_split, read_corpus
-        from w2v2.inference.recognizer import Recognizer, load
+        from w2v2.inference.recognizer import Classifier, Recognizer, load
         from w2v2.model.wav2vec2 import Wav2Vec2
         from w2v2.training.pretrain import evaluate_pretrained
 
@@ -98,7 +99,7 @@ class Evaluate(Decoding):
         choose_split(splits, self.split, self.data)
         model = load(self.model, self.language)
         if self.probe:
-            network = model.model if isinstance(model, Recognizer) else model
+            network = model.model if isinstance(model, Recognizer | Classifier) else model
             if not isinstance(network, Wav2Vec2):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
             self._probe(splits, network)
@@ -110,6 +111,9 @@ class Evaluate(Decoding):
                 raise UsageError("`trials` is of `tune` SPLIT; name a split to tune on")
             self._warn(one_split=len(splits) == 1)
             self._recognizer(splits, named)
+            return
+        if isinstance(model, Classifier):
+            self._classifier(splits, model)
             return
         needless = [f"`{name}`" for name in named if name not in ("data", "split", "json")]
         if needless:
@@ -139,6 +143,20 @@ class Evaluate(Decoding):
             )
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
         sys.stdout.write("\n".join(lines) + "\n")
+
+    def _classifier(self, splits: Splits, model: Classifier) -> None:
+        from w2v2.evaluation.classes import classes_table, evaluate_classifier
+
+        about = {"run": str(self.model), "data": self.data, "split": self.split}
+        data = DataConfig(batch_seconds=self.batch_seconds, num_workers=self.num_workers, max_bad=self.max_bad)
+        data.check()
+        out = self.out or Path(self.model) / "evaluation" / self.split
+        with progress("evaluate") as show:
+            results = evaluate_classifier(
+                model, splits, self.split, out, about, data=data, device=self.device, show=show
+            )
+        lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else classes_table(results)
+        sys.stdout.write(public("\n".join(lines)) + "\n")
 
     def _recognizer(self, splits: Splits, named: Collection[str]) -> None:
         from w2v2.evaluation.evaluate import evaluate_model

@@ -18,7 +18,7 @@ from w2v2.data.config import DataConfig
 from w2v2.data.folders import folder_cuts
 from w2v2.data.splits import SCHEMA, Prepared, choose_labelled
 from w2v2.data.storage import is_remote, join, read_bytes
-from w2v2.data.utterance import Utterance, location_of, read_cut, read_line, repeated
+from w2v2.data.utterance import TEXT, Utterance, labelled, location_of, read_cut, read_line, repeated
 from w2v2.errors import JobError, UsageError, shown
 from w2v2.files import MOST_BYTES
 from w2v2.serial import checked, parse_json
@@ -40,11 +40,14 @@ class Piece:
     """How many times a pass each utterance comes."""
     content: str = ""
     """Hash of the corpus that a manifest belongs to."""
+    label: str = TEXT
+    """What stands for the transcript, as of :func:`labelled`."""
 
     def identity(self) -> str:
         """What tells it from a piece of other cuts, wherever the files lie."""
         held = [(cut.id, cut.duration) for cut in self.held]
-        return repr((self.content, Path(self.manifest).name, self.utterances, self.weight, held))
+        label = () if self.label == TEXT else (self.label,)
+        return repr((self.content, Path(self.manifest).name, self.utterances, self.weight, held, *label))
 
     def files(self) -> list[tuple[int, int] | None]:
         """Size and time of change, ns, of the audio of cuts in memory. A manifest's hash covers its samples."""
@@ -57,7 +60,8 @@ class Piece:
             JobError: a damaged manifest.
         """
         if not self.manifest:
-            yield from (Row(cut.duration, cut.id, cut, place=(number, i)) for i, cut in enumerate(self.held))
+            for i, cut in enumerate(self.held):
+                yield Row(cut.duration, cut.id, cut, place=(number, i), label=self.label)
             return
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(read_bytes(self.manifest))) as file:
@@ -68,7 +72,7 @@ class Piece:
             ) from error
         for i, line in enumerate(content.splitlines()):
             cut = read_line(line, f"{self.manifest}, line {i + 1},")
-            yield Row(cut.duration, cut.id, line, self.audio, (number, i))
+            yield Row(cut.duration, cut.id, line, self.audio, (number, i), label=self.label)
 
     def read(self) -> Iterator[MonoCut]:
         """The cuts, in order."""
@@ -88,17 +92,22 @@ class Row(NamedTuple):
     """(which of the pieces of a pass, which row of it)."""
     repeats: int | None = None
     """How many times it has come before, where that is not the number of passes."""
+    label: str = TEXT
+    """As of the piece."""
 
     def cut(self) -> MonoCut:
         """The cut that it is."""
         cut = read_cut(self.content, self.audio) if isinstance(self.content, bytes) else self.content
+        cut = labelled(cut, self.label)
         return cut if self.repeats is None else repeated(cut, self.repeats)
 
     def utterance(self) -> Utterance:
         """What is known of it."""
         if isinstance(self.content, bytes):
+            if self.label != TEXT:
+                return Utterance.of(self.cut())
             return Utterance.from_line(self.content, self.audio)
-        return Utterance.of(self.content)
+        return Utterance.of(labelled(self.content, self.label))
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,12 @@ class Split:
     def utterances(self) -> Iterator[Utterance]:
         """All of them, in the same order."""
         return map(Utterance.of, self)
+
+    def labelled(self, label: str) -> Split:
+        """The same with another label of each utterance in the place of its transcript, as of :func:`labelled`."""
+        split = replace(self, pieces=tuple(replace(piece, label=label) for piece in self.pieces))
+        rows = (row for piece in split.pieces for row in piece.rows())
+        return replace(split, transcribed=sum(bool(row.utterance().text) for row in rows))
 
     def transcripts(self, min_seconds: float) -> Iterator[tuple[str, float, str]]:
         """(id, seconds, transcript, empty if there is none) of the utterances that are long enough."""

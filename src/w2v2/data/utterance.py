@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lhotse import MonoCut, Recording
 
 
+TEXT = "text"
+"""The label that an utterance has without any other: its transcript."""
+
+
 _Whole = Annotated[int, Meta(ge=0, le=1 << 53)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -185,6 +189,17 @@ def file_cut(
         supervisions=[SupervisionSegment(name, identity, 0.0, duration, text=text, speaker=speaker)],
         custom=custom or None,
     )
+
+
+def labelled(cut: MonoCut, label: str) -> MonoCut:
+    """The cut, with another label of its supervision as text: ``speaker``, ``language``, or one of lhotse's custom."""
+    from lhotse import fastcopy
+
+    if label == TEXT:
+        return cut
+    (supervision,) = cut.supervisions
+    text = getattr(supervision, label, None)
+    return fastcopy(cut, supervisions=[fastcopy(supervision, text=None if text is None else str(text))])
 
 
 def repeated(cut: MonoCut, repeats: int) -> MonoCut:

@@ -19,8 +19,10 @@ from w2v2.checkpoint.native import WEIGHTS
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import UsageError
 from w2v2.inference.onnx import OnnxModel, load_onnx
+from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
+from w2v2.text.classes import ClassNames
 from w2v2.text.vocabulary import Vocabulary
 
 NOT_FINITE = "the model's output is not finite: is the recording far beyond full scale?"
@@ -59,14 +61,7 @@ class Recognizer:
             audio: (S,) samples of one channel.
             rate: of the samples, Hz; resampled to 16 kHz if it is another.
         """
-        samples = np.asarray(audio, dtype=np.float32)
-        if samples.ndim != 1:
-            raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
-        if rate != SAMPLE_RATE:
-            from w2v2.data.audio import resample
-
-            samples = resample(samples, rate)
-        return Greedy(self.vocabulary)(self.emissions([torch.from_numpy(samples)])[0]).text
+        return Greedy(self.vocabulary)(self.emissions([resampled(audio, rate)])[0]).text
 
     @torch.no_grad()
     def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
@@ -89,7 +84,48 @@ class Recognizer:
         return found
 
 
-def load(name: str | PathLike[str], language: str | None = None) -> Recognizer | Wav2Vec2 | OnnxModel:
+def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
+    """(S,) samples of one channel -> (S,) float32 at 16 kHz."""
+    samples = np.asarray(audio, dtype=np.float32)
+    if samples.ndim != 1:
+        raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
+    if rate != SAMPLE_RATE:
+        from w2v2.data.audio import resample
+
+        samples = resample(samples, rate)
+    return torch.from_numpy(samples)
+
+
+@dataclass
+class Classifier:
+    """What is needed to tell the class of an utterance."""
+
+    model: Wav2Vec2ForClassification
+    classes: ClassNames
+
+    def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> dict[str, float]:
+        """Probability of each class of one recording, the most probable first; arguments as of :class:`Recognizer`."""
+        (log_probs,) = self.log_probs([resampled(audio, rate)])
+        order = log_probs.argsort(descending=True).tolist()
+        return {self.classes.labels[i]: log_probs[i].exp().item() for i in order}
+
+    @torch.no_grad()
+    def log_probs(self, audio: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities (B, classes) on the host of waveforms as for ``Recognizer.emissions``.
+
+        Raises:
+            UsageError: audio that is shorter than a frame.
+        """
+        config, lengths = self.model.config, [len(row) for row in audio]
+        if 0 in config.frames(lengths):
+            raise UsageError(f"audio of {min(lengths)} samples is shorter than one frame: it has no class")
+        rows = [config.normalized(row) for row in audio]
+        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.device)
+        log_probs: Tensor = self.model.eval()(batch, lengths)[0].cpu()
+        return log_probs
+
+
+def load(name: str | PathLike[str], language: str | None = None) -> Recognizer | Classifier | Wav2Vec2 | OnnxModel:
     """Load a model by name.
 
     Args:
@@ -97,8 +133,9 @@ def load(name: str | PathLike[str], language: str | None = None) -> Recognizer |
         language: as for ``formats.read``.
 
     Returns:
-        On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a pretraining
-        run its model; of an encoder alone a ``Wav2Vec2``, of an exported one an ``OnnxModel``.
+        On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a classifier
+        a ``Classifier``, with its classes; of a pretraining run its model; of an encoder alone a ``Wav2Vec2``, of an
+        exported one an ``OnnxModel``.
 
     Raises:
         UsageError: nothing there, something else, or weights that do not fit.
@@ -111,6 +148,9 @@ def load(name: str | PathLike[str], language: str | None = None) -> Recognizer |
         return model if vocabulary is None else Recognizer(model, vocabulary)
     checkpoint = read(path, language)
     network = checkpoint.build()
+    if isinstance(network, Wav2Vec2ForClassification):
+        assert checkpoint.classes is not None
+        return Classifier(network, checkpoint.classes)
     if not isinstance(network, Wav2Vec2ForCTC):
         return network
     assert checkpoint.vocabulary is not None

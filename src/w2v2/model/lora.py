@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.head import Wav2Vec2WithHead
 from w2v2.model.transformer import TransformerBlock
 
 
@@ -27,10 +27,10 @@ class LowRank(nn.Module):
         return weight + self.scale * self.up @ self.down
 
 
-def add_lora(model: Wav2Vec2ForCTC, rank: int, alpha: float) -> None:
-    """Let only low-rank updates of the queries' and values' weights learn, and the output layer."""
+def add_lora(model: Wav2Vec2WithHead, rank: int, alpha: float) -> None:
+    """Let only low-rank updates of the queries' and values' weights learn, and the head."""
     model.requires_grad_(False)
-    model.lm_head.requires_grad_(True)
+    model.get_submodule(model.HEAD).requires_grad_(True)
     for block in model.transformer:
         assert isinstance(block, TransformerBlock)
         for linear in (block.attn.q_proj, block.attn.v_proj):

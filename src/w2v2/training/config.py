@@ -19,7 +19,7 @@ from w2v2.model.warm_start import SpectralConfig
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.serial import load_config
 from w2v2.training.optim import OptimConfig, WarmupCosine
-from w2v2.training.units import Characters, Phonemes, SentencePieces
+from w2v2.training.units import Characters, Classes, Phonemes, SentencePieces
 
 
 def run_config(folder: Path) -> RunConfig | Wav2Vec2Config:
@@ -250,7 +250,7 @@ class PretrainConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class FinetuneConfig(RunConfig):
-    """A whole CTC fine-tuning run."""
+    """A whole fine-tuning run, of CTC, or of a classifier where ``units`` are classes."""
 
     model: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
     """The network; with a pretrained one its architecture comes from there, masks and regularisation from here."""
@@ -267,7 +267,7 @@ class FinetuneConfig(RunConfig):
     """Rank of the update that queries and values learn while the pretrained weights stay (arXiv:2106.09685); 0: off."""
     lora_alpha: Positive = 16.0
     """The update is multiplied by this over the rank."""
-    units: Characters | Phonemes | SentencePieces = field(default_factory=Characters)
+    units: Characters | Phonemes | SentencePieces | Classes = field(default_factory=Characters)
     """What the labels are; the recipe chooses which."""
     KEPT = (*_REGULARISATION, *_MASKS)
 

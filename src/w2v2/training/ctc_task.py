@@ -15,17 +15,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from w2v2.checkpoint.native import VOCABULARY
-from w2v2.data.batch import Batch
 from w2v2.decoding.greedy import Greedy
 from w2v2.evaluation.evaluate import error_rates
 from w2v2.model.ctc import Wav2Vec2ForCTC
-from w2v2.model.lora import merged_state
 from w2v2.model.losses import ctc_loss
-from w2v2.model.masking import Draws
-from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
+from w2v2.model.wav2vec2 import SAMPLE_RATE
 from w2v2.text.vocabulary import Vocabulary
 from w2v2.training.config import FinetuneConfig
-from w2v2.training.task import NormalizedTask, Sums, unequal_lengths
+from w2v2.training.head_task import HeadTask, LabelledBatch
+from w2v2.training.task import Sums
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +31,6 @@ _SAMPLES = 3
 """Validation utterances shown in the log."""
 _SHOWN = 100
 """Characters of each there."""
-
-
-@dataclass
-class CTCBatch:
-    """A batch on the device, with what was drawn for it on the host."""
-
-    audio: Tensor
-    lengths: list[int] | None
-    targets: Tensor
-    target_lengths: Tensor
-    texts: list[str | None]
-    """Transcripts as they are."""
-    draws: Draws | None = None
-    """What is masked or left out; None: nothing, in validation."""
 
 
 def emission_counts(
@@ -135,81 +119,36 @@ class Plateau:
         )
 
 
-class FinetuneTask(NormalizedTask):
+class FinetuneTask(HeadTask):
     """CTC; the loss is summed over utterances and divided once by their number (``sentence_avg``)."""
 
     model: Wav2Vec2ForCTC
 
     def __init__(self, model: Wav2Vec2ForCTC, vocabulary: Vocabulary, config: FinetuneConfig) -> None:
-        super().__init__(config.optim, config.train.seed)
-        self.model, self.vocabulary, self.config = model, vocabulary, config
-        if config.model.mask_prob == 0:
-            model.mask_vector.requires_grad_(False)
+        super().__init__(model, config)
+        self.vocabulary = vocabulary
         self.decoder = Greedy(vocabulary)
         self.plateau = Plateau()
         self.valid_sums = Sums()
         self.references: list[str] = []
         self.hypotheses: list[str] = []
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """With ``layer_decay`` a group for each learning rate."""
-        if self.config.layer_decay == 1.0:
-            return super().parameter_groups()
-        groups: dict[float, list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(rate_share(name, self.config.model, self.config.layer_decay), []).append(parameter)
-        return [{"params": group, "lr_scale": share} for share, group in groups.items()]
-
-    def draw(self, batch: Batch, *, training: bool) -> Draws | None:
-        """Masks, channels and layers in training; nothing in validation."""
-        if not training:
-            return None
-        return self.model.draw(
-            batch,
-            self.step_key(batch),
-            channel_mask_prob=self.config.channel_mask_prob,
-            channel_mask_length=self.config.channel_mask_length,
-        )
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> CTCBatch | None:
-        """Send everything along; None for a batch without utterances."""
-        if self.is_empty(batch):
-            return None
-        assert batch.targets is not None and batch.target_lengths is not None
-        draws = self.drawn(batch)
-        return CTCBatch(
-            audio=batch.audio.to(device, non_blocking=True),
-            lengths=unequal_lengths(batch),
-            targets=batch.targets.to(device, non_blocking=True),
-            target_lengths=batch.target_lengths,
-            texts=batch.texts,
-            draws=None if draws is None else draws.to(device),
-        )
-
-    def _count(self, log_probs: Tensor, frames: list[int], batch: CTCBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _count(self, log_probs: Tensor, frames: list[int], batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss, and everything that is logged as sums."""
         loss = ctc_loss(log_probs, frames, batch.targets, batch.target_lengths, blank=self.vocabulary.blank)
         counts = emission_counts(log_probs, frames, batch.targets, batch.target_lengths, self.vocabulary)
         return loss, {**counts, **self.counted(loss, len(frames), batch.audio, batch.lengths)}
 
-    def training_step(self, batch: CTCBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         """Summed CTC loss of one micro-batch."""
         self.seed_step(batch_idx)
-        frozen = self.global_step < self.config.freeze_encoder_steps
+        frozen = self.encoder_is_frozen
         with self.casts_kept():
             log_probs, frames = self.model(batch.audio, batch.lengths, draws=batch.draws, freeze_encoder=frozen)
         loss, counts = self._count(log_probs, frames, batch)
         self.record({"ctc": loss}, batch.audio)
         self.sums.add(counts)
         return self.sum_loss(loss, len(frames))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leave a frozen encoder to itself, beside what every task does."""
-        if self.global_step < self.config.freeze_encoder_steps:
-            for parameter in self.model.encoder_parameters():
-                parameter.grad = None  # weight decay would follow a gradient of zero
-        super().on_before_optimizer_step(optimizer)
 
     def train_figures(self) -> dict[str, float]:
         """Figures since the last call, and ``seconds`` of audio; a plateau is named in the log."""
@@ -221,7 +160,7 @@ class FinetuneTask(NormalizedTask):
             log.info("%s", news)
         return {**figures, **self.step_figures(sums["samples"].item() / SAMPLE_RATE)}
 
-    def validation_step(self, batch: CTCBatch | None, batch_idx: int) -> None:
+    def validation_step(self, batch: LabelledBatch | None, batch_idx: int) -> None:
         """Loss and greedy hypotheses."""
         if batch is None:
             return
@@ -268,8 +207,8 @@ class FinetuneTask(NormalizedTask):
         return figures["cer"], figures["wer"], figures["loss"]
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """The weights, low-rank updates added to them, and the vocabulary: all that transcribing needs."""
-        super().save(folder, merged_state(self.model, weights))
+        """The weights, and the vocabulary: all that transcribing needs."""
+        super().save(folder, weights)
         self.vocabulary.save(folder / VOCABULARY)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -281,16 +220,3 @@ class FinetuneTask(NormalizedTask):
         """Take it up again."""
         super().on_load_checkpoint(checkpoint)
         self.plateau = Plateau(*checkpoint["plateau"].values())
-
-
-def rate_share(name: str, config: Wav2Vec2Config, decay: float) -> float:
-    """Share of the learning rate of a parameter of the CTC model (BEiT's and fairseq's ``layer_decay``).
-
-    Block i of n, counted from 0, has ``decay ** (n - i)``, all before the blocks ``decay ** (n + 1)``, the output layer
-    and a norm after the blocks 1.
-    """
-    part, _, rest = name.partition(".")
-    if part == "lm_head" or (part == "ln_f" and config.norm_first):
-        return 1.0
-    below = int(rest.partition(".")[0]) if part == "transformer" else -1
-    return float(decay ** (config.n_layer - below))

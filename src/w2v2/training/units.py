@@ -57,3 +57,14 @@ class SentencePieces:
 
         case = "upper" if self.upper else "kept"
         return PieceVocabulary.from_texts(texts, case, self.language, size=self.size)
+
+
+@dataclass(kw_only=True)
+class Classes:
+    """A class of each utterance, by its speaker or another label: no CTC, but a classifier (``classify.py``)."""
+
+    label: str = "speaker"
+    """``speaker``; ``text``, the transcript as it is, which any column of a table may be (``w2v2 prepare --columns
+    text=emotion``); or what lhotse's supervisions have, such as ``language`` or ``gender``."""
+    attention: bool = False
+    """Whether frames are pooled by learned weights; else by their mean."""

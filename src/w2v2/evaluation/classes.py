@@ -1,0 +1,144 @@
+"""How often a classifier is right, how sure, and what it takes for what."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from w2v2.data.config import DataConfig
+from w2v2.data.corpora import Splits, choose_split
+from w2v2.data.loader import whole_utterances
+from w2v2.errors import Show, UsageError, public, quiet
+from w2v2.evaluation.significance import Units, ratio_interval
+from w2v2.files import whole, write_json
+from w2v2.inference.recognizer import Classifier, place
+from w2v2.model.wav2vec2 import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from w2v2.data.batch import Batch
+
+SCHEMA = 1
+"""Of what ``evaluate_classifier`` returns; keys change only with it."""
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    splits: Splits,
+    split: str,
+    out: Path,
+    about: dict[str, Any],
+    *,
+    data: DataConfig | None = None,
+    device: str | None = None,
+    show: Show = quiet,
+) -> dict[str, Any]:
+    """Accuracy on a split, and ``evaluation.json`` and ``predictions.jsonl`` in a folder; earlier ones are replaced.
+
+    Args:
+        splits: of ``read_corpus``.
+        about: what was evaluated, for the record: ``run``, ``data``, ``split``.
+        data: how the corpus is read.
+        device: as of ``place``.
+        show: told how far it is.
+
+    Returns:
+        ``accuracy`` and its interval of 95 % over speakers, or over utterances where these are the classes or too few;
+        of each class ``utterances``, ``recall`` and ``precision``; ``confusions``, the most frequent first; ``layers``,
+        the share of each state in the mix; what was left out.
+
+    Raises:
+        UsageError: no utterance has a class that the model knows.
+    """
+    scored = choose_split(splits, split, about["data"]).labelled(classifier.classes.label)
+    place(classifier.model, device)
+    pairs: Counter[tuple[str, str]] = Counter()
+    units = Units(2)
+    left_out: Counter[str] = Counter()
+    out.mkdir(parents=True, exist_ok=True)
+    heard = 0.0
+    with whole(out / "predictions.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        for batch in whole_utterances(split, scored, data or DataConfig()):
+            for row in _predictions(classifier, batch, left_out):
+                file.write(public(json.dumps(row, ensure_ascii=False)) + "\n")
+                pairs[row["reference"], row["prediction"]] += 1
+                speaker = None if classifier.classes.label == "speaker" else row["speaker"]
+                units.add(speaker, row["reference"] == row["prediction"], 1)
+            heard += batch.lengths.sum().item() / SAMPLE_RATE
+            show("evaluate", min(1.0, heard / scored.seconds))
+    if not pairs:
+        raise UsageError(f"no utterance of {split} has a {classifier.classes.label} to compare with: {dict(left_out)}")
+    kind, counts = units.choose()
+    results = {
+        "schema": SCHEMA,
+        **about,
+        "label": classifier.classes.label,
+        "utterances": pairs.total(),
+        "accuracy": sum(count for (a, b), count in pairs.items() if a == b) / pairs.total(),
+        "interval": ratio_interval(counts[:, 0], counts[:, 1]),
+        "over": kind,
+        "classes": _by_class(pairs),
+        "confusions": [{"reference": a, "prediction": b, "count": n} for (a, b), n in pairs.most_common() if a != b],
+        "layers": classifier.model.classifier.layer_weights.softmax(0).tolist(),
+        "left_out": dict(left_out),
+    }
+    write_json(out / "evaluation.json", results)
+    return results
+
+
+def _predictions(classifier: Classifier, batch: Batch, left_out: Counter[str]) -> Iterable[dict[str, Any]]:
+    """A row for each utterance that can be scored; the others are counted by what is wrong with them."""
+    lengths = batch.lengths.tolist()
+    left_out.update({"unreadable": len(batch.bad)} if batch.bad else {})
+    usable: list[int] = []
+    for i, (text, frames) in enumerate(zip(batch.texts, classifier.model.config.frames(lengths), strict=True)):
+        if not frames or not (text or "").strip():
+            left_out["shorter than a frame" if not frames else "without a class"] += 1
+        else:
+            usable.append(i)
+    if not usable:
+        return
+    log_probs = classifier.log_probs([batch.audio[i, : lengths[i]] for i in usable])
+    for i, row in zip(usable, log_probs, strict=True):
+        best = int(row.argmax())
+        yield {
+            "id": batch.ids[i],
+            "speaker": batch.speakers[i],
+            "reference": (batch.texts[i] or "").strip(),
+            "prediction": classifier.classes.labels[best],
+            "probability": round(row[best].exp().item(), 6),
+        }
+
+
+def _by_class(pairs: Counter[tuple[str, str]]) -> list[dict[str, Any]]:
+    rows = []
+    for name in sorted({a for a, _ in pairs}):
+        total, said = (sum(n for pair, n in pairs.items() if pair[i] == name) for i in range(2))
+        right = pairs[name, name]
+        rows.append(
+            {
+                "class": name,
+                "utterances": total,
+                "recall": right / total,
+                "precision": right / said if said else None,
+            }
+        )
+    return rows
+
+
+def classes_table(results: dict[str, Any]) -> list[str]:
+    """Lines to read, from what ``evaluate_classifier`` returns."""
+    interval = "no interval" if results["interval"] is None else "{:.2%} to {:.2%}".format(*results["interval"])
+    lines = [f"accuracy {results['accuracy']:.2%} ({interval}, over {results['over']}), {results['utterances']:,} "]
+    lines[0] += f"utterances, {len(results['classes'])} classes of {results['label']}"
+    lines += ["", f"{'class, worst first':24}{'utterances':>12}{'recall':>9}{'precision':>11}"]
+    for row in sorted(results["classes"], key=lambda row: row["recall"])[:20]:
+        precision = "-" if row["precision"] is None else f"{row['precision']:.1%}"
+        lines.append(f"{row['class']:24}{row['utterances']:>12,}{row['recall']:>9.1%}{precision:>11}")
+    lines += ["", "most frequent confusions"] if results["confusions"] else []
+    lines += [f"{row['count']:>6}  {row['reference']} -> {row['prediction']}" for row in results["confusions"][:10]]
+    shares = "  ".join(f"{i}: {share:.2f}" for i, share in enumerate(results["layers"]))
+    lines += ["", f"share of each layer: {shares}"]
+    return [*lines, *(f"{count} left out, {why}" for why, count in results["left_out"].items())]
