@@ -67,9 +67,8 @@ class Piece:
             with gzip.GzipFile(fileobj=io.BytesIO(read_bytes(self.manifest))) as file:
                 content = file.read(MOST_BYTES)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise JobError(
-                f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
-            ) from error
+            fault = f"{self.manifest} is damaged ({error}); copy it again, or prepare the corpus again"
+            raise JobError(fault) from error
         for i, line in enumerate(content.splitlines()):
             cut = read_line(line, f"{self.manifest}, line {i + 1},")
             yield Row(cut.duration, cut.id, line, self.audio, (number, i), label=self.label)
@@ -103,11 +102,9 @@ class Row(NamedTuple):
 
     def utterance(self) -> Utterance:
         """What is known of it."""
-        if isinstance(self.content, bytes):
-            if self.label != TEXT:
-                return Utterance.of(self.cut())
+        if isinstance(self.content, bytes) and self.label == TEXT:
             return Utterance.from_line(self.content, self.audio)
-        return Utterance.of(labelled(self.content, self.label))
+        return Utterance.of(self.cut())
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,14 @@ def evaluate_classifier(
             show("evaluate", min(1.0, heard / scored.seconds))
     if not pairs:
         raise UsageError(f"no utterance of {split} has a {classifier.classes.label} to compare with: {dict(left_out)}")
+    results = {"schema": SCHEMA, **about, **_summary(classifier, pairs, units), "left_out": dict(left_out)}
+    write_json(out / "evaluation.json", results)
+    return results
+
+
+def _summary(classifier: Classifier, pairs: Counter[tuple[str, str]], units: Units) -> dict[str, Any]:
     kind, counts = units.choose()
-    results = {
-        "schema": SCHEMA,
-        **about,
+    return {
         "label": classifier.classes.label,
         "utterances": pairs.total(),
         "accuracy": sum(count for (a, b), count in pairs.items() if a == b) / pairs.total(),
@@ -82,10 +86,7 @@ def evaluate_classifier(
         "classes": _by_class(pairs),
         "confusions": [{"reference": a, "prediction": b, "count": n} for (a, b), n in pairs.most_common() if a != b],
         "layers": classifier.model.classifier.layer_weights.softmax(0).tolist(),
-        "left_out": dict(left_out),
     }
-    write_json(out / "evaluation.json", results)
-    return results
 
 
 def _predictions(classifier: Classifier, batch: Batch, left_out: Counter[str]) -> Iterable[dict[str, Any]]:
