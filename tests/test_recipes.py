@@ -67,7 +67,10 @@ def test_the_commands_of_a_recipe_run_for_two_steps(
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("name", recipe_names(FinetuneConfig))
+CTC = [name for name in recipe_names(FinetuneConfig) if name != "classify_utterances"]  # that needs classes
+
+
+@pytest.mark.parametrize("name", CTC)
 def test_the_commands_of_a_ctc_recipe_run_for_two_steps(
     name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,9 @@ def test_a_password_serves_a_run_and_is_written_nowhere(
     with serve(tmp_path / "corpus", Faults(password=f"{USER}:{SECRET}")) as server:
         plain = server.url
         address = plain.replace("://", f"://{USER}:{SECRET}@")
-        assert main(["pretrain", "tiny", "--data", address, "--out", str(out), *small]) == 0
+        assert (
+            main(["pretrain", "tiny", "--data", address, "--out", str(out), "--warm-start.updates", "1", *small]) == 0
+        )
         start = ["--init-from", str(out), "--data", address, "--out", str(tuned)]
         assert main(["finetune", "tiny_ctc", *start, *small]) == 0
         assert main(["evaluate", str(tuned), "--data", address, "--split", "valid"]) == 0

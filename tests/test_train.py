@@ -345,7 +345,11 @@ def test_without_decoding_evaluation_inference_and_text_pretraining_still_runs(c
     shutil.copytree(Path(w2v2.__file__).parent, package)
     for name in ("decoding", "evaluation", "inference", "text"):
         shutil.rmtree(package / name)
-    call = [*["w2v2.cli.main", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"]]
+    call = [
+        *["w2v2.cli.main", "pretrain", "tiny", "--train.max-steps", "1", "--train.val-every", "1"],
+        "--warm-start.updates",
+        "2",
+    ]
     call += ["--data", str(corpus), "--out", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True, env=env, check=False)

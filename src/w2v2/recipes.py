@@ -374,7 +374,7 @@ def tiny_ctc() -> FinetuneConfig:
         w2v2 finetune tiny_ctc --init-from runs/tiny --data my_speech --minutes 10 --out runs/tiny_ctc
 
     Convolutions stay frozen, a quarter of the frames is masked in spans of 100 ms. On synthetic speech and unseen
-    voices CER .392, WER .86, one seed, from a pretraining of half the updates; LOG.md.
+    voices CER .370, WER .86, with a tuned trigram .55, one seed; LOG.md.
     """
     model = tiny().model
     model.mask_prob, model.conv_gradient_scale = 0.3, 0.0
@@ -397,7 +397,7 @@ def tiny_ctc_scratch() -> FinetuneConfig:
 
         w2v2 finetune tiny_ctc_scratch --data my_speech --minutes 10 --out runs/tiny_ctc_scratch
 
-    Everything learns, as random convolutions must, and nothing is masked. On a CPU in 300 s; WER: not measured.
+    Everything learns, as random convolutions must, and nothing is masked. On a CPU in 300 s. CER .470, WER .91; LOG.md.
     """
     config = tiny_ctc()
     config.recipe = "tiny_ctc_scratch"
