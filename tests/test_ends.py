@@ -139,12 +139,15 @@ def test_no_recipe_pins_the_cpu(kind: type[RunConfig]) -> None:
 
 def test_no_memory_is_one_line_that_says_what_to_lower(tmp_path: Path) -> None:
     unasked = Checkpoints(tmp_path, recipes.tiny(), 1)
-    with pytest.raises(JobError, match=r"out of memory.*`data.batch_seconds`") as caught, _failures_named(unasked):
+    with (
+        pytest.raises(JobError, match=r"out of memory.*`data.batch_seconds`") as caught,
+        _failures_named(unasked, None),
+    ):
         torch.empty(1 << 55)
     assert "\n" not in str(caught.value)
-    with pytest.raises(JobError, match="out of memory"), _failures_named(unasked):
+    with pytest.raises(JobError, match="out of memory"), _failures_named(unasked, None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
-    with pytest.raises(RuntimeError, match="shape") as other, _failures_named(unasked):
+    with pytest.raises(RuntimeError, match="shape") as other, _failures_named(unasked, None):
         raise RuntimeError("shape")
     assert type(other.value) is RuntimeError
 

@@ -71,6 +71,14 @@ def _lines(text: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
+def read_most(file: BinaryIO) -> bytes:
+    """Return what a file holds, ``MOST_BYTES`` and one at most, in memory for what there is."""
+    content = bytearray()
+    while part := file.read(min(1 << 20, MOST_BYTES + 1 - len(content))):
+        content += part
+    return bytes(content)
+
+
 def read_bytes(path: Path) -> bytes:
     """Return what a regular file holds.
 
@@ -79,7 +87,7 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         with open_file(path) as file:
-            content = file.read(MOST_BYTES + 1)
+            content = read_most(file)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; check the path") from error
     if len(content) > MOST_BYTES:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from w2v2.data.answers import RangeError, TransientError, beyond, check_range, meaning
 from w2v2.errors import UsageError
-from w2v2.files import MOST_BYTES, open_file
+from w2v2.files import MOST_BYTES, open_file, read_most
 
 if TYPE_CHECKING:
     import aiohttp
@@ -83,7 +83,7 @@ def read_bytes(location: str) -> bytes:
     """A whole file; errors as for ``read_ranges``. For small ones, such as manifests: a failure starts it again."""
     if not is_remote(location):
         with open_file(location) as file:
-            return file.read(MOST_BYTES)
+            return read_most(file)
     content: bytes = _filesystem(location).cat_file(location)
     return content
 

@@ -15,7 +15,6 @@ from w2v2.errors import NotNegative, UsageError
 from w2v2.files import read_bytes, write_text
 from w2v2.report import figures
 from w2v2.report.figures import PANELS, Series
-from w2v2.report.listening import samples_of
 from w2v2.serial import checked, files_of, parse_json, read_figures
 
 PRETRAINING = ("contrastive", "accuracy", "code_perplexity", "learning_rate")
@@ -156,6 +155,8 @@ def _heard(item: dict[str, Any]) -> dict[str, Any]:
         for key, how in (("", ""), ("_trigram", " + trigram"))
         if arm + key in item
     }
+    from w2v2.report.listening import samples_of  # late: the page of a pretraining run needs no inference
+
     return item | {"figure": figures.utterance(item["id"], samples_of(item["flac"]), item["words"]), "written": written}
 
 
