@@ -20,6 +20,7 @@ from w2v2.text.classes import ClassNames
 
 SMALL = {"n_layer": 2, "n_embd": 48, "n_head": 4, "ffn_dim": 64, "pos_conv_kernel": 16, "pos_conv_groups": 4}
 TINY = [word for name, value in SMALL.items() for word in (f"--model.{name.replace('_', '-')}", str(value))]
+TINY += ["--model.conv-channels", *["32"] * 7]
 
 
 def tone(path: Path, hertz: float, seconds: float, seed: int) -> None:
@@ -49,7 +50,7 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tones: Path) -> Path:
     words = ["finetune", "classify_utterances", "--label", "text", "--data", "corpus", "--out", "run", *TINY]
-    words += ["--freeze-encoder-steps", "2", "--optim.schedule.peak", "3e-3", "--optim.schedule.total-steps", "40"]
+    words += ["--freeze-encoder-steps", "2", "--optim.schedule.peak", "3e-3", "--optim.schedule.total-steps", "120"]
     words += [
         "--train.val-every",
         "20",
@@ -103,7 +104,7 @@ def test_it_computes_what_transformers_does(tmp_path: Path) -> None:
 
 
 def test_it_learns_what_is_plain_to_hear_and_says_how_sure_it_is(trained: Path, tones: Path) -> None:
-    done = run(["evaluate", "run", "--data", "corpus", "--json", "--num-workers", "0"], tones)
+    done = run(["evaluate", "run", "--data", "corpus", "--json", "--workers", "0"], tones)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results["utterances"] == 12 and results["label"] == "text"
@@ -116,7 +117,7 @@ def test_it_learns_what_is_plain_to_hear_and_says_how_sure_it_is(trained: Path, 
     assert sum(results["layers"]) == pytest.approx(1) and len(results["layers"]) == 3
     rows = [json.loads(line) for line in (trained / "evaluation/test/predictions.jsonl").read_text().splitlines()]
     assert sum(row["reference"] == row["prediction"] for row in rows) == round(results["accuracy"] * 12)
-    table = run(["evaluate", "run", "--data", "corpus", "--num-workers", "0"], tones).stdout
+    table = run(["evaluate", "run", "--data", "corpus", "--workers", "0"], tones).stdout
     assert f"accuracy {results['accuracy']:.2%}" in table and "share of each layer" in table
 
 
@@ -137,7 +138,7 @@ def test_in_python_it_gives_probabilities(trained: Path, tones: Path) -> None:
         (["finetune", "classify_utterances", "--data", "corpus", "--label", "mood"], "no utterance has a mood"),
         (["finetune", "tiny_ctc", "--data", "corpus", "--label", "text"], "--label is of recipes that classify"),
         (["finetune", "classify_utterances", "--data", "corpus", "--minutes", "1"], "are of transcripts"),
-        (["convert", "run", "--to", "hf", "--out", "x"], "classifier"),
+        (["convert", "run", "x", "--to", "hf"], "classifier"),
         (["export", "run", "x", "--to", "onnx"], "classifier"),
         (["transcribe", "run", "corpus"], "no CTC head"),
     ],

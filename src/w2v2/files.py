@@ -71,6 +71,12 @@ def _lines(text: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with whole(target) as partial:
+        shutil.copyfile(source, partial)
+
+
 def read_most(file: BinaryIO) -> bytes:
     """Return what a file holds, ``MOST_BYTES`` and one at most, in memory for what there is."""
     content = bytearray()

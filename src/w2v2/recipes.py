@@ -409,8 +409,7 @@ def tiny_ctc_scratch() -> FinetuneConfig:
 def classify_utterances() -> FinetuneConfig:
     """A classifier of whole utterances, on a BASE encoder: speakers, or by ``--label`` language, emotion, keyword.
 
-    A learned mix of all layers, projected to 256, averaged over time: SUPERB's head, here with the encoder learning
-    along after 1,000 updates of the head alone. 20,000 updates of 90 s::
+    SUPERB's head, a learned mix of all layers, averaged over time; the encoder learns too after 1,000 updates::
 
         w2v2 finetune classify_utterances --label speaker --init-from runs/base --data my_speech --out runs/speakers
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from w2v2.data.names import existing, nfc, speaker_name, split_of
 from w2v2.data.records import seconds_of
 from w2v2.data.sources import Row, audio_paths
-from w2v2.data.transcripts import read_text
+from w2v2.data.transcripts import transcript_in
 from w2v2.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def refuse_layout(root: Path) -> None:
 
 def _lines(path: Path, fields: int) -> Iterator[tuple[int, list[str]]]:
     """Row number, from 1, and so many fields at most of each line that has any, blanks between."""
-    text = read_text(path)
+    text = transcript_in(path)
     if isinstance(text, UsageError):
         raise text
     for number, line in enumerate(text.split("\n"), 1):

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from w2v2 import files
 from w2v2.data.names import nfc
 from w2v2.data.records import records
 from w2v2.errors import UsageError
+from w2v2.files import read_text
 
 LIKELY = {
     ".csv",
@@ -64,7 +64,7 @@ class Transcripts:
         for ending in _BESIDE:
             if (other := self.files.get(nfc(os.path.splitext(name)[0]) + ending)) is not None:
                 self.unread.pop(nfc(other), None)
-                return read_text(self.folder / other)
+                return transcript_in(self.folder / other)
         return None
 
 
@@ -92,7 +92,7 @@ def folder_transcripts(folder: Path, names: list[str]) -> Transcripts:
 
 def _ids(path: Path) -> Iterator[tuple[str, str]]:
     """Lines of an id and a text, which end at no other character that Unicode lets end one."""
-    text = read_text(path)
+    text = transcript_in(path)
     if isinstance(text, UsageError):
         raise text
     for line in text.split("\n"):
@@ -103,7 +103,7 @@ def _ids(path: Path) -> Iterator[tuple[str, str]]:
 
 def _metadata(path: Path) -> Iterator[tuple[str, str]]:
     """LJSpeech's lines of ``ID|text|text as it is spoken``; or a table of Hugging Face, with ``file_name``."""
-    text = read_text(path)
+    text = transcript_in(path)
     if isinstance(text, UsageError):
         raise text
     head = text.partition("\n")[0]
@@ -120,9 +120,9 @@ def _metadata(path: Path) -> Iterator[tuple[str, str]]:
             yield nfc(record["file_name"]), str(record[column])
 
 
-def read_text(path: Path) -> str | UsageError:
+def transcript_in(path: Path) -> str | UsageError:
     """A file of UTF-8 text, without what is around it, or what is wrong with it."""
     try:
-        return files.read_text(path).strip()
+        return read_text(path).strip()
     except UsageError as error:
         return error

@@ -161,7 +161,7 @@ class TransformerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
-        self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else nn.Identity()
+        self.adapter = Adapter(n_embd, adapter_dim) if adapter_dim else None
         self.methods = (Methods(self),)  # no child of its own child
 
     def forward(self, x: Tensor, lengths: Sequence[int] | None = None, rows: Rows | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class TransformerBlock(nn.Module):
         else:
             x = self.ln_1(x + self.dropout(self.attn.out_proj(attended)))
             x = self.ln_2(x + self.dropout(self.mlp(x)))
-        return cast(Tensor, self.adapter(x))
+        return x if self.adapter is None else cast(Tensor, self.adapter(x))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``torch.compile`` what is around attention, which is a kernel of its own: no graph depends on utterances."""

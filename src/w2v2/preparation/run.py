@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from concurrent.futures import Executor
@@ -22,7 +21,7 @@ from w2v2.data.sources import locate
 from w2v2.data.splits import SCHEMA
 from w2v2.data.tables import hf_rows, listed_splits
 from w2v2.errors import JobError, Show, UsageError, public, quiet
-from w2v2.files import open_text, whole, write_json
+from w2v2.files import copy_whole, open_text, whole, write_json
 from w2v2.preparation.audit import audit_all
 from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.executors import in_order, local_executor
@@ -77,15 +76,14 @@ def prepare(
         return _as_it_is(finished, out, strict=strict)
     if finished and (out / _JOURNAL).exists() and not (work / _JOURNAL).exists():
         work.mkdir(exist_ok=True)
-        with whole(work / _JOURNAL) as partial:
-            shutil.copyfile(out / _JOURNAL, partial)
+        copy_whole(out / _JOURNAL, work / _JOURNAL)
     root = _begin(source, out, config, options, show)
     with open_journal(work / _JOURNAL) as journal:
         sources = _sources(journal, options)
         changes = _changes(journal, finished, sources, out) if finished else ""
     if finished and not changes:
         if not (out / _JOURNAL).exists():
-            os.replace(work / _JOURNAL, out / _JOURNAL)
+            copy_whole(work / _JOURNAL, out / _JOURNAL)
         shutil.rmtree(work)
         return _as_it_is(finished, out, strict=strict)
     if finished:
@@ -128,7 +126,7 @@ def _write(
     head = {"schema": SCHEMA, "source": options["source"], "options": options, "sources": sources}
     summary = {**head, "content_hash": content, "audit": counts, "splits": splits}
     write_json(out / "corpus.json", summary)
-    os.replace(work / _JOURNAL, out / _JOURNAL)  # what is known of each recording, for the next time
+    copy_whole(work / _JOURNAL, out / _JOURNAL)  # what is known of each recording, for the next time
     return summary
 
 
