@@ -113,12 +113,15 @@ def test_norms_before_padded_convolutions_leave_nothing_between_utterances():
     assert_same(encoder, lambda: encoder(rand(2, 6_000), [6_000, 4_444]))
 
 
-def test_convolutions_are_used_where_no_gradient_is_taken_and_never_in_a_step():
+def test_the_stack_is_products_with_and_without_a_gradient_and_convolutions_where_it_is_plain():
     encoder = encoder_of("paper_base")
     with Operators() as seen:
         encoder(rand(2, 4_000)).sum().backward()
     assert not any("convolution" in name for name in seen.names)
     with torch.no_grad(), Operators() as seen:
+        encoder(rand(2, 4_000))
+    assert not any("convolution" in name for name in seen.names)
+    with torch.no_grad(), plain_path(), Operators() as seen:
         encoder(rand(2, 4_000))
     assert sum(name == "convolution" for name in seen.names) == 7
 

@@ -39,7 +39,10 @@ def open_file(path: str | Path) -> BinaryIO:
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(errno.EINVAL, "Is a directory" if os.path.isdir(path) else "not a regular file", str(path))
+        folder = os.path.isdir(path)
+        raise OSError(
+            errno.EISDIR if folder else errno.EINVAL, "Is a directory" if folder else "not a regular file", str(path)
+        )
     return os.fdopen(number, "rb")
 
 
