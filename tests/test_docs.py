@@ -26,6 +26,7 @@ SHRINK = {
     "demo": "--shrink 200",
     "pretrain": f"{FEWER} {THIN} --data.batch-seconds 5 --data.max-seconds 3 --train.accumulate 1",
     "finetune": FEWER,
+    "plan": f"--steps 1 {THIN} --data.batch-seconds 5 --data.max-seconds 3 --train.accumulate 1",
 }
 
 

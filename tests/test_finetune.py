@@ -32,9 +32,10 @@ from w2v2.serial import save_config
 from w2v2.text.vocabulary import Vocabulary, load_vocabulary
 from w2v2.training import preflight as preflights
 from w2v2.training.config import FinetuneConfig, PretrainConfig
-from w2v2.training.ctc_task import FinetuneTask, Plateau, emission_counts, rate_share
+from w2v2.training.ctc_task import FinetuneTask, Plateau, emission_counts
 from w2v2.training.data import SpeechDataModule
 from w2v2.training.finetune import finetune, label_fit
+from w2v2.training.head_task import rate_share
 from w2v2.training.preflight import preflight
 from w2v2.training.run import validate_task
 from w2v2.training.units import Phonemes, SentencePieces
@@ -143,7 +144,7 @@ def test_settings_that_cannot_work_are_refused(field: str, value: float, said: s
     [
         ("model.dropout", 1.5, "`model.dropout` must be 0 or more, less than 1, got 1.5"),
         ("model.layer_drop", 1.0, "`model.layer_drop` must be 0 or more, less than 1, got 1"),
-        ("model.mask_length", 0, "`model.mask_length` must be 1 or more, got 0"),
+        ("model.mask_length", 0, "`model.mask_length` must be 1 to 100000, got 0"),
         ("model.mask_prob", 1.7, "`model.mask_prob` must be 0 to 1, got 1.7"),
         ("model.logit_temperature", 0.0, "`model.logit_temperature` must be more than 0, got 0"),
         ("optim.schedule.peak", -1.0, "`optim.schedule.peak` must be 0 or more, got -1"),
