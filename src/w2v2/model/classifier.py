@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from w2v2.model.head import Wav2Vec2WithHead
-from w2v2.model.masking import Draws
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 
 WIDTH = 256
@@ -49,27 +48,12 @@ class Wav2Vec2ForClassification(Wav2Vec2WithHead):
     """The encoder with a head that tells classes of utterances apart: speakers, languages, emotions, keywords."""
 
     HEAD = "classifier"
+    MIXES_LAYERS = True
 
     def __init__(self, config: Wav2Vec2Config, n_classes: int, *, attention: bool = False) -> None:
         super().__init__(config)
         self.classifier = ClassificationHead(config.n_layer + 1, config.n_embd, n_classes, attention=attention)
 
-    def forward(
-        self,
-        audio: Tensor,
-        lengths: Sequence[int] | None = None,
-        *,
-        draws: Draws | None = None,
-        freeze_encoder: bool = False,
-    ) -> tuple[Tensor, list[int]]:
-        """Log-probabilities (B, classes) in fp32, and the frames of each utterance.
-
-        Args:
-            audio, lengths: as for the encoder.
-            draws: what is masked or left out, in training.
-            freeze_encoder: whether only ``classifier`` gets a gradient.
-        """
-        states: list[Tensor] = []
-        x, frames, packed = self.context(audio, lengths, draws, freeze_encoder=freeze_encoder, states=states)
-        logits = self.classifier([*states, x], packed)
-        return logits.float().log_softmax(-1), frames
+    def logits(self, x: Tensor, packed: list[int] | None, states: list[Tensor]) -> Tensor:
+        """(B, classes)"""
+        return self.classifier([*states, x], packed)  # type: ignore[no-any-return]

@@ -23,9 +23,11 @@ from w2v2.model.wav2vec2 import Wav2Vec2
 
 
 class Wav2Vec2WithHead(Wav2Vec2):
-    """An encoder with one further module, ``HEAD``, whose ``forward`` gives log-probabilities of labels."""
+    """An encoder with one further module, ``HEAD``, that gives logits of labels."""
 
     HEAD: ClassVar[str]
+    MIXES_LAYERS: ClassVar[bool] = False
+    """Whether the head is given the states of all layers."""
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """All but the head's: what is frozen in the first updates of a fine-tuning."""
@@ -52,24 +54,32 @@ class Wav2Vec2WithHead(Wav2Vec2):
             draws.channels = torch.stack(rows)
         return draws
 
-    def context(
+    def logits(self, x: Tensor, packed: list[int] | None, states: list[Tensor]) -> Tensor:
+        """What the head makes of the encoder's frames.
+
+        Args:
+            x: (B, T, D), or (1, sum of T, D) with the frames of each utterance in ``packed``.
+            states: what each block was given, in the shape of x, if the head ``MIXES_LAYERS``.
+        """
+        raise NotImplementedError
+
+    def forward(
         self,
         audio: Tensor,
-        lengths: Sequence[int] | None,
-        draws: Draws | None,
+        lengths: Sequence[int] | None = None,
         *,
-        freeze_encoder: bool,
-        states: list[Tensor] | None = None,
-    ) -> tuple[Tensor, list[int], list[int] | None]:
-        """Frames of the encoder, (B, T, D) or packed (1, sum of T, D); how many of each utterance; the same if packed.
+        draws: Draws | None = None,
+        freeze_encoder: bool = False,
+    ) -> tuple[Tensor, list[int]]:
+        """Log-probabilities (B, ..., labels) in fp32, and the frames of each utterance.
 
         Args:
             audio, lengths: as for the encoder.
             draws: what is masked or left out, in training.
-            freeze_encoder: whether nothing here gets a gradient.
-            states: gets what each block is given appended, as the frames are.
+            freeze_encoder: whether only the head gets a gradient.
         """
         draws = draws or Draws()
+        states: list[Tensor] = []
         frames, packed = self.frame_lengths(audio, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
             features = self.feature_encoder(audio, lengths if packed else None)  # (B, T, C), or packed (1, sum of T, C)
@@ -80,8 +90,8 @@ class Wav2Vec2WithHead(Wav2Vec2):
                 covered=draws.covered,
                 channels=draws.channels,
                 keep_layers=draws.keep_layers,
-                inputs=states,
+                inputs=states if self.MIXES_LAYERS else None,
             )
         if freeze_encoder and self.training:
             x = touch(x, self.encoder_parameters())
-        return x, frames, packed
+        return self.logits(x, packed, states).float().log_softmax(-1), frames
