@@ -74,6 +74,30 @@ def _lines(text: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
+class Positioned(io.RawIOBase):
+    """A file to read and seek in, of bytes that a subclass knows how to get; ``end`` is where its last one is."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.position = end, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte is read."""
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.end}[whence])
+        return self.position
+
+
 def copy_whole(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all."""
     with whole(target) as partial:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import threading
 from typing import Any, BinaryIO
 
 from w2v2.errors import AudioError
+from w2v2.files import Positioned
 
 PATIENCE_SECONDS = 30.0
 """A process that works longer than this on one step is ended, and its file refused."""
@@ -137,33 +137,17 @@ def receive(stream: BinaryIO) -> dict[str, Any]:
     return message
 
 
-class ParentsFile(io.RawIOBase):
+class ParentsFile(Positioned):
     """The file that the parent has open."""
 
     def __init__(self, size: int, name: str) -> None:
-        self.size, self.name, self.position = size, name, 0
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """Where the next byte is read."""
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a byte."""
-        self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence])
-        return self.position
+        super().__init__(size)
+        self.name = name
 
     def readinto(self, buffer: Any) -> int:
         """Ask the parent for bytes."""
         view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self.size - self.position))
+        count = max(0, min(len(view), self.end - self.position))
         if not count:
             return 0
         send({"need": [self.position, count]})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import io
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+
+from w2v2.files import Positioned
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,12 @@ class Layout:
     """Samples that a decoder may find too few at the end."""
 
 
-class _Spliced(io.RawIOBase):
+class _Spliced(Positioned):
     def __init__(self, file: BinaryIO, span: Span) -> None:
-        self.file, self.span, self.position = file, span, 0
+        self.file, self.span = file, span
         self.middle = len(span.prefix) + span.end - span.start
         self.size = self.middle + len(span.suffix)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = max(self.size, self.span.claim)
-        self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: end}[whence])
-        return self.position
+        super().__init__(max(self.size, span.claim))
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
