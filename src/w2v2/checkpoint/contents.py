@@ -41,6 +41,11 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     """What the file left open and how it was settled."""
 
+    @property
+    def names(self) -> Vocabulary | ClassNames | None:
+        """Of the model's outputs; None: it has no labels."""
+        return self.vocabulary or self.classes
+
     @cached_property
     def kind(self) -> type[Wav2Vec2]:
         """The class of the model: encoder, CTC, or whatever the configuration builds for pretraining."""
@@ -73,8 +78,7 @@ class Checkpoint:
         model.load_state_dict(state, strict=False)
 
     def _blank(self) -> Wav2Vec2:
-        labels = self.vocabulary or self.classes
-        return blank_model(self.config, self.state, len(labels.labels) if labels else 0)
+        return blank_model(self.config, self.state, len(self.names.labels) if self.names else 0)
 
 
 def check_config(config: Wav2Vec2Config, where: Path) -> None:

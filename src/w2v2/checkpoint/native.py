@@ -48,9 +48,8 @@ def read_native(folder: Path) -> Checkpoint:
             checkpoint.vocabulary = load_vocabulary(folder / VOCABULARY)
         else:
             checkpoint.classes = load_classes(folder / VOCABULARY)
-        labels = checkpoint.vocabulary or checkpoint.classes
-        assert labels is not None
-        n_labels = len(labels.labels)
+        assert checkpoint.names is not None
+        n_labels = len(checkpoint.names.labels)
         if n_labels != n_outputs:
             raise UsageError(
                 f"{folder / VOCABULARY} has {n_labels} labels, {where} {n_outputs} outputs; "
@@ -72,8 +71,8 @@ def write_native(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a folder of weights."""
     save_config(checkpoint.config, folder / CONFIG)
     save_state(checkpoint.state, folder)
-    if labels := checkpoint.vocabulary or checkpoint.classes:
-        labels.save(folder / VOCABULARY)
+    if checkpoint.names is not None:
+        checkpoint.names.save(folder / VOCABULARY)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
