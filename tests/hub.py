@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from serving import running
 
 GATED = "gated"
 """A file whose presence in a repository's folder makes it one that has to be asked for."""
@@ -87,11 +88,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hub_of(root: Path) -> Iterator[Hub]:
     server = Hub(root)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -3,6 +3,7 @@
 import base64
 import os
 import random
+import socketserver
 import threading
 import time
 from collections.abc import Iterator
@@ -167,17 +168,24 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, faults: Faults | None = None) -> Iterator[Server]:
-    """Serve a folder on a free port; ``faults`` of what is yielded may be replaced while it runs."""
-    server = Server(folder, faults or Faults())
+def running(server: socketserver.BaseServer) -> Iterator[None]:
+    """Let a server answer in a thread."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield server
+        yield
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serve(folder: Path, faults: Faults | None = None) -> Iterator[Server]:
+    """Serve a folder on a free port; ``faults`` of what is yielded may be replaced while it runs."""
+    server = Server(folder, faults or Faults())
+    with running(server):
+        yield server
 
 
 @dataclass
