@@ -152,8 +152,9 @@ class SpeechDataset(Dataset[Batch]):
         """Seconds from the cut's start to the crop's, and the crop."""
         if fault := unreadable_reason(cut):
             raise AudioError(fault)
-        duration, stretch, rng = min(cut.duration, limit), 1.0, keyed_rng(self.seed, "augment", epoch, cut.id)
+        duration, stretch = min(cut.duration, limit), 1.0
         if self.augmentation is not None:
+            rng = keyed_rng(self.seed, "augment", epoch, cut.id)
             stretch, text = self.augmentation.draw_stretch(rng), cut.supervisions[0].text or ""
             if self.same_length:  # the crop is as long as ever, and made of more or less
                 length, duration = duration, min(cut.duration, duration / stretch)

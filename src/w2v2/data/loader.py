@@ -46,8 +46,8 @@ def dead_workers_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # TensorBoard's logger makes a ValueError of whatever comes to it
-        told = f"{error.__cause__}\n{error}".splitlines()
-        line = next((line for line in reversed(told) if line.startswith("DataLoader worker")), "")
+        lines = f"{error.__cause__}\n{error}".splitlines()
+        line = next((line for line in reversed(lines) if line.startswith("DataLoader worker")), "")
         if not line:
             raise
         raise JobError(

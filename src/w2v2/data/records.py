@@ -81,9 +81,7 @@ def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     raise ValueError("a quotation mark opens and closes only lines later; close it, or double it")
                 if any(field.strip() for field in row):
                     yield line, dict(zip(names, row, strict=False))
-        except UsageError:
-            raise
-        except UnicodeDecodeError:
+        except (UsageError, UnicodeDecodeError):  # the second is named by who opened the file
             raise
         except csv.Error as error:
             hint = "; is a quotation mark left open?" if commas else ""
