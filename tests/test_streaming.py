@@ -397,7 +397,6 @@ def corpora(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "TIMEOUT", 0.5)
     monkeypatch.setattr(storage, "BACKOFF", 0.001)
 
 
