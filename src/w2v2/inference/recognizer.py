@@ -73,15 +73,15 @@ class Recognizer:
         Returns:
             (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
         """
-        config, found = self.model.config, [torch.zeros(0, len(self.vocabulary.labels))] * len(audio)
+        config, emissions = self.model.config, [torch.zeros(0, len(self.vocabulary.labels))] * len(audio)
         places = [i for i, count in enumerate(config.frames([len(row) for row in audio])) if count]
         if places:
             rows = [config.normalized(audio[i]) for i in places]
             batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.device)
             log_probs, frames = self.model.eval()(batch, [len(row) for row in rows])
             for i, row, count in zip(places, log_probs, frames, strict=True):
-                found[i] = row[:count].cpu()
-        return found
+                emissions[i] = row[:count].cpu()
+        return emissions
 
 
 def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
