@@ -116,6 +116,7 @@ def test_it_learns_what_is_plain_to_hear_and_says_how_sure_it_is(trained: Path, 
     assert {row["class"]: row["utterances"] for row in results["classes"]} == {"high": 4, "low": 4, "middle": 4}
     wrong = sum(row["count"] for row in results["confusions"])
     assert results["accuracy"] == pytest.approx(1 - wrong / 12)
+    assert "What the classifier listens to" in (trained / "report.html").read_text()
     assert sum(results["layers"]) == pytest.approx(1) and len(results["layers"]) == 3
     rows = [json.loads(line) for line in (trained / "evaluation/test/predictions.jsonl").read_text().splitlines()]
     assert sum(row["reference"] == row["prediction"] for row in rows) == round(results["accuracy"] * 12)
@@ -249,6 +250,9 @@ def test_frames_are_learned_scored_where_they_have_a_label_and_found_in_time(fra
     assert results["frames"] == sum(row["frames"] for row in results["classes"]) == pytest.approx(50 * labelled, abs=18)
     rows = [json.loads(line) for line in (framed / "evaluation/test/predictions.jsonl").read_text().splitlines()]
     assert sum(row["right"] for row in rows) == pytest.approx(results["accuracy"] * results["frames"])
+    page = (framed / "report.html").read_text()
+    assert "What the classifier listens to" in page
+    assert all(f"<td>{share:.1%}</td>" in page for share in results["layers"])
     table = run(words, melodies).stdout
     assert f"accuracy {results['accuracy']:.2%}" in table and f"{results['frames']:,} frames" in table
     (path,) = (melodies / "audio").rglob("100-1-0000.flac")
