@@ -75,7 +75,7 @@ class Finetune(_Run):
     minutes: Annotated[float | None, default("all", "FLOAT")] = None
     """Use only about so many minutes of labels, over all speakers."""
     label: Annotated[str | None, default("the recipe's", "NAME")] = None
-    """Of recipes that classify: speaker, text, language, gender, or another label of the manifest."""
+    """Of recipes that classify utterances: speaker, text, language, gender, or another label of the manifest."""
     preflight: bool = False
     """See whether the set-up can learn eight short utterances by heart, and stop; exit code 1: it cannot."""
     config: Settings[FinetuneConfig] = field(default_factory=FinetuneConfig)
@@ -86,22 +86,21 @@ class Finetune(_Run):
         from w2v2.training.classify import classify
         from w2v2.training.finetune import finetune
         from w2v2.training.preflight import preflight
-        from w2v2.training.units import Classes
+        from w2v2.training.units import Classes, FrameClasses
 
-        classes = self.config.units if isinstance(self.config.units, Classes) else None
-        if classes is not None:
-            classes.label = self.label or classes.label
+        units = self.config.units
+        if isinstance(units, Classes):
+            units.label = self.label or units.label
         elif self.label is not None:
-            raise UsageError(
-                f"`label` is of recipes that classify, such as classify_utterances; {self.recipe} does not"
-            )
-        if classes is not None and (self.preflight or self.minutes is not None):
+            raise UsageError(f"`label` is of recipes such as classify_utterances; {self.recipe} has none")
+        classifies = isinstance(units, Classes | FrameClasses)
+        if classifies and (self.preflight or self.minutes is not None):
             raise UsageError("`preflight` and `minutes` are of transcripts; leave them out with classes")
         out, resume = self.prepared(self.config)
         if self.minutes is not None and not self.minutes > 0:
             raise UsageError(f"`minutes` must be more than 0, got {self.minutes:g}; leave it out for all labels")
         splits = read_run(self.config.data)
-        if classes is not None:
+        if classifies:
             classify(self.config, splits, out, init_from=self.init_from, resume=resume)
             _report(out)
             return

@@ -30,7 +30,7 @@ from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import start_folder
 from w2v2.training.run import check_run, fit_task
 from w2v2.training.task import step_seed
-from w2v2.training.units import Classes
+from w2v2.training.units import Classes, FrameClasses
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def begin(
     Raises:
         UsageError: transcripts or weights that cannot be used.
     """
-    if isinstance(config.units, Classes):
-        raise UsageError("`units` are classes of utterances, and CTC has none: call `classify` (training/classify.py)")
+    if isinstance(config.units, Classes | FrameClasses):
+        raise UsageError("`units` are classes, and CTC has none: call `classify` (training/classify.py)")
     pretrained = None if init_from is None else read(init_from)
     vocabulary, takes_head = _settle_vocabulary(config, splits, pretrained, vocabulary)
     fits = label_fit(config.model, vocabulary)
@@ -94,7 +94,7 @@ def _settle_vocabulary(
     def texts() -> Iterable[str]:
         return (text for _, _, text in splits["train"].transcripts(config.data.min_seconds))
 
-    assert not isinstance(config.units, Classes)
+    assert not isinstance(config.units, Classes | FrameClasses)
     fresh = given or config.units.vocabulary(texts())
     if pretrained is None or pretrained.vocabulary is None:
         return fresh, False
