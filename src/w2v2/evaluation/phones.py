@@ -143,11 +143,8 @@ def frame_classes(
     """(T,) the class at each frame's middle, seconds; -1 where there is no phone, or one of no class."""
     labels = np.full(len(centers), -1)
     for phone in phones:
-<<<<<<< HEAD
         labels[(centers >= phone.start) & (centers < phone.end)] = classes.get(phone.label, -1)
-=======
-        found[(centers >= phone.start) & (centers < phone.end)] = classes.get(phone.label, -1)
-    return found
+    return labels
 
 
 def frames_to_last(phones: Sequence[Phone], config: Wav2Vec2Config, classes: Mapping[str, int]) -> list[int]:
@@ -155,5 +152,4 @@ def frames_to_last(phones: Sequence[Phone], config: Wav2Vec2Config, classes: Map
     end = max((phone.end for phone in phones), default=0.0)
     centers = itertools.takewhile(lambda center: center < end, map(config.frame_seconds, itertools.count()))
     labels: list[int] = frame_classes(phones, np.array([*centers]), classes).tolist()
->>>>>>> everyday
     return labels
