@@ -249,7 +249,8 @@ def planned(capfd: pytest.CaptureFixture[str], *options: str) -> dict:
 
 
 def test_what_is_measured_is_a_run_of_the_settings_given(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = [*NANO, "--train.shard", "False", "--train.accumulate", "3"]
+    # a warm start of any length is not gone through
+    options = [*NANO, "--train.shard", "False", "--train.accumulate", "3", "--warm-start.updates", "1000000000"]
     found = planned(capfd, "--steps", "4", *options)
     measured = found["measured"]
     assert (measured["steps"], measured["micro_seconds"], measured["corpus_hours"]) == (4, 4.0, None)

@@ -136,14 +136,14 @@ def _counted(classifier: Classifier | FrameClassifier) -> str:
 def _by_class(pairs: Counter[tuple[str, str]], counted: str) -> list[dict[str, Any]]:
     rows = []
     for name in sorted({a for a, _ in pairs}):
-        total, said = (sum(n for pair, n in pairs.items() if pair[i] == name) for i in range(2))
+        total, predicted = (sum(n for pair, n in pairs.items() if pair[i] == name) for i in range(2))
         right = pairs[name, name]
         rows.append(
             {
                 "class": name,
                 counted: total,
                 "recall": right / total,
-                "precision": right / said if said else None,
+                "precision": right / predicted if predicted else None,
             }
         )
     return rows

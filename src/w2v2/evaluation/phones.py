@@ -141,10 +141,10 @@ def frame_classes(
     phones: Sequence[Phone], centers: NDArray[np.float64], classes: Mapping[str, int]
 ) -> NDArray[np.int64]:
     """(T,) the class at each frame's middle, seconds; -1 where there is no phone, or one of no class."""
-    found = np.full(len(centers), -1)
+    labels = np.full(len(centers), -1)
     for phone in phones:
-        found[(centers >= phone.start) & (centers < phone.end)] = classes.get(phone.label, -1)
-    return found
+        labels[(centers >= phone.start) & (centers < phone.end)] = classes.get(phone.label, -1)
+    return labels
 
 
 def frames_to_last(phones: Sequence[Phone], config: Wav2Vec2Config, classes: Mapping[str, int]) -> list[int]:

@@ -79,15 +79,15 @@ class Recognizer:
 
 
 def _emissions(model: CTCModel, n_labels: int, audio: Sequence[Tensor]) -> list[Tensor]:
-    config, found = model.config, [torch.zeros(0, n_labels)] * len(audio)
+    config, emissions = model.config, [torch.zeros(0, n_labels)] * len(audio)
     places = [i for i, count in enumerate(config.frames([len(row) for row in audio])) if count]
     if places:
         rows = [config.normalized(audio[i]) for i in places]
         batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         log_probs, frames = model.eval()(batch, [len(row) for row in rows])
         for i, row, count in zip(places, log_probs, frames, strict=True):
-            found[i] = row[:count].cpu()
-    return found
+            emissions[i] = row[:count].cpu()
+    return emissions
 
 
 def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:

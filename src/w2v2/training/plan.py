@@ -106,6 +106,7 @@ def _shortened(config: PretrainConfig, steps: int, folder: Path) -> PretrainConf
     short.train.accumulate = min(config.train.accumulate, 2)
     short.train.devices = short.train.num_nodes = 1
     short.train.val_every = short.train.checkpoint_every = 10**6
+    short.warm_start.updates = min(config.warm_start.updates, 1)  # a stage of its own, which nobody measures
     if not short.data.sources:
         noise = 0.1 * np.random.default_rng(0).standard_normal(math.ceil(config.data.max_seconds * SAMPLE_RATE))
         soundfile.write(folder / "noise.wav", noise, SAMPLE_RATE, subtype="PCM_16")
