@@ -113,6 +113,7 @@ def classify(
     out: Path,
     *,
     init_from: str | PathLike[str] | None = None,
+    language: str | None = None,
     resume: bool = False,
 ) -> Classifier | FrameClassifier:
     """Fine-tune a classifier and leave a run folder.
@@ -122,6 +123,7 @@ def classify(
         splits, out, resume: as for ``pretrain``; each utterance has a class, or labels of its frames.
         init_from: run whose encoder to start from, and of a classifier of the same classes its head; None: random
             weights.
+        language: as of ``read``.
 
     Raises:
         UsageError: as of every run; fewer than two classes, or some to validate on that are not there to train on;
@@ -134,7 +136,7 @@ def classify(
     torch.manual_seed(step_seed(config.train.seed))
     model = targets.model(len(classes.labels))
     if init_from is not None and not resume:
-        pretrained = read(init_from)
+        pretrained = read(init_from, language)
         (pretrained.fill if pretrained.classes == classes else pretrained.fill_encoder)(model)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
