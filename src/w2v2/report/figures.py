@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -146,7 +147,7 @@ def _figure(
     with context:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        figure.savefig(file, format="svg", transparent=True)
+        FigureCanvasSVG(figure).print_svg(file)  # Figure.savefig draws everything once more before
     drawing = re.sub(r"^.*?<svg|<metadata>.*?</metadata>| id=\"[\w.]+_\d+\"", "", file.getvalue(), flags=re.DOTALL)
     attributes, _, inside = drawing.partition(">")
     for colour, name in COLOURS.items():
