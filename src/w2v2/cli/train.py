@@ -35,7 +35,7 @@ class _Run:
     resume: Annotated[str, optional_value("yes", "yes", "auto"), default("no", "[yes|auto]")] = ""
     """Go on from the last good checkpoint in --out; auto: if there is one."""
 
-    def start(self) -> dict[str, str | None]:
+    def start(self) -> dict[str, Any]:
         """What to start from."""
         if self.language is not None and self.init_from is None:
             raise UsageError("`language` is of the model that `init_from` names; name one, or leave `language` out")
