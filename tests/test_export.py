@@ -28,7 +28,7 @@ from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.errors import JobError, UsageError
 from w2v2.export import compare
-from w2v2.export.int8 import products
+from w2v2.export.int8 import fuse_attention, quantize_convolutions
 from w2v2.files import whole_folder
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
@@ -159,22 +159,36 @@ def test_int8_is_smaller_and_near_and_its_error_rates_are_stated(
     assert stated["model.int8.onnx"].keys() == {"wer", "cer"}
 
 
+def test_attention_by_one_kernel_gives_the_same(exports: dict[tuple[str, str], Path], runs: dict[str, Path]) -> None:
+    path, audio = exports["ctc", "onnx"] / "model.onnx", speech(2, 48_000)
+    model = onnx.load(path)
+    fuse_attention(model, w2v2.load(runs["ctc"]).model.config.n_head)
+    kinds = {node.op_type for node in model.graph.node}
+    assert "MultiHeadAttention" in kinds and "Softmax" not in kinds
+    [fused] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"audio": audio.numpy()})
+    torch.testing.assert_close(torch.from_numpy(fused), graph(path)(audio), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "padding", "bias"), [(3, 2, 0, False), (2, 2, 1, True), (5, 1, 2, True)])
-def test_a_convolution_written_as_a_product_gives_the_same(kernel: int, stride: int, padding: int, bias: bool) -> None:
-    x, generator = torch.randn(2, 4, 33), torch.Generator().manual_seed(0)
-    weight, shift = torch.randn(6, 4, kernel, generator=generator), torch.randn(6, generator=generator)
+def test_a_convolution_in_8_bits_is_near(kernel: int, stride: int, padding: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (torch.randn(shape, generator=generator) for shape in ((2, 4, 33), (6, 4, kernel), (6,)))
     names, tensor, helper = ["x", "weight", "bias"][: 2 + bias], onnx.numpy_helper.from_array, onnx.helper
     values = [tensor(t.numpy(), name) for t, name in ((weight, "weight"), (shift, "bias"))][: 1 + bias]
     node = helper.make_node("Conv", names, ["y"], strides=[stride], pads=[padding, padding])
     shapes = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 3) for name in ("x", "y")]
     graph = helper.make_graph([node], "one", shapes[:1], shapes[1:], values)
-    products(graph)
+    quantize_convolutions(graph)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
-    assert "Conv" not in {node.op_type for node in model.graph.node}
     [y] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x.numpy()})
     expected = F.conv1d(x, weight, shift if bias else None, stride, padding)
-    torch.testing.assert_close(torch.from_numpy(y), expected, atol=1e-5, rtol=1e-5)
+    # Each product is off by half a step of either factor at most: of 255 over the inputs' range, of 63 over a weight's.
+    steps = x.clamp(min=0).max() - x.clamp(max=0).min(), weight.abs().amax((1, 2))[:, None]
+    bound = F.conv1d(x.abs(), torch.ones_like(weight), None, stride, padding) * steps[1] / 63 / 2
+    bound += weight.abs().sum((1, 2))[:, None] * steps[0] / 255 / 2 + 4 * kernel * steps[0] / 255 * steps[1] / 63 / 4
+    error = (torch.from_numpy(y) - expected).abs()
+    assert y.dtype == np.float32 and error.max() > 0 and (error <= bound).all()
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def export_onnx(
     more: dict[str, Any] = {}
     if int8:
         with _exporting():
-            quantize(folder / GRAPH, folder / INT8_GRAPH)
+            quantize(folder / GRAPH, folder / INT8_GRAPH, model.config.n_head)
         runs[INT8_GRAPH] = onnx_session(folder / INT8_GRAPH)
         more["int8"] = distance(runs[GRAPH], runs[INT8_GRAPH], labels=vocabulary is not None)
     if speech is not None and vocabulary is not None:

@@ -1,4 +1,4 @@
-"""A graph with the products of linear layers and convolutions in 8 bits."""
+"""A graph for onnxruntime on a CPU: linear layers and convolutions in 8 bits, attention by one kernel."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
+    import numpy.typing as npt
+    from onnx import GraphProto, ModelProto, NodeProto
+
+HIGHEST = 63
+"""Weights take 7 of the 8 bits: processors without VNNI add products in 16 bits, which larger ones would overflow."""
 
 
-def quantize(path: Path, to: Path) -> None:
+def quantize(path: Path, to: Path, heads: int) -> None:
     """Weights of linear layers and of all convolutions but the first in 8 bits, one scale for each output.
 
     Inputs are quantised as they come; the first convolution, of single samples, and the grouped one of the positions
-    stay in float32. Weights take 7 of the 8 bits: processors without VNNI add products in 16 bits, which larger ones
-    would overflow.
+    stay in float32, as do the products of attention, which is computed in parts that stay in a processor's cache.
+
+    Args:
+        path: a graph in float32 of a model with so many heads.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(path)
-    products(model.graph)
+    fuse_attention(model, heads)
+    quantize_convolutions(model.graph)
     quantize_dynamic(
         model,
         to,
@@ -35,10 +42,50 @@ def quantize(path: Path, to: Path) -> None:
     )
 
 
-def products(graph: GraphProto) -> None:
-    """Write each convolution of many channels as a product of frames laid side by side.
+def fuse_attention(model: ModelProto, heads: int) -> None:
+    """Put onnxruntime's operator in the place of softmax, the products around it, and what lays out heads for them."""
+    from onnx import helper, numpy_helper
 
-    onnxruntime's convolutions are slower in 8 bits than in float32, its products much faster.
+    graph, domain = model.graph, "com.microsoft"
+    makers = {name: node for node in graph.node for name in node.output}
+    users = {name: node for node in graph.node for name in node.input}  # of what one node uses alone
+
+    def laid_out(name: str) -> str:
+        """(B, T, heads, D) that a factor was made of."""
+        node = makers[name]
+        return node.input[0] if _attribute(node, "perm", None) == [0, 2, 1, 3] else laid_out(node.input[0])
+
+    instead: dict[str, list[NodeProto]] = {}
+    for softmax in (node for node in graph.node if node.op_type == "Softmax"):
+        scores, mixed = makers[softmax.input[0]], users[softmax.output[0]]
+        name, out = softmax.output[0], users[mixed.output[0]].output[0]  # (B, T, heads, D)
+        parts = [f"{name}.{i}" for i in range(4)]
+        instead[out] = [
+            *(
+                helper.make_node("Reshape", [laid_out(factor), "attention.rows"], [part])
+                for factor, part in zip((*scores.input, mixed.input[1]), parts, strict=False)
+            ),
+            helper.make_node("MultiHeadAttention", parts[:3], parts[3:], domain=domain, num_heads=heads),
+            helper.make_node("Reshape", [parts[3], "attention.heads"], [out]),
+        ]
+    for name, shape in (("rows", [0, 0, -1]), ("heads", [0, 0, heads, -1])):
+        graph.initializer.append(numpy_helper.from_array(np.array(shape), f"attention.{name}"))
+    model.opset_import.append(helper.make_opsetid(domain, 1))
+    nodes = [new for old in graph.node for new in instead.get(old.output[0], [old])]
+    needed, kept = {output.name for output in graph.output}, []
+    for node in reversed(nodes):
+        if needed & {*node.output}:
+            kept.append(node)
+            needed |= {*node.input}
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def quantize_convolutions(graph: GraphProto) -> None:
+    """Write each convolution of many channels as a product, in 8 bits, of frames laid side by side.
+
+    onnxruntime's convolutions are slower in 8 bits than in float32, its products much faster. Frames are quantised
+    before they are laid side by side, so that there is a quarter to copy.
     """
     from onnx import numpy_helper
 
@@ -50,42 +97,48 @@ def products(graph: GraphProto) -> None:
         if weight is None or weight.dims[1] == 1 or _attribute(node, "group", 1) != 1:
             graph.node.append(node)
             continue
-        kernel = numpy_helper.to_array(weight)  # (C', C, K)
-        matrix = np.ascontiguousarray(kernel.transpose(2, 1, 0).reshape(-1, len(kernel)))  # (K * C, C')
-        graph.initializer.append(numpy_helper.from_array(matrix, f"{node.output[0]}.matrix"))
         graph.initializer.remove(weight)
-        graph.node.extend(_product(graph, node, kernel.shape[2]))
+        graph.node.extend(_product(graph, node, numpy_helper.to_array(weight)))
 
 
-def _product(graph: GraphProto, node: NodeProto, kernel: int) -> Iterator[NodeProto]:
-    """(B, C, T) -> (B, C', T') by the matrix that stands in the graph."""
-    from onnx import helper, numpy_helper
+def _product(graph: GraphProto, node: NodeProto, weight: npt.NDArray[np.float32]) -> Iterator[NodeProto]:
+    """(B, C, T) -> (B, C', T') with a weight (C', C, K)."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    out = node.output[0]
+    [out], kernel = node.output, weight.shape[2]
+    matrix = weight.transpose(2, 1, 0).reshape(-1, len(weight))  # (K * C, C')
+    scales = np.abs(matrix).max(0) / HIGHEST
 
-    def constant(*values: int) -> str:
+    def constant(values: Any, dtype: type = np.int64) -> str:
         name = f"{out}.constant.{len(graph.initializer)}"
-        graph.initializer.append(numpy_helper.from_array(np.array(values, dtype=np.int64), name))
+        graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
 
+    def make(operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> NodeProto:
+        made.append(
+            helper.make_node(operator, inputs, [f"{out}.{len(made)}.{i}" for i in range(outputs)], **attributes)
+        )
+        return made[-1]
+
+    made: list[NodeProto] = []
     stride, pads = _attribute(node, "strides", [1])[0], _attribute(node, "pads", [0, 0])
-    x = f"{out}.frames"
-    yield helper.make_node("Transpose", [node.input[0]], [x], perm=[0, 2, 1])
+    x = make("Transpose", node.input[0], perm=[0, 2, 1]).output[0]
     if any(pads):
-        yield helper.make_node("Pad", [x, constant(0, pads[0], 0, 0, pads[1], 0)], [f"{out}.padded"])
-        x = f"{out}.padded"
-    taps = [f"{out}.tap.{tap}" for tap in range(kernel)]
-    for tap, name in enumerate(taps):
-        end = tap + 1 - kernel or np.iinfo(np.int64).max  # the last window's
-        limits = [constant(tap), constant(end), constant(1), constant(stride)]
-        yield helper.make_node("Slice", [x, *limits], [name])
-    yield helper.make_node("Concat", taps, [f"{out}.windows"], axis=-1)
-    product = f"{out}.product"
-    yield helper.make_node("MatMul", [f"{out}.windows", f"{out}.matrix"], [product])
+        x = make("Pad", x, constant([0, pads[0], 0, 0, pads[1], 0])).output[0]
+    x, scale, zero = make("DynamicQuantizeLinear", x, outputs=3).output
+    ends = [tap + 1 - kernel or np.iinfo(np.int64).max for tap in range(kernel)]  # of each tap, the last window's
+    taps = [
+        make("Slice", x, *(constant([value]) for value in (tap, end, 1, stride))).output[0]
+        for tap, end in enumerate(ends)
+    ]
+    x = make("Concat", *taps, axis=-1).output[0]
+    codes = constant(np.round(matrix / np.where(scales > 0, scales, 1)), np.int8)
+    x = make("Cast", make("MatMulInteger", x, codes, zero).output[0], to=TensorProto.FLOAT).output[0]
+    x = make("Mul", x, make("Mul", scale, constant(scales, np.float32)).output[0]).output[0]
     if len(node.input) > 2:
-        yield helper.make_node("Add", [product, node.input[2]], [f"{out}.biased"])
-        product = f"{out}.biased"
-    yield helper.make_node("Transpose", [product], [out], perm=[0, 2, 1])
+        x = make("Add", x, node.input[2]).output[0]
+    make("Transpose", x, perm=[0, 2, 1]).output[0] = out
+    yield from made
 
 
 def _attribute(node: NodeProto, name: str, default: Any) -> Any:
