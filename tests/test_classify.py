@@ -257,6 +257,7 @@ def test_frames_are_learned_scored_where_they_have_a_label_and_found_in_time(fra
     assert f"accuracy {results['accuracy']:.2%}" in table and f"{results['frames']:,} frames" in table
     (path,) = (melodies / "audio").rglob("100-1-0000.flac")
     audio, rate = soundfile.read(path, dtype="float32")
+    assert run(["extract", "run", "audio", "--out", "features"], melodies).returncode == 0
     found = w2v2.load(framed)(audio, rate)
     assert found[0][1] == 0 and all(a[2] == pytest.approx(b[1]) for a, b in itertools.pairwise(found))
     assert found[-1][2] == pytest.approx(len(audio) / rate, abs=0.03)
