@@ -6,8 +6,9 @@ A CTC model of the released BASE's shape, built by transformers with random weig
 10 minutes and 100 recordings of 2 to 6 s. It is loaded here from transformers' folder, and from its exports. All take
 their turn in each round; what counts is the ratio of CPU times to the pipeline's in the same round. The pipeline is
 given windows as ours are (30 s, 3 s of context at each side) and a batch of one, its fastest on a CPU. Texts are
-compared: in float32 they are to be equal, in 8 bits their word error rate counts, of the texts in float32. Random
-weights are undecided far more often than trained ones, so that rate is an upper bound.
+compared: in float32 they are to be equal. In 8 bits their error rates, of the texts in float32, are an upper bound that
+says little: random weights are undecided far more often than trained ones, and write words as long as a recording.
+``w2v2 export MODEL OUT --int8 --data CORPUS`` states those of a trained model.
 """
 
 from __future__ import annotations

@@ -18,6 +18,12 @@ import jinja2
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "results"
+RATES = {
+    "finetuned": ("cer", "wer", "wer_trigram"),
+    "warm_start_only": ("cer", "wer"),
+    "scratch": ("cer", "wer", "wer_trigram"),
+}
+"""What is recorded of each arm of a demo."""
 
 
 def load(path: Path) -> Any:
@@ -64,28 +70,25 @@ def arm(summary: dict[str, Any], name: str) -> list[float]:
 
 
 def demo_rows(demos: dict[int, Any]) -> list[dict[str, Any]]:
-    """A row for each seed, and their mean."""
-    rows = []
-    for seed, summary in demos.items():
-        finetuned, warm, scratch = (summary[name] for name in ("finetuned", "warm_start_only", "scratch"))
-        rows.append(
-            {
-                "name": f"seed {seed}",
-                "finetuned": arm(summary, "finetuned"),
-                "warm": arm(summary, "warm_start_only"),
-                "scratch": arm(summary, "scratch"),
-                "ratio": f"{finetuned['cer'] / scratch['cer']:.2f}",
-                "to_warm": f"{finetuned['cer'] / warm['cer']:.2f}",
-                "wer": f"{percent(finetuned['wer'])} / {percent(scratch['wer'])}",
-                "trigram": f"{percent(finetuned['wer_trigram'])} / {percent(scratch['wer_trigram'])}",
-            }
-        )
-    if len(rows) > 1:
-        mean = {key: statistics.fmean(s[key]["cer"] for s in demos.values()) for key in ("finetuned", "scratch")}
-        warm = statistics.fmean(s["warm_start_only"]["cer"] for s in demos.values())
-        ratios = {"ratio": mean["finetuned"] / mean["scratch"], "to_warm": mean["finetuned"] / warm}
-        rows.append({"name": "mean", **mean, "warm": warm, **{key: f"{value:.2f}" for key, value in ratios.items()}})
-    return rows
+    """A row for each seed, and the means of their rates, without intervals."""
+    rows = {f"seed {seed}": demo for seed, demo in demos.items()}
+    if len(demos) > 1:
+        rows["mean"] = {
+            name: {key: statistics.fmean(demo[name][key] for demo in demos.values()) for key in rates}
+            for name, rates in RATES.items()
+        }
+    return [{"name": name, **_rates(demo)} for name, demo in rows.items()]
+
+
+def _rates(demo: dict[str, Any]) -> dict[str, Any]:
+    finetuned, warm, scratch = (demo[name] for name in RATES)
+    return {
+        **{name: arm(demo, name) for name in RATES},
+        "ratio": f"{finetuned['cer'] / scratch['cer']:.2f}",
+        "to_warm": f"{finetuned['cer'] / warm['cer']:.2f}",
+        "wer": f"{percent(finetuned['wer'])} / {percent(scratch['wer'])}",
+        "trigram": f"{percent(finetuned['wer_trigram'])} / {percent(scratch['wer_trigram'])}",
+    }
 
 
 def probe_rows(probes: dict[int, Any], key: str) -> list[dict[str, Any]]:

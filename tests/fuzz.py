@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import faulthandler
 import gzip
 import io
@@ -270,7 +271,7 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
         elif kind == 1 and isinstance(container, dict):
             container[rng.choice(["", "x", "_type", 5, None, "\ud800"])] = container.pop(key)
         elif kind == 2:
-            container[key] = rng.choice([c[k] for c, k in spots])
+            container[key] = copy.deepcopy(rng.choice([c[k] for c, k in spots]))  # a tree stays one
         else:
             container[key] = value(rng)
     return tree

@@ -201,7 +201,7 @@ def test_a_worker_that_hangs_up_has_died_and_one_whose_server_does_has_not(
     read: bool, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        list(SpeechLoader(Torn(read), batch_size=None, num_workers=1, allowed=0, said=""))
+        list(SpeechLoader(Torn(read), batch_size=None, num_workers=1, allowed=0, limit=""))
 
 
 def test_another_fault_of_a_worker_stays_what_it_is() -> None:

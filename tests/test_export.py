@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 from conftest import sound
 from torch import Tensor, nn
 
@@ -27,12 +28,14 @@ from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
 from w2v2.errors import JobError, UsageError
 from w2v2.export import compare
+from w2v2.export.int8 import products
 from w2v2.files import whole_folder
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.serial import load_config, save_config
 from w2v2.text.vocabulary import PhonemeVocabulary, PieceVocabulary, Vocabulary
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 transformers = pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")
@@ -135,9 +138,10 @@ def test_int8_is_smaller_and_near_and_its_error_rates_are_stated(
     check = json.loads((folder / "export.json").read_text())
     whole, small = ((folder / name).stat().st_size for name in ("model.onnx", "model.int8.onnx"))
     assert check["bytes"] == {"model.onnx": whole, "model.int8.onnx": small}
-    # What is saved is three of the four bytes of each weight of a linear layer.
-    linear = {m for m in w2v2.load(runs["ctc"]).model.modules() if isinstance(m, nn.Linear)}
-    saved = 3 * sum(m.weight.numel() for m in linear)
+    # What is saved is three of the four bytes of each weight of a linear layer, and of a convolution but the first.
+    model = w2v2.load(runs["ctc"]).model
+    layers = {m for m in model.modules() if isinstance(m, nn.Linear)}
+    saved = 3 * sum(w.numel() for w in [*(m.weight for m in layers), *model.feature_encoder.conv_weights()[1:]])
     assert 0.6 * saved < whole - small < saved
     assert str(Path(w2v2.__file__).parent).encode() not in (folder / "model.onnx").read_bytes()
     assert str(Path(w2v2.__file__).parent).encode() not in (exports["ctc", "torch"] / "model.pt2").read_bytes()
@@ -153,6 +157,24 @@ def test_int8_is_smaller_and_near_and_its_error_rates_are_stated(
     pairs = list(texts.values()), [heard[name] for name in texts]
     assert stated["model.onnx"] == {"wer": jiwer.wer(*pairs), "cer": jiwer.cer(*pairs)}
     assert stated["model.int8.onnx"].keys() == {"wer", "cer"}
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "bias"), [(3, 2, 0, False), (2, 2, 1, True), (5, 1, 2, True)])
+def test_a_convolution_written_as_a_product_gives_the_same(kernel: int, stride: int, padding: int, bias: bool) -> None:
+    x, generator = torch.randn(2, 4, 33), torch.Generator().manual_seed(0)
+    weight, shift = torch.randn(6, 4, kernel, generator=generator), torch.randn(6, generator=generator)
+    names, tensor, helper = ["x", "weight", "bias"][: 2 + bias], onnx.numpy_helper.from_array, onnx.helper
+    values = [tensor(t.numpy(), name) for t, name in ((weight, "weight"), (shift, "bias"))][: 1 + bias]
+    node = helper.make_node("Conv", names, ["y"], strides=[stride], pads=[padding, padding])
+    shapes = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 3) for name in ("x", "y")]
+    graph = helper.make_graph([node], "one", shapes[:1], shapes[1:], values)
+    products(graph)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    assert "Conv" not in {node.op_type for node in model.graph.node}
+    [y] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x.numpy()})
+    expected = F.conv1d(x, weight, shift if bias else None, stride, padding)
+    torch.testing.assert_close(torch.from_numpy(y), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def test_counts_are_those_of_each_utterance_decoded_alone(paths: list[list[int]]
     }
     alone = [Greedy(vocabulary)(row[: len(path)]) for row, path in zip(log_probs, paths, strict=True)]
     assert found["blank"] == sum(path.count(0) for path in paths)
-    assert found["said"] == sum(i != vocabulary.boundary for hypothesis in alone for i in hypothesis.ids)
+    assert found["emitted"] == sum(i != vocabulary.boundary for hypothesis in alone for i in hypothesis.ids)
     assert found["to_say"] == sum(i != vocabulary.boundary for row in targets for i in row)
     assert (found["frames"], found["labels"]) == (sum(map(len, paths)), sum(map(len, targets)))
 

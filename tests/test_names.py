@@ -250,6 +250,19 @@ def test_names_that_lead_nowhere_are_one_line(env, tmp_path, name, more, line):
     assert not (tmp_path / "out").exists()
 
 
+def test_fine_tuning_starts_from_the_language_that_is_named(root, env, speech, tmp_path):
+    words = ["finetune", "tiny_ctc", "--data", speech, "--train.max-steps", "1", "--optim.schedule.peak", "1e-9"]
+    alone = run([*words, "--language", "deu"], tmp_path, env=env)
+    assert alone.returncode == 2 and "--language is of the model that --init-from names" in alone.stderr
+    command(tmp_path, env, *words, "--init-from", MMS, "--language", "deu", "--out", "run")
+    state, german = read(tmp_path / "run").state, read(root / MMS / "main", "deu").state
+    english = read(root / MMS / "main").state
+    adapters = [name for name in german if "adapter" in name]
+    assert any(not torch.equal(german[name], english[name]) for name in adapters)
+    for name in adapters:
+        torch.testing.assert_close(state[name], german[name], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [

@@ -23,8 +23,9 @@ from w2v2.data.audio import AudioError, AudioFile, mix_down, resample, stream_au
 from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.decoder import make_decoder
 from w2v2.decoding.greedy import Greedy
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 from w2v2.inference.align import align
+from w2v2.inference.jobs import Work, in_processes
 from w2v2.inference.recognizer import Recognizer, load_recognizer
 from w2v2.inference.recordings import Failure, find_sources, source_of
 from w2v2.inference.transcribe import Layout, cut_windows, find_pause, transcribe
@@ -301,6 +302,28 @@ def test_one_bad_file_never_stops_the_others(
     assert err.splitlines()[-1].startswith("w2v2: failed: 3 of 5 could not be transcribed")
 
 
+def test_several_processes_give_the_texts_of_one_in_the_same_order(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.wav").write_text("no audio")
+    files = [recordings / "e.wav", tmp_path / "text.wav", *sorted(recordings.glob("*.wav"))]
+    code, out, _ = call(capsys, "transcribe", run, *files, "--timestamps", "char")
+    assert code == 1 and len({line.split("\t")[0] for line in out.splitlines()}) == len({*files}) - 1 > 2
+    again, shared, err = call(capsys, "transcribe", run, *files, "--timestamps", "char", "--jobs", "2")
+    assert (again, shared) == (code, out)
+    assert err.splitlines()[-1].startswith(f"w2v2: failed: 1 of {len(files)} could not be transcribed")
+
+
+def end_the_process(_device: str | None) -> Work:
+    return lambda sources: os._exit(9)
+
+
+def test_a_process_that_is_ended_is_one_line() -> None:
+    sources = [source_of(f"{name}.wav") for name in "abc"]
+    with pytest.raises(JobError, match=r"one of 2 processes was ended.*lower `jobs`"):
+        list(in_processes(2, end_the_process, sources, None, lambda share: None))
+
+
 def test_a_result_that_cannot_be_written_stops_no_other(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -428,6 +451,9 @@ def test_a_transcript_beside_its_audio_is_not_replaced(
         (["--window-seconds", "inf"], "a window must be a finite number of seconds, got inf"),
         (["--context-seconds", "nan"], "longer than its two contexts"),
         (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--device", "abacus", "--jobs", "2"], "--device abacus cannot be used"),
+        (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
+        (["-", "--jobs", "2"], "--jobs 2 are for files, got - for standard input"),
         (["--out", __file__], "is a file; expected a folder"),
         (["--wrong", "1"], "--wrong"),
         (["--beam", "50"], "Unrecognized options: --beam, 50; did you mean --beam-size?"),

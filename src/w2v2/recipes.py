@@ -18,7 +18,7 @@ from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.training.config import FinetuneConfig, PretrainConfig, TrainConfig, WarmStartConfig
 from w2v2.training.optim import OptimConfig, TriStage, WarmupCosine, WarmupLinear
-from w2v2.training.units import Classes
+from w2v2.training.units import Classes, FrameClasses
 
 T = TypeVar("T")
 
@@ -163,13 +163,11 @@ def small() -> PretrainConfig:
 def tiny() -> PretrainConfig:
     """1.3 M parameters that learn in minutes on two CPU cores; what ``make demo`` trains.
 
-    ::
-
-        w2v2 pretrain tiny --data my_speech --out runs/tiny
-
     1,500 updates on the spectrum (``warm_start``) and 1,600 of masked prediction, of 12 s each, 10.3 h heard; hours:
     five minutes of one CPU core. Metrics on synthetic speech, one seed (LOG.md): accuracy .20; a linear probe tells .52
-    of the phones of unseen voices from one frame, .55 from five; log-mel .38 and .46.
+    of the phones of unseen voices from one frame, .55 from five; log-mel .38 and .46. ::
+
+        w2v2 pretrain tiny --data my_speech --out runs/tiny
 
     ``small`` made smaller, with spans of 100 ms, and an auxiliary loss on the frames that are seen: they tell what lies
     around them (``neighbourhood``). Convolutions stay as the warm start leaves them.
@@ -355,11 +353,9 @@ def small_ctc() -> FinetuneConfig:
 def small_ctc_scratch() -> FinetuneConfig:
     """``small_ctc`` from random weights: the same labels, updates and learning rate.
 
-    ::
+    GPU or CPU, hours as for ``small_ctc``. On the same speakers CER .734, WER .993: LOG.md. ::
 
         w2v2 finetune small_ctc_scratch --data my_speech --out runs/small_ctc_scratch
-
-    GPU or CPU, hours as for ``small_ctc``. On the same speakers CER .734, WER .993: LOG.md.
     """
     config = small_ctc()
     config.recipe = "small_ctc_scratch"
@@ -393,11 +389,9 @@ def tiny_ctc() -> FinetuneConfig:
 def tiny_ctc_scratch() -> FinetuneConfig:
     """``tiny_ctc`` from random weights: the same labels and updates, in the regime that is best for it.
 
-    ::
+    Everything learns, as random convolutions must, nothing is masked. On a CPU in 300 s. CER .470, WER .91: LOG.md. ::
 
         w2v2 finetune tiny_ctc_scratch --data my_speech --minutes 10 --out runs/tiny_ctc_scratch
-
-    Everything learns, as random convolutions must, and nothing is masked. On a CPU in 300 s. CER .470, WER .91; LOG.md.
     """
     config = tiny_ctc()
     config.recipe = "tiny_ctc_scratch"
@@ -426,6 +420,18 @@ def classify_utterances() -> FinetuneConfig:
         optim=OptimConfig(schedule=TriStage(peak=1e-4, total_steps=20_000), eps=1e-8, weight_decay=0.0),
         train=TrainConfig(val_every=500, checkpoint_every=500),
     )
+
+
+def classify_frames() -> FinetuneConfig:
+    """As ``classify_utterances``, of each frame: its phone, or whatever ``*.ctm`` or ``*.TextGrid`` give times of.
+
+    GPUs: one. Hours and metrics: not measured. ::
+
+        w2v2 finetune classify_frames --units.labels phones --init-from runs/base --data my_speech --out runs/phones
+    """
+    config = classify_utterances()
+    config.recipe, config.units = "classify_frames", FrameClasses()
+    return config
 
 
 def load_recipe(name: str, kind: type[T]) -> T:

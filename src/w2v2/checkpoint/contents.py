@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from w2v2.errors import UsageError
 from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.frame_classifier import Wav2Vec2ForFrames
 from w2v2.model.pretraining import ContrastiveConfig
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
@@ -89,18 +90,20 @@ def check_config(config: Wav2Vec2Config, where: Path) -> None:
         raise UsageError(f"{where}: {error}") from None
 
 
-def blank_model(config: Wav2Vec2Config, names: Iterable[str], n_labels: int = 0) -> Wav2Vec2:
+def blank_model(config: Wav2Vec2Config, names: Collection[str], n_labels: int = 0) -> Wav2Vec2:
     """Return the model that tensors of these names belong to, for its shapes.
 
-    With ``lm_head`` it is a CTC model, with ``classifier`` one; without heads the encoder; else what the checked
-    configuration builds.
+    With ``lm_head`` it is a CTC model, with ``classifier`` one, of frames if it projects nothing; without heads the
+    encoder; else what the checked configuration builds.
     """
     heads = head_names(config, names)
     with _without_memory(config):
         if "lm_head" in heads:
             return Wav2Vec2ForCTC(config, n_labels)
         if "classifier" in heads:
-            attention = "classifier.attention.weight" in {*names}
+            if "classifier.projector.weight" not in names:
+                return Wav2Vec2ForFrames(config, n_labels)
+            attention = "classifier.attention.weight" in names
             return Wav2Vec2ForClassification(config, n_labels, attention=attention)
         return config.build() if heads else Wav2Vec2(config)
 

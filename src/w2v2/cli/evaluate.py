@@ -20,7 +20,7 @@ from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError, public
 
 if TYPE_CHECKING:
-    from w2v2.inference.recognizer import Classifier
+    from w2v2.inference.recognizer import Classifier, FrameClassifier
     from w2v2.model.wav2vec2 import Wav2Vec2
 
 log = logging.getLogger("w2v2")
@@ -71,7 +71,7 @@ class Evaluate(Decoding):
     probe: bool = False
     """Phones and speakers that a linear classifier tells from each layer, beside log-mel, MFCC and random weights."""
     labels: Annotated[Path | None, default("that of --data", "DIR")] = None
-    """Folder of phones with times for --probe: *.ctm, *.TextGrid."""
+    """Folder of phones with times for --probe, or of what frames are: *.ctm, *.TextGrid."""
     layers: Annotated[tuple[int, ...], default("all", "[INT ...]")] = ()
     """Of --probe: blocks from 1, 0 the convolutions."""
     minutes: float = 20.0
@@ -91,7 +91,7 @@ class Evaluate(Decoding):
     def run(self, named: Collection[str]) -> None:
         """Evaluate, and print a table or JSON."""
         from w2v2.data.corpora import choose_split, read_corpus
-        from w2v2.inference.recognizer import Classifier, Recognizer, load
+        from w2v2.inference.recognizer import Classifier, FrameClassifier, Recognizer, load
         from w2v2.model.wav2vec2 import Wav2Vec2
         from w2v2.training.pretrain import evaluate_pretrained
 
@@ -99,12 +99,14 @@ class Evaluate(Decoding):
         choose_split(splits, self.split, self.data)
         model = load(self.model, self.language)
         if self.probe:
-            network = model.model if isinstance(model, Recognizer | Classifier) else model
+            has_head = isinstance(model, Recognizer | Classifier | FrameClassifier)
+            network = model.model if has_head else model
             if not isinstance(network, Wav2Vec2):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
             self._probe(splits, network)
             return
-        if given := [f"`{name}`" for name in ("labels", "layers", "minutes", "abx") if name in named]:
+        of_probe = ("layers", "minutes", "abx", *(() if isinstance(model, FrameClassifier) else ("labels",)))
+        if given := [f"`{name}`" for name in of_probe if name in named]:
             raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
         if isinstance(model, Recognizer):
             if self.tune is None and "trials" in named:
@@ -112,7 +114,7 @@ class Evaluate(Decoding):
             self._warn(one_split=len(splits) == 1)
             self._recognizer(splits, named)
             return
-        if isinstance(model, Classifier):
+        if isinstance(model, Classifier | FrameClassifier):
             self._classifier(splits, model)
             return
         needless = [f"`{name}`" for name in named if name not in ("data", "split", "json")]
@@ -144,7 +146,7 @@ class Evaluate(Decoding):
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
         sys.stdout.write("\n".join(lines) + "\n")
 
-    def _classifier(self, splits: Splits, model: Classifier) -> None:
+    def _classifier(self, splits: Splits, model: Classifier | FrameClassifier) -> None:
         from w2v2.evaluation.classes import classes_table, evaluate_classifier
 
         about = {"run": str(self.model), "data": self.data, "split": self.split}
@@ -153,7 +155,15 @@ class Evaluate(Decoding):
         out = self.out or Path(self.model) / "evaluation" / self.split
         with progress("evaluate") as show:
             results = evaluate_classifier(
-                model, splits, self.split, out, about, data=data, device=self.device, show=show
+                model,
+                splits,
+                self.split,
+                out,
+                about,
+                labels=self.labels or Path(self.data),
+                data=data,
+                device=self.device,
+                show=show,
             )
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else classes_table(results)
         sys.stdout.write(public("\n".join(lines)) + "\n")

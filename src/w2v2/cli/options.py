@@ -112,7 +112,7 @@ def parse_run(kind: Any, argv: Sequence[str], prog: str, description: str) -> An
     if init_from is not None:
         from w2v2.checkpoint.formats import read
 
-        config.adopt_architecture(read(init_from).config)
+        config.adopt_architecture(read(init_from, first.language).config)
     return parse(kind, argv, f"{prog} {first.recipe}", description=description, default=kind(config=config))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from w2v2.cli.options import REQUIRED, Settings, default, optional_value
+from w2v2.cli.options import REQUIRED, Language, Settings, default, optional_value
 from w2v2.cli.progress import progress
 from w2v2.errors import JobError, UsageError
 from w2v2.training.config import FinetuneConfig, PretrainConfig
@@ -31,8 +31,15 @@ class _Run:
     """Run folder."""
     init_from: Annotated[str | None, default("none", "MODEL")] = None
     """Whose encoder, in pretraining also its objective, to start from: whatever 'w2v2 convert' reads."""
+    language: Language = None
     resume: Annotated[str, optional_value("yes", "yes", "auto"), default("no", "[yes|auto]")] = ""
     """Go on from the last good checkpoint in --out; auto: if there is one."""
+
+    def start(self) -> dict[str, Any]:
+        """What to start from."""
+        if self.language is not None and self.init_from is None:
+            raise UsageError("`language` is of the model that `init_from` names; name one, or leave `language` out")
+        return {"init_from": self.init_from, "language": self.language}
 
     def prepared(self, config: Any) -> tuple[Path, bool]:
         """The folder to run in, and whether to go on with what is there, once the configuration has been checked."""
@@ -64,7 +71,7 @@ class Pretrain(_Run):
         from w2v2.training.pretrain import pretrain
 
         out, resume = self.prepared(self.config)
-        pretrain(self.config, read_run(self.config.data), out, init_from=self.init_from, resume=resume)
+        pretrain(self.config, read_run(self.config.data), out, **self.start(), resume=resume)
         _report(out)
 
 
@@ -75,7 +82,7 @@ class Finetune(_Run):
     minutes: Annotated[float | None, default("all", "FLOAT")] = None
     """Use only about so many minutes of labels, over all speakers."""
     label: Annotated[str | None, default("the recipe's", "NAME")] = None
-    """Of recipes that classify: speaker, text, language, gender, or another label of the manifest."""
+    """Of recipes that classify utterances: speaker, text, language, gender, or another label of the manifest."""
     preflight: bool = False
     """See whether the set-up can learn eight short utterances by heart, and stop; exit code 1: it cannot."""
     config: Settings[FinetuneConfig] = field(default_factory=FinetuneConfig)
@@ -86,36 +93,35 @@ class Finetune(_Run):
         from w2v2.training.classify import classify
         from w2v2.training.finetune import finetune
         from w2v2.training.preflight import preflight
-        from w2v2.training.units import Classes
+        from w2v2.training.units import Classes, FrameClasses
 
-        classes = self.config.units if isinstance(self.config.units, Classes) else None
-        if classes is not None:
-            classes.label = self.label or classes.label
+        units = self.config.units
+        if isinstance(units, Classes):
+            units.label = self.label or units.label
         elif self.label is not None:
-            raise UsageError(
-                f"`label` is of recipes that classify, such as classify_utterances; {self.recipe} does not"
-            )
-        if classes is not None and (self.preflight or self.minutes is not None):
+            raise UsageError(f"`label` is of recipes such as classify_utterances; {self.recipe} has none")
+        classifies = isinstance(units, Classes | FrameClasses)
+        if classifies and (self.preflight or self.minutes is not None):
             raise UsageError("`preflight` and `minutes` are of transcripts; leave them out with classes")
         out, resume = self.prepared(self.config)
         if self.minutes is not None and not self.minutes > 0:
             raise UsageError(f"`minutes` must be more than 0, got {self.minutes:g}; leave it out for all labels")
         splits = read_run(self.config.data)
-        if classes is not None:
-            classify(self.config, splits, out, init_from=self.init_from, resume=resume)
+        if classifies:
+            classify(self.config, splits, out, **self.start(), resume=resume)
             _report(out)
             return
         if self.minutes is not None:
             splits["train"] = labelled_subset(splits["train"], self.minutes, self.config.train.seed)
         if self.preflight:
             with progress("preflight") as show:
-                verdict = preflight(self.config, splits, init_from=self.init_from, show=show)
+                verdict = preflight(self.config, splits, **self.start(), show=show)
             if not verdict.learns:
                 raise JobError(str(verdict))
             log.info("%s", verdict)
             return
         with progress("check transcripts") as show:
-            finetune(self.config, splits, out, init_from=self.init_from, resume=resume, show=show)
+            finetune(self.config, splits, out, **self.start(), resume=resume, show=show)
         _report(out)
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from w2v2.data.vad import Vad
 from w2v2.decoding.decoder import make_decoder
 from w2v2.errors import Count, JobError, UsageError, check_ranges
 from w2v2.inference.align import align, find_texts
+from w2v2.inference.jobs import Work, in_processes
 from w2v2.inference.live import MICROPHONE, Live, LiveLayout, listen, microphone_pieces, stream_pieces
 from w2v2.inference.recognizer import Recognizer, load_recognizer, place
 from w2v2.inference.recordings import Failure, Source, choose_channel, find_sources
@@ -88,6 +90,8 @@ class Transcribe(Decoding, _Windows):
     """Live: seconds that are heard before text is final."""
     vad: bool = False
     """Leave out what is no speech; live, a pause ends a line."""
+    jobs: Count = 1
+    """Processes with a model each, for many recordings; with several GPUs, one on each."""
 
     def run(self, named: Collection[str]) -> None:
         """Write what is said in each recording, and say which could not be transcribed."""
@@ -97,32 +101,38 @@ class Transcribe(Decoding, _Windows):
         check_format(self.format, timestamps)
         if not self.audio:
             raise UsageError("name the audio: files, URLs, folders, or - for standard input")
-        recognizer, layout = self.ready()
-        decoder = make_decoder(recognizer.vocabulary, **self.decoder(named))
+        check_ranges(self)
+        work = self._load(named, self.device) if self.jobs == 1 else None
         sources, failures = find_sources(self.audio)
         sources = self.heard(sources)
         writer = TranscriptWriter(sources, self.format, timestamps, self.out)
         failed = sum(not _take(writer, failure) for failure in failures)
         with progress("transcribe") as show:
-            for result in transcribe(
-                recognizer,
-                sources,
-                decoder,
-                layout=layout,
-                batch_size=self.batch_size,
-                vad=self.vad,
-                show=lambda share: show("transcribe", share),
-            ):
+            share = partial(show, "transcribe")
+            results = (
+                in_processes(self.jobs, partial(self._load, named), sources, self.device, share)
+                if work is None
+                else work(sources, show=share)
+            )
+            for result in results:
                 failed += not _take(writer, result)
         if failed:
             total = len(sources) + len(failures)
             raise JobError(f"{failed} of {total} could not be transcribed; the lines above say why")
 
+    def _load(self, named: Collection[str], device: str | None) -> Work:
+        """What transcribes recordings, with the model and all else loaded."""
+        recognizer, layout = replace(self, device=device).ready()
+        decoder = make_decoder(recognizer.vocabulary, **self.decoder(named))
+        return partial(transcribe, recognizer, decoder=decoder, layout=layout, batch_size=self.batch_size, vad=self.vad)
+
     def _listen(self, named: Collection[str]) -> None:
         """Write final words as they come; in JSON each update."""
         if self.audio not in (("-",), (MICROPHONE,)):
             raise UsageError(f"`live` listens to - or {MICROPHONE}, got {' '.join(self.audio) or 'nothing'}")
-        refused = sorted({"out", "batch_size", "window_seconds", "context_seconds", "channel", "timestamps"} & {*named})
+        refused = sorted(
+            {"out", "batch_size", "window_seconds", "context_seconds", "channel", "timestamps", "jobs"} & {*named}
+        )
         if refused or any(value is not None and value != () for value in self.decoder(named).values()):
             names = ", ".join(f"`{name}`" for name in refused) or "a language model, lexicon, hot words or beam"
             raise UsageError(f"`live` is greedy and writes to standard output, without {names}; leave them out")

@@ -128,7 +128,7 @@ class SpeechDataset(Dataset[Batch]):
         audio = torch.zeros(len(rows), max((len(row) for row in rows), default=0))
         for i, row in enumerate(rows):
             audio[i, : len(row)] = torch.from_numpy(row)
-        said = [cuts[i].supervisions[0] for i in good]
+        supervisions = [cuts[i].supervisions[0] for i in good]
         batch = Batch(
             audio=audio,
             lengths=lengths,
@@ -136,8 +136,8 @@ class SpeechDataset(Dataset[Batch]):
             ids=[cuts[i].id for i in good],
             epochs=[epochs[i] for i in good],
             place=place,
-            texts=[supervision.text for supervision in said],
-            speakers=[supervision.speaker for supervision in said],
+            texts=[supervision.text for supervision in supervisions],
+            speakers=[supervision.speaker for supervision in supervisions],
             bad=bad,
         )
         if self.encode is not None:
@@ -176,8 +176,8 @@ class SpeechDataset(Dataset[Batch]):
 
 def unreadable_reason(cut: MonoCut) -> str:
     """What was wrong with its file's header, if anything (``read_corpus``)."""
-    found: str = (cut.custom or {}).get("unreadable", "")
-    return found
+    reason: str = (cut.custom or {}).get("unreadable", "")
+    return reason
 
 
 def _shard_bytes(cuts: list[MonoCut]) -> dict[int, bytes | OSError]:

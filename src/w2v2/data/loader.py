@@ -80,13 +80,13 @@ class SpeechLoader(DataLoader[Batch]):
         JobError: while iterating, when there are more of them than ``allowed``.
     """
 
-    def __init__(self, *args: Any, allowed: int, said: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, allowed: int, limit: str, **kwargs: Any) -> None:
         # Workers are forked once, before the first backward pass: in a process whose other threads come and go, as
         # autograd's do, a fork now and then gives a child that waits for a lock for ever (seen with CPython 3.11).
         kwargs |= {"persistent_workers": kwargs["num_workers"] > 0, "worker_init_fn": _leave_signals_to_the_run}
         super().__init__(*args, **kwargs)
         _loaders.add(self)
-        self.allowed, self.said = allowed, said
+        self.allowed, self.limit = allowed, limit
         self.bad: dict[str, str] = {}
         self.waited = 0.0
         """Seconds that whoever iterates has waited for batches, the first of a pass not counted."""
@@ -119,7 +119,7 @@ class SpeechLoader(DataLoader[Batch]):
                     log.warning("left out, %d so far, at most %d are allowed: %s", len(bad), self.allowed, why)
             if len(bad) > self.allowed:
                 raise JobError(
-                    f"{len(bad)} utterances cannot be read, {self.said}: {'; '.join(bad.values())}; repair or remove "
+                    f"{len(bad)} utterances cannot be read, {self.limit}: {'; '.join(bad.values())}; repair or remove "
                     "them, or prepare the corpus again"
                 )
             yield batch
@@ -169,7 +169,7 @@ def make_loader(
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         allowed=int(bad_share(config.max_bad) * count),
-        said=f"more than `data.max_bad` {config.max_bad} of {count} allows",
+        limit=f"more than `data.max_bad` {config.max_bad} of {count} allows",
     )
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """The label that an utterance has without any other: its transcript."""
+ID = "id"
+"""The label by which what is kept elsewhere is found."""
 
 
 _Whole = Annotated[int, Meta(ge=0, le=1 << 53)]

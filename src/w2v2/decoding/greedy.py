@@ -45,12 +45,12 @@ def path_hypothesis(path: Tensor, vocabulary: Vocabulary, score: float, text: st
     """What a path (T,) of labels, blank among them, spells; ``text`` where that is not what its labels are."""
     labels, counts = path.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0) - 1
-    said = (labels != vocabulary.blank).nonzero().flatten().tolist()
-    ids = tuple(labels[said].tolist())
+    kept = (labels != vocabulary.blank).nonzero().flatten().tolist()
+    ids = tuple(labels[kept].tolist())
     return Hypothesis(
         text=vocabulary.decode(ids) if text is None else text,
         ids=ids,
-        starts=tuple((ends - counts + 1)[said].tolist()),
-        ends=tuple(ends[said].tolist()),
+        starts=tuple((ends - counts + 1)[kept].tolist()),
+        ends=tuple(ends[kept].tolist()),
         score=score,
     )

@@ -228,17 +228,17 @@ def _adjusted(level: _Level, above: _Level | None) -> Ints:
 def discounts(counts: Ints, n: int) -> tuple[float, float, float]:
     """What is taken from counts of 1, 2, and 3 or more (Chen and Goodman 1999, equation 26)."""
     t1, t2, t3, t4 = (int(t) for t in np.bincount(np.minimum(counts, 5), minlength=6)[1:5])
-    found: tuple[float, float, float] | None = None
+    discounts: tuple[float, float, float] | None = None
     if t1 and t2 and t3:
         y = t1 / (t1 + 2 * t2)
-        found = 1 - 2 * y * t2 / t1, 2 - 3 * y * t3 / t2, 3 - 4 * y * t4 / t3
-    if found is None or min(found) <= 0:
+        discounts = 1 - 2 * y * t2 / t1, 2 - 3 * y * t3 / t2, 3 - 4 * y * t4 / t3
+    if discounts is None or min(discounts) <= 0:
         log.info(
             "%d-grams: %d, %d, %d, %d of them count 1, 2, 3, 4, which defines no discounts; taking %s",
             n, t1, t2, t3, t4, ", ".join(map(str, FALLBACK_DISCOUNTS)),
         )  # fmt: skip
         return FALLBACK_DISCOUNTS
-    return found
+    return discounts
 
 
 def _assemble(

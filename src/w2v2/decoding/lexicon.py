@@ -37,7 +37,7 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
     ids = composed_ids(dict(enumerate(vocabulary.labels)))
     boundary = vocabulary.boundary
     assert boundary is not None
-    found, alone = [], []
+    entries, alone = [], []
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             word, *labels = line.split() or [""]
@@ -53,8 +53,8 @@ def read_lexicon(path: Path, vocabulary: Vocabulary) -> list[Entry]:
             if strange or not spelling or boundary in spelling or vocabulary.blank in spelling:
                 expected = f"labels of {' '.join(vocabulary.labels)} between spaces, a boundary at the end alone"
                 raise UsageError(f"{path}:{number}: {word} is spelled {' '.join(labels)}; expected {expected}")
-            found.append(Entry(word, (*spelling, boundary)))
-    return found + (spell(alone, vocabulary, f"the lexicon {path}") if alone or not found else [])
+            entries.append(Entry(word, (*spelling, boundary)))
+    return entries + (spell(alone, vocabulary, f"the lexicon {path}") if alone or not entries else [])
 
 
 def spell(words: Sequence[str], vocabulary: Vocabulary, source: str) -> list[Entry]:
@@ -64,9 +64,9 @@ def spell(words: Sequence[str], vocabulary: Vocabulary, source: str) -> list[Ent
         UsageError: none can be spelled.
     """
     spellings = [(word, _try_spelling(word, vocabulary)) for word in words]
-    found = [Entry(word, spelling) for word, spelling in spellings if spelling]
+    entries = [Entry(word, spelling) for word, spelling in spellings if spelling]
     lost = [word for word, spelling in spellings if not spelling]
-    if not found:
+    if not entries:
         raise UsageError(
             f"none of the {len(words)} words of {source} can be spelled with the labels {' '.join(vocabulary.labels)}"
             f"{f', such as {lost[0]}' if lost else ''}; expected words of the same script"
@@ -78,7 +78,7 @@ def spell(words: Sequence[str], vocabulary: Vocabulary, source: str) -> list[Ent
         as_read = vocabulary.normalize(recased[0])
         log.info("%d of %d words of %s are read as the vocabulary writes them: %s as %s",
                  len(recased), len(words), source, recased[0], as_read)  # fmt: skip
-    return found
+    return entries
 
 
 def as_lm_writes(lexicon: list[Entry], known: Sequence[str], vocabulary: Vocabulary) -> list[Entry]:

@@ -92,22 +92,22 @@ class NGram:
 
     def _log10(self, tokens: Ints, sentence: Ints) -> Floats:
         """log10 p of each token that is not ``<s>``, given those before it in its sentence."""
-        found = [tokens]  # found[n - 1][i]: number of the n-gram that starts at i; -1: there is none
+        numbers_of = [tokens]  # numbers_of[n - 1][i]: number of the n-gram that starts at i; -1: there is none
         for n in range(2, self.order + 1):
             numbers = np.full(len(tokens), -1)
             starts = ngram_starts(sentence, n)
-            numbers[starts] = self._find(n, found[-1][starts], tokens[starts + n - 1])
-            found.append(numbers)
+            numbers[starts] = self._find(n, numbers_of[-1][starts], tokens[starts + n - 1])
+            numbers_of.append(numbers)
         at = np.flatnonzero(tokens != SPECIAL.index(START))
         total, open_ = np.zeros(len(at)), np.ones(len(at), dtype=bool)
         for n in range(self.order, 0, -1):
             start = np.maximum(at - n + 1, 0)
             inside = open_ & (at - n + 1 >= 0) & (sentence[start] == sentence[at])
-            hit = inside & (found[n - 1][start] >= 0)
-            total[hit] += self.log10_probs[n - 1][found[n - 1][start[hit]]]
+            hit = inside & (numbers_of[n - 1][start] >= 0)
+            total[hit] += self.log10_probs[n - 1][numbers_of[n - 1][start[hit]]]
             if n > 1:
-                shorter = inside & ~hit & (found[n - 2][start] >= 0)
-                total[shorter] += self.log10_backoffs[n - 2][found[n - 2][start[shorter]]]
+                shorter = inside & ~hit & (numbers_of[n - 2][start] >= 0)
+                total[shorter] += self.log10_backoffs[n - 2][numbers_of[n - 2][start[shorter]]]
             open_ &= ~hit
         return total
 

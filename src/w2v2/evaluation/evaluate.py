@@ -80,17 +80,17 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
     tally = Tally()
     for batch in batches:
         tally.unreadable |= batch.bad
-        said = [i for i, text in enumerate(batch.texts) if text is not None]
-        tally.without_transcript += len(batch.ids) - len(said)
+        known = [i for i, text in enumerate(batch.texts) if text is not None]
+        tally.without_transcript += len(batch.ids) - len(known)
         lengths = batch.lengths.tolist()
         started = time.perf_counter()
-        emissions = recognizer.emissions([batch.audio[i, : lengths[i]] for i in said])
-        heard = {i: row for i, row in zip(said, emissions, strict=True) if not row.isnan().any()}
-        tally.unreadable |= {batch.ids[i]: NOT_FINITE for i in said if i not in heard}
-        found = {i: decoder(row) for i, row in heard.items()}
+        emissions = recognizer.emissions([batch.audio[i, : lengths[i]] for i in known])
+        heard = {i: row for i, row in zip(known, emissions, strict=True) if not row.isnan().any()}
+        tally.unreadable |= {batch.ids[i]: NOT_FINITE for i in known if i not in heard}
+        hypotheses = {i: decoder(row) for i, row in heard.items()}
         tally.compute_seconds += time.perf_counter() - started
         tally.too_short += sum(not len(row) for row in emissions)
-        for i, hypothesis in found.items():
+        for i, hypothesis in hypotheses.items():
             seconds = lengths[i] / SAMPLE_RATE
             row = {
                 "id": batch.ids[i],
@@ -229,11 +229,11 @@ def run_evaluation(
             tested = None if against is None else paired_test(partial, against)
         except UsageError as error:
             fault = error
-    found = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
-    write_text(out / EVALUATION, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    summary = {"schema": SCHEMA, **about, **tally.summary(), "against": tested}
+    write_text(out / EVALUATION, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if fault is not None:
         raise UsageError(f"{fault}; the results without the test are in {out}") from fault
-    return found
+    return summary
 
 
 def paired_test(ours: Path, other: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Split
-from w2v2.errors import Show, UsageError
-from w2v2.evaluation.phones import Labels, frame_classes
+from w2v2.errors import Show
+from w2v2.evaluation.phones import Labels, frame_classes, nothing_labelled
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.warm_start import log_mel, mel_filters
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -81,7 +81,7 @@ def spread_cuts(split: Split, labelled: dict[str, Any], minutes: float, seed: in
         if cut.id in labelled:
             by_voice.setdefault(speaker_of(cut), []).append(cut)
     if not by_voice:
-        raise UsageError(f"no utterance of split {name!r} has phones in `labels`; expected ids as in the corpus")
+        raise nothing_labelled(name)
     chosen = []
     for voice, cuts in sorted(by_voice.items()):
         left = 60 * minutes / len(by_voice)
@@ -100,7 +100,7 @@ def thin_out(cuts: Sequence[MonoCut], minutes: float, name: str) -> Split:
         UsageError: there are none.
     """
     if not cuts:
-        raise UsageError(f"no utterance of split {name!r} has phones in `labels`; expected ids as in the corpus")
+        raise nothing_labelled(name)
     return Split.of(cuts[:: math.ceil(sum(cut.duration for cut in cuts) / (60 * minutes))])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from w2v2.errors import UsageError
 from w2v2.files import read_text
+from w2v2.model.wav2vec2 import Wav2Vec2Config
 
 _SILENCE = {"", "sil", "sp", "spn", "pau", "_", "<eps>"}
 _RARE = 0.0005
@@ -88,6 +90,11 @@ def _grid(path: Path) -> Iterable[tuple[str, Phone]]:
             raise UsageError(f"{path}: expected seconds of {label!r}, got {start} and {end}") from None
 
 
+def nothing_labelled(split: str) -> UsageError:
+    """What is wrong with labels of none of a split's utterances."""
+    return UsageError(f"no utterance of split {split!r} has phones in `labels`; expected ids as in the corpus")
+
+
 def check_times(labels: Mapping[str, Sequence[Phone]], seconds: Mapping[str, float]) -> None:
     """Refuse labels of other audio.
 
@@ -134,7 +141,15 @@ def frame_classes(
     phones: Sequence[Phone], centers: NDArray[np.float64], classes: Mapping[str, int]
 ) -> NDArray[np.int64]:
     """(T,) the class at each frame's middle, seconds; -1 where there is no phone, or one of no class."""
-    found = np.full(len(centers), -1)
+    labels = np.full(len(centers), -1)
     for phone in phones:
-        found[(centers >= phone.start) & (centers < phone.end)] = classes.get(phone.label, -1)
-    return found
+        labels[(centers >= phone.start) & (centers < phone.end)] = classes.get(phone.label, -1)
+    return labels
+
+
+def frames_to_last(phones: Sequence[Phone], config: Wav2Vec2Config, classes: Mapping[str, int]) -> list[int]:
+    """As ``frame_classes``, of a model's frames up to the end of the last phone."""
+    end = max((phone.end for phone in phones), default=0.0)
+    centers = itertools.takewhile(lambda center: center < end, map(config.frame_seconds, itertools.count()))
+    labels: list[int] = frame_classes(phones, np.array([*centers]), classes).tolist()
+    return labels

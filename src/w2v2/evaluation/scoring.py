@@ -51,12 +51,12 @@ class Edits:
         """Errors by reference word; where there are none, as jiwer has it, the errors."""
         return self.errors / max(1, self.reference)
 
-    def add(self, found: jiwer.WordOutput | jiwer.CharacterOutput) -> None:
+    def add(self, output: jiwer.WordOutput | jiwer.CharacterOutput) -> None:
         """Add those of an alignment."""
-        self.hits += found.hits
-        self.substitutions += found.substitutions
-        self.deletions += found.deletions
-        self.insertions += found.insertions
+        self.hits += output.hits
+        self.substitutions += output.substitutions
+        self.deletions += output.deletions
+        self.insertions += output.insertions
 
 
 @dataclass
@@ -136,9 +136,9 @@ class Tally:
         self.with_strange += bool(kinds)
 
     def _see(self, words: jiwer.WordOutput) -> None:
-        [said], [heard] = words.references, words.hypotheses
+        [reference], [heard] = words.references, words.hypotheses
         for part in words.alignments[0]:
-            old = said[part.ref_start_idx : part.ref_end_idx]
+            old = reference[part.ref_start_idx : part.ref_end_idx]
             new = heard[part.hyp_start_idx : part.hyp_end_idx]
             if part.type == "equal":
                 continue
@@ -179,7 +179,7 @@ class Tally:
                 for start, end, group in zip(edges, edges[1:], self.lengths, strict=False)
                 if group.utterances
             ],
-            "frequent": {name: _frequent(found) for name, found in self.kinds.items()},
+            "frequent": {name: _frequent(counts) for name, counts in self.kinds.items()},
         }
 
 
@@ -195,6 +195,6 @@ def _rate(edits: Edits, interval: tuple[float, float] | None) -> dict[str, Any]:
     }
 
 
-def _frequent(found: _Common) -> list[dict[str, Any]]:
-    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:FREQUENT]
+def _frequent(counts: _Common) -> list[dict[str, Any]]:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:FREQUENT]
     return [{"words": list(kind), "count": count} for kind, count in ranked]

@@ -5,50 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 
-def evaluation_table(found: dict[str, Any]) -> list[str]:
+def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
     """Lines to read, from what ``evaluation.json`` holds."""
     lines = [f"{'':12}{'rate':>9}  {'95 % interval':>18}{'errors':>9}{'reference':>11}{'sub':>8}{'del':>8}{'ins':>8}"]
     for name in ("words", "characters"):
-        row = found[name]
+        row = evaluation[name]
         interval = "" if row["interval"] is None else "{:.2%} to {:.2%}".format(*row["interval"])
         lines.append(
             f"{name:12}{row['rate']:>9.2%}  {interval:>18}{row['errors']:>9,}{row['reference']:>11,}"
             f"{row['substitutions']:>8,}{row['deletions']:>8,}{row['insertions']:>8,}"
         )
-    lines += ["", *_remarks(found), *_comparison(found["against"])]
+    lines += ["", *_remarks(evaluation), *_comparison(evaluation["against"])]
     for title, rows in (
-        ("seconds", [(_span(row), row) for row in found["by_length"]]),
-        ("speaker, worst first", [(row["speaker"] or "unknown", row) for row in _worst(found["by_speaker"])]),
+        ("seconds", [(_span(row), row) for row in evaluation["by_length"]]),
+        ("speaker, worst first", [(row["speaker"] or "unknown", row) for row in _worst(evaluation["by_speaker"])]),
     ):
         lines += ["", f"{title:24}{'utterances':>12}{'words':>9}{'WER':>9}{'CER':>9}"]
         lines += [
             f"{name:24}{row['utterances']:>12,}{row['words']:>9,}{row['wer']:>9.2%}{row['cer']:>9.2%}"
             for name, row in rows
         ]
-    for name, rows in found["frequent"].items():
+    for name, rows in evaluation["frequent"].items():
         lines += ["", f"most frequent {name}"] if rows else []
         lines += [f"{row['count']:>6}  {' -> '.join(row['words'])}" for row in rows[:10]]
     return lines
 
 
-def probe_table(found: dict[str, Any]) -> list[str]:
+def probe_table(probe: dict[str, Any]) -> list[str]:
     """Lines to read, from what ``probe`` returns."""
     told = "{scored:,} frames of {voices} voices, {classes} phones; trained on {train:,} of {others}".format(
-        classes=len(found["classes"]),
-        voices=found["speakers"]["scored"],
-        others=found["speakers"]["train"],
-        **found["frames"],
+        classes=len(probe["classes"]),
+        voices=probe["speakers"]["scored"],
+        others=probe["speakers"]["train"],
+        **probe["frames"],
     )
     columns = {"phones_one": "1 frame", "phones_five": "5 frames", "speakers": "speaker"}
-    if "abx_within" in found["rows"][0]:
+    if "abx_within" in probe["rows"][0]:
         columns |= {"abx_within": "ABX within", "abx_across": "across"}
     lines = [f"{'accuracy':20}" + "".join(f"{title:>11}" for title in columns.values())]
-    for row in found["rows"]:
+    for row in probe["rows"]:
         name = row["features"] if row["layer"] is None else f"{row['features']}, layer {row['layer']}"
         cells = (row[key] for key in columns)
         lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>11}" for cell in cells))
-    if found["codes"] is not None:
-        lines.append("codes: purity {purity:.3f}, {information:.3f} of the phones' entropy".format(**found["codes"]))
+    if probe["codes"] is not None:
+        lines.append("codes: purity {purity:.3f}, {information:.3f} of the phones' entropy".format(**probe["codes"]))
     return [told, "", *lines]
 
 
@@ -71,13 +71,13 @@ def _comparison(tested: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def _remarks(found: dict[str, Any]) -> list[str]:
-    over, units = found["intervals"]["over"], found["intervals"]["units"]
+def _remarks(evaluation: dict[str, Any]) -> list[str]:
+    over, units = evaluation["intervals"]["over"], evaluation["intervals"]["units"]
     lines = [
-        f"{found['utterances']:,} utterances, {found['seconds'] / 3600:.2f} h; {found['sentence_error_rate']:.1%} of "
-        f"them with an error; real-time factor {found['real_time_factor']:.3f}"
+        "{utterances:,} utterances, {hours:.2f} h; {sentence_error_rate:.1%} of them with an error; "
+        "real-time factor {real_time_factor:.3f}".format(**evaluation, hours=evaluation["seconds"] / 3600)
     ]
-    if found["words"]["interval"] is None:
+    if evaluation["words"]["interval"] is None:
         lines.append(f"no interval: too few {over} ({units}), or too few that differ in their rate")
     elif over == "speakers":
         lines.append(f"intervals over {units} speakers")
@@ -88,9 +88,9 @@ def _remarks(found: dict[str, Any]) -> list[str]:
         ("empty_references", "with an empty reference: all words inserted"),
         ("without_transcript", "without a transcript: not scored"),
     ):
-        lines += [f"{found[name]} utterances {what}"] if found[name] else []
-    strange = found["without_label"]
+        lines += [f"{evaluation[name]} utterances {what}"] if evaluation[name] else []
+    strange = evaluation["without_label"]
     if strange["utterances"]:
         named = " ".join(strange["characters"])
         lines.append(f"{strange['utterances']} utterances with what the model has no label for, always wrong: {named}")
-    return lines + [f"not read and not scored: {why}" for why in found["unreadable"].values()]
+    return lines + [f"not read and not scored: {why}" for why in evaluation["unreadable"].values()]

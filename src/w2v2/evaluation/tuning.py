@@ -127,15 +127,15 @@ def _trial(
     references: Mapping[str, str],
 ) -> Trial:
     decode = make(config)
-    said, found = [], []
+    spoken, texts = [], []
     for name, log_probs in emissions:
         if name not in references:  # a cache may have more, of when there were more
             continue
-        said.append(references[name])
-        found.append(decode(log_probs).text)
-    if not any(said):
+        spoken.append(references[name])
+        texts.append(decode(log_probs).text)
+    if not any(spoken):
         raise UsageError("no word in the transcripts to tune with; tune on a split that is transcribed")
-    return Trial(config.lm_weight, config.word_score, jiwer.wer(said, found), jiwer.cer(said, found))
+    return Trial(config.lm_weight, config.word_score, jiwer.wer(spoken, texts), jiwer.cer(spoken, texts))
 
 
 def tune_on(

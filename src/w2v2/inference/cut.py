@@ -70,10 +70,10 @@ def cut_words(words: Sequence[Word], seconds: float, longest: float, least: floa
         first, last = part[0], part[-1]
         before = (words[first - 1].end + words[first].start) / 2 if first else 0.0
         after = (words[last].end + words[last + 1].start) / 2 if last + 1 < len(words) else seconds
-        said = [words[i] for i in part]
+        chosen = [words[i] for i in part]
         start, end = max(before, words[first].start - _MARGIN), min(after, words[last].end + _MARGIN)
-        sure = confidence(said) if all(map(_is_brief, said)) else 0.0
-        utterances.append(CutUtterance(start, end, " ".join(word.text for word in said), sure))
+        sure = confidence(chosen) if all(map(_is_brief, chosen)) else 0.0
+        utterances.append(CutUtterance(start, end, " ".join(word.text for word in chosen), sure))
     return utterances
 
 

@@ -3,8 +3,8 @@
 From Python::
 
     model = w2v2.load("runs/pretrained")
-    [found] = extract(model, [read_audio("song.mp3")], layers=(0, -1))
-    found["layer_0"], found["times"]
+    [features] = extract(model, [read_audio("song.mp3")], layers=(0, -1))
+    features["layer_0"], features["times"]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def extract(
     rows = [model.config.normalized(row) for row in audio]
     lengths = [len(row) for row in rows]
     batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-    found: list[Features] = [{} for _ in rows]
+    outputs: list[Features] = [{} for _ in rows]
     if places:
         if isinstance(model, OnnxModel):
             vectors, frames = model(batch, lengths, output=VECTORS)
@@ -85,17 +85,17 @@ def extract(
             states = dict(enumerate(hidden))
         for i, place in itertools.product(range(len(rows)), places):
             state = states[place][i, : frames[i]]
-            found[i][f"layer_{place}"] = (state.mean(0) if pool else state).cpu().contiguous()
+            outputs[i][f"layer_{place}"] = (state.mean(0) if pool else state).cpu().contiguous()
     if codes:
         assert isinstance(model, Wav2Vec2ForPretraining)
         chosen, frames = model.codes(batch, lengths)
-        for features, row, count in zip(found, chosen, frames, strict=True):
+        for features, row, count in zip(outputs, chosen, frames, strict=True):
             features["codes"] = row[:count].cpu().contiguous()
     if not pool:
-        for features, count in zip(found, frames, strict=True):
+        for features, count in zip(outputs, frames, strict=True):
             seconds = [model.config.frame_seconds(t) for t in range(count)]
             features["times"] = torch.tensor(seconds, dtype=torch.float64)
-    return found
+    return outputs
 
 
 def check_wanted(model: Wav2Vec2 | OnnxModel, layers: Sequence[int], *, codes: bool, pool: bool) -> list[int]:
@@ -159,17 +159,17 @@ class Item:
 
 def find_files(paths: Iterable[str]) -> list[Item]:
     """Files, and all audio of folders; ids are made as ``prepare`` makes them."""
-    found = []
+    items = []
     for path in paths:
         if not os.path.isdir(path):
-            found.append(Item(Path(public(path)).stem, path))
+            items.append(Item(Path(public(path)).stem, path))
             continue
         try:
             inside = [Item(utterance_id(row.path), os.path.join(path, row.path)) for row in folder_rows(Path(path))]
-            found += inside or [Item(path, path, fault="no audio in it: expected files such as .flac, .wav, .mp3")]
+            items += inside or [Item(path, path, fault="no audio in it: expected files such as .flac, .wav, .mp3")]
         except (UsageError, OSError) as error:
-            found.append(Item(path, path, fault=str(error)))
-    return found
+            items.append(Item(path, path, fault=str(error)))
+    return items
 
 
 def read_files(items: Iterable[Item], max_seconds: float, channel: int | None = None) -> Iterator[Item]:
@@ -265,9 +265,9 @@ def _seconds(items: Sequence[Item]) -> float:
 
 def _write(model: Wav2Vec2 | OnnxModel, items: Sequence[Item], out: Path, wanted: Wanted) -> Iterator[dict[str, Any]]:
     audio = [item.audio for item in items if item.audio is not None]
-    found = extract(model, audio, wanted.layers, codes=wanted.codes, pool=wanted.pool)
+    outputs = extract(model, audio, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     frames = model.config.frames([len(row) for row in audio])
-    for item, row, features, count in zip(items, audio, found, frames, strict=True):
+    for item, row, features, count in zip(items, audio, outputs, frames, strict=True):
         file = _stem(item) + FORMATS[wanted.format]
         about: dict[str, Any] = {"file": file, "seconds": len(row) / SAMPLE_RATE, "frames": count}
         try:

@@ -162,21 +162,21 @@ class Live:
             self.tail_start = self.final
         self.final += window.keep
         known = torch.cat([self.tail, log_probs[window.skip : window.skip + window.keep]])
-        found = self.greedy(known)
-        places = self.vocabulary.words(found.ids)
+        hypothesis = self.greedy(known)
+        ids, places = hypothesis.ids, self.vocabulary.words(hypothesis.ids)
         open_ended = len(known) < LONGEST_WORD * SAMPLE_RATE / self.hop and not window.last
         complete = places[:-1] if open_ended else places
-        words = tuple(self._word(found, place, known) for place in complete if self.vocabulary.decode(found.ids[place]))
-        rest = found.ids[places[-1]] if open_ended and places else ()
-        cut = found.starts[len(found.ids) - len(rest)] if rest else len(known)
+        words = tuple(self._word(hypothesis, place, known) for place in complete if self.vocabulary.decode(ids[place]))
+        rest = ids[places[-1]] if open_ended and places else ()
+        cut = hypothesis.starts[len(ids) - len(rest)] if rest else len(known)
         self.tail, self.tail_start = known[cut:], self.tail_start + cut
         partial = (
             "" if window.last else self.greedy(torch.cat([self.tail, log_probs[window.skip + window.keep :]])).text
         )
         return Update(words, partial, window.last, self.heard / SAMPLE_RATE)
 
-    def _word(self, found: Hypothesis, place: slice, log_probs: Tensor) -> Word:
-        ids, starts, ends = found.ids[place], found.starts[place], found.ends[place]
+    def _word(self, hypothesis: Hypothesis, place: slice, log_probs: Tensor) -> Word:
+        ids, starts, ends = hypothesis.ids[place], hypothesis.starts[place], hypothesis.ends[place]
         alone = Hypothesis(self.vocabulary.decode(ids), ids, starts, ends, 0.0)
         (word,) = word_times(
             alone,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -21,6 +22,7 @@ from w2v2.errors import UsageError
 from w2v2.inference.onnx import OnnxModel, load_onnx
 from w2v2.model.classifier import Wav2Vec2ForClassification
 from w2v2.model.ctc import Wav2Vec2ForCTC
+from w2v2.model.frame_classifier import Wav2Vec2ForFrames
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2, Wav2Vec2Config
 from w2v2.text.classes import ClassNames
 from w2v2.text.vocabulary import Vocabulary
@@ -73,15 +75,19 @@ class Recognizer:
         Returns:
             (T, labels) float32 on the host for each; T is 0 where there is less audio than a frame needs.
         """
-        config, found = self.model.config, [torch.zeros(0, len(self.vocabulary.labels))] * len(audio)
-        places = [i for i, count in enumerate(config.frames([len(row) for row in audio])) if count]
-        if places:
-            rows = [config.normalized(audio[i]) for i in places]
-            batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.device)
-            log_probs, frames = self.model.eval()(batch, [len(row) for row in rows])
-            for i, row, count in zip(places, log_probs, frames, strict=True):
-                found[i] = row[:count].cpu()
-        return found
+        return _emissions(self.model, len(self.vocabulary.labels), audio)
+
+
+def _emissions(model: CTCModel, n_labels: int, audio: Sequence[Tensor]) -> list[Tensor]:
+    config, emissions = model.config, [torch.zeros(0, n_labels)] * len(audio)
+    places = [i for i, count in enumerate(config.frames([len(row) for row in audio])) if count]
+    if places:
+        rows = [config.normalized(audio[i]) for i in places]
+        batch = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        log_probs, frames = model.eval()(batch, [len(row) for row in rows])
+        for i, row, count in zip(places, log_probs, frames, strict=True):
+            emissions[i] = row[:count].cpu()
+    return emissions
 
 
 def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
@@ -125,7 +131,36 @@ class Classifier:
         return log_probs
 
 
-def load(name: str | PathLike[str], language: str | None = None) -> Recognizer | Classifier | Wav2Vec2 | OnnxModel:
+@dataclass
+class FrameClassifier:
+    """What is needed to tell the class of each frame."""
+
+    model: Wav2Vec2ForFrames
+    classes: ClassNames
+
+    def __call__(self, audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> list[tuple[str, float, float]]:
+        """The most probable class of each stretch of one recording, its start and end in seconds.
+
+        Arguments are as of :class:`Recognizer`.
+        """
+        best = self.emissions([resampled(audio, rate)])[0].argmax(-1)
+        runs, lengths = best.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0).tolist()
+        middle, half = self.model.config.frame_seconds, math.prod(self.model.config.conv_strides) / SAMPLE_RATE / 2
+        return [
+            (self.classes.labels[number], max(middle(end - length) - half, 0.0), middle(end - 1) + half)
+            for number, length, end in zip(runs.tolist(), lengths.tolist(), ends, strict=True)
+        ]
+
+    @torch.no_grad()
+    def emissions(self, audio: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probabilities (T, classes) of each waveform, as ``Recognizer.emissions``."""
+        return _emissions(self.model, len(self.classes.labels), audio)
+
+
+def load(
+    name: str | PathLike[str], language: str | None = None
+) -> Recognizer | Classifier | FrameClassifier | Wav2Vec2 | OnnxModel:
     """Load a model by name.
 
     Args:
@@ -134,8 +169,8 @@ def load(name: str | PathLike[str], language: str | None = None) -> Recognizer |
 
     Returns:
         On the CPU, in evaluation mode: of a CTC model a ``Recognizer``, the model with its vocabulary; of a classifier
-        a ``Classifier``, with its classes; of a pretraining run its model; of an encoder alone a ``Wav2Vec2``, of an
-        exported one an ``OnnxModel``.
+        a ``Classifier``, of frames a ``FrameClassifier``, with its classes; of a pretraining run its model; of an
+        encoder alone a ``Wav2Vec2``, of an exported one an ``OnnxModel``.
 
     Raises:
         UsageError: nothing there, something else, or weights that do not fit.
@@ -148,8 +183,10 @@ def load(name: str | PathLike[str], language: str | None = None) -> Recognizer |
         return model if vocabulary is None else Recognizer(model, vocabulary)
     checkpoint = read(path, language)
     network = checkpoint.build()
-    if isinstance(network, Wav2Vec2ForClassification):
+    if isinstance(network, Wav2Vec2ForClassification | Wav2Vec2ForFrames):
         assert checkpoint.classes is not None
+        if isinstance(network, Wav2Vec2ForFrames):
+            return FrameClassifier(network, checkpoint.classes)
         return Classifier(network, checkpoint.classes)
     if not isinstance(network, Wav2Vec2ForCTC):
         return network

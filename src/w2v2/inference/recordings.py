@@ -82,12 +82,12 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> tuple[list[Source]
             continue
         try:
             names = ((os.path.join(path, place), place) for place in audio_paths(Path(path)))
-            found = [Source(name, name, place) for name, place in names]
+            members = [Source(name, name, place) for name, place in names]
         except (UsageError, OSError) as error:
             failures.append(Failure(path, why(error)))
             continue
-        sources += found
-        if not found:
+        sources += members
+        if not members:
             failures.append(Failure(path, "no audio files in this folder"))
     paths: dict[str, str] = {}
     for source in sources:

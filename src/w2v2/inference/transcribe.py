@@ -167,17 +167,17 @@ class _Recording:
         """What is said in all of it."""
         self._decode(torch.cat(self.parts))
         ids, starts, ends, scores = zip(*self.labels, strict=True) if self.labels else ((),) * 4
-        said = Hypothesis(" ".join(text for text in self.texts if text), ids, starts, ends, sum(scores))
-        words = word_times(said, self.recognizer.vocabulary, self.recognizer.model.config.frame_seconds, scores)
-        return Transcript(self.source.name, self.samples / SAMPLE_RATE, said.text, tuple(words), self.source.channel)
+        whole = Hypothesis(" ".join(text for text in self.texts if text), ids, starts, ends, sum(scores))
+        words = word_times(whole, self.recognizer.vocabulary, self.recognizer.model.config.frame_seconds, scores)
+        return Transcript(self.source.name, self.samples / SAMPLE_RATE, whole.text, tuple(words), self.source.channel)
 
     def _decode(self, log_probs: Tensor) -> None:
-        found, first, boundary = self.decoder(log_probs), self.first, self.recognizer.vocabulary.boundary
+        hypothesis, first, boundary = self.decoder(log_probs), self.first, self.recognizer.vocabulary.boundary
         if self.labels and boundary is not None and self.labels[-1][0] != boundary:
             self.labels.append((boundary, first - 1, first - 1, 0.0))  # a decoder need not end the last word
-        starts, ends = ([first + frame for frame in frames] for frames in (found.starts, found.ends))
-        self.labels += zip(found.ids, starts, ends, label_scores(found, log_probs), strict=True)
-        self.texts.append(found.text)
+        starts, ends = ([first + frame for frame in frames] for frames in (hypothesis.starts, hypothesis.ends))
+        self.labels += zip(hypothesis.ids, starts, ends, label_scores(hypothesis, log_probs), strict=True)
+        self.texts.append(hypothesis.text)
         self.first += len(log_probs)
 
 
@@ -187,14 +187,14 @@ def silenced(log_probs: Tensor, speech: Tensor, vocabulary: Vocabulary) -> Tenso
     Args:
         speech: (T,) bool.
     """
-    found = torch.full((len(speech), len(vocabulary.labels)), -100.0)
-    found[:, vocabulary.blank] = 0.0
+    filled = torch.full((len(speech), len(vocabulary.labels)), -100.0)
+    filled[:, vocabulary.blank] = 0.0
     if vocabulary.boundary is not None:
         ends = torch.cat([torch.ones(1, dtype=torch.bool), speech[:-1]])[: len(speech)] & ~speech
-        found[ends] = torch.full_like(found[0], -100.0).index_fill(0, torch.tensor(vocabulary.boundary), 0.0)
+        filled[ends] = torch.full_like(filled[0], -100.0).index_fill(0, torch.tensor(vocabulary.boundary), 0.0)
     if len(log_probs):
-        found[speech] = log_probs[speech]
-    return found
+        filled[speech] = log_probs[speech]
+    return filled
 
 
 def find_pause(log_probs: Tensor, vocabulary: Vocabulary) -> int:
@@ -209,14 +209,14 @@ def find_pause(log_probs: Tensor, vocabulary: Vocabulary) -> int:
         best == vocabulary.boundary if vocabulary.boundary is not None else torch.zeros_like(best, dtype=torch.bool)
     )
     quiet, counts = (torch.isin(best, nothing) | between).unique_consecutive(return_counts=True)
-    found = (False, 0, len(log_probs))  # ends a word, length, where
+    place = (False, 0, len(log_probs))  # ends a word, length, where
     for silent, end, count in zip(quiet.tolist(), counts.cumsum(0).tolist(), counts.tolist(), strict=True):
         marks = between[end - count : end].nonzero().flatten().tolist()
         start = end - count + (marks[-1] + 1 if marks else 0)  # a word keeps the label that ends it
         middle = (start + end + 1) // 2
         if silent and middle >= len(log_probs) // 2:
-            found = max(found, (bool(marks) or vocabulary.boundary is None, count, middle))
-    return found[2]
+            place = max(place, (bool(marks) or vocabulary.boundary is None, count, middle))
+    return place[2]
 
 
 def transcribe(

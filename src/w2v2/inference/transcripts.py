@@ -190,15 +190,15 @@ def ctm_names(names: Sequence[str]) -> dict[str, str]:
     Files of one folder that differ in nothing but their endings keep these.
     """
     paths = {name: PurePosixPath(name) for name in names}
-    found: dict[str, str] = {}
+    stems: dict[str, str] = {}
     for ending in (False, True):
         for above in range(1, max((len(path.parts) for path in paths.values()), default=1) + 1):
             for name, path in paths.items():
                 parts = (*path.parts[:-1], path.name if ending else path.stem)[-above:]
-                found[name] = printable("_".join("_".join(parts).replace("/", "").split()))
-            if len(set(found.values())) == len(found):
-                return found
-    return found
+                stems[name] = printable("_".join("_".join(parts).replace("/", "").split()))
+            if len(set(stems.values())) == len(stems):
+                return stems
+    return stems
 
 
 def _confidence(word: Word) -> str:

@@ -63,8 +63,8 @@ def word_times(
     """
     half = (seconds(1) - seconds(0)) / 2  # a frame lasts so long to each side of its middle
     places = [part for part in vocabulary.words(hypothesis.ids) if vocabulary.decode(hypothesis.ids[part])]
-    said = hypothesis.text.split()  # may not be what the labels spell, where a lexicon says how a word is written
-    texts = said if len(said) == len(places) else [vocabulary.decode(hypothesis.ids[part]) for part in places]
+    spelt = hypothesis.text.split()  # may not be what the labels spell, where a lexicon says how a word is written
+    texts = spelt if len(spelt) == len(places) else [vocabulary.decode(hypothesis.ids[part]) for part in places]
     starts = [seconds(hypothesis.starts[part.start]) - half for part in places]
     ends = [seconds(hypothesis.ends[part.stop - 1]) + half for part in places]
     gaps = [start - end for start, end in zip(starts[1:], ends, strict=False)]

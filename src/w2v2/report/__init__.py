@@ -9,7 +9,9 @@ from typing import Any, NotRequired, TypedDict
 
 import jinja2
 import jiwer
+import numpy as np
 from markupsafe import Markup
+from safetensors import safe_open
 
 from w2v2.errors import NotNegative, UsageError
 from w2v2.files import read_bytes, write_text
@@ -98,6 +100,7 @@ def write_run_report(run: Path) -> Path:
             if any(f"{kind}/{name}" in metrics for kind in figures.KINDS)
         ],
         curves=[figures.panel(name, metrics, config) for name in dict.fromkeys((*PANELS, *names)) if name in drawn],
+        layers=_layers(run / "model.safetensors"),
     )
 
 
@@ -223,6 +226,18 @@ def _differences(reference: str, hypothesis: str) -> tuple[list[tuple[str, str]]
             tag, sign = {"equal": ("", ""), "insert": ("ins", "+ "), "substitute": ("mark", "")}[part.type]
             words += [(tag, sign + word) for word in hypotheses[part.hyp_start_idx : part.hyp_end_idx]]
     return words, result.substitutions + result.deletions + result.insertions, len(references)
+
+
+def _layers(weights: Path) -> list[tuple[str, str]]:
+    """The share of each state in the mix of a finished classifier, from the first block's input on."""
+    if not weights.is_file():
+        return []
+    with safe_open(weights, "np") as tensors:
+        if "classifier.layer_weights" not in tensors.keys():  # noqa: SIM118, no mapping
+            return []
+        shares = np.exp(tensors.get_tensor("classifier.layer_weights"))
+    names = ("input of the blocks", *(f"block {i}" for i in range(1, len(shares))))
+    return [(name, f"{share:.1%}") for name, share in zip(names, shares / shares.sum(), strict=True)]
 
 
 def _settings(runs: dict[str, Path]) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def serve(recognizer: Recognizer, name: str, decoder: Decoder, config: ServeConf
     options = uvicorn.Config(
         app, config.host, config.port, log_level="warning", ws="websockets-sansio", ws_max_size=1 << 20,
         timeout_graceful_shutdown=5,
-        ws_ping_interval=None,  # an answer would wait behind the audio that a slow model has not heard yet
+        ws_ping_interval=None,  # with pings, streams that a slow model lagged behind were closed (LOG.md)
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     log.info("%s is at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)

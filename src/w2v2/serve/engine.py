@@ -58,12 +58,12 @@ class Engine:
 
     def _run(self, jobs: Sequence[Job]) -> bool:
         try:
-            found = self.recognizer.emissions([audio for _, _, audio, _ in jobs])
+            emissions = self.recognizer.emissions([audio for _, _, audio, _ in jobs])
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0][3].set_exception(error)
             return False
-        for (_, _, _, future), log_probs in zip(jobs, found, strict=True):
+        for (_, _, _, future), log_probs in zip(jobs, emissions, strict=True):
             future.set_result(log_probs)
         return True
 

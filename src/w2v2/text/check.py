@@ -71,8 +71,8 @@ class TranscriptCheck:
         """Look at one transcript."""
         vocabulary = self.vocabulary
         self.total += 1
-        said = vocabulary.normalize(text)
-        if not said:
+        plain = vocabulary.normalize(text)
+        if not plain:
             self.empty.add(name)
             return
         # Signs of one character anywhere; names such as <unk> in whatever case they are written.
@@ -90,8 +90,8 @@ class TranscriptCheck:
         ids = vocabulary.encode(text)
         self.labels += len(ids)
         self.unknown += ids.count(vocabulary.unknown) if vocabulary.unknown is not None else 0
-        if not strange and vocabulary.decode(ids) != said:
-            self.changed.add(name, [f"{said!r} comes back as {vocabulary.decode(ids)!r}"] if not self.changed else ())
+        if not strange and vocabulary.decode(ids) != plain:
+            self.changed.add(name, [f"{plain!r} comes back as {vocabulary.decode(ids)!r}"] if not self.changed else ())
         if not self.fits(seconds, text):
             self.infeasible.add(name)
 

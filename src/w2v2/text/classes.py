@@ -1,4 +1,4 @@
-"""Classes of whole utterances: their names, and ids."""
+"""Classes of whole utterances or of frames: their names, and ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ClassNames:
     labels: tuple[str, ...]
     """Name of each id."""
     label: str = "speaker"
-    """What of an utterance they are: ``speaker``, or ``text``, its transcript."""
+    """What they are of: of an utterance its ``speaker``, or ``text``, its transcript, ...; or ``frame``."""
 
     def __post_init__(self) -> None:
         if len({*self.labels}) < max(2, len(self.labels)):

@@ -106,10 +106,10 @@ class Vocabulary:
         return [i for w in self.normalize(text).split() for i in [*map(self._id, letters(w, self.ids)), *end]]
 
     def _id(self, label: str) -> int:
-        found = self.ids.get(label, self.unknown)
-        if found is None:
+        id_ = self.ids.get(label, self.unknown)
+        if id_ is None:
             raise UsageError(f"no label for {label!r}; expected {' '.join(self.ids)}")
-        return found
+        return id_
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; inverse of ``encode`` for normalised text of known characters."""
@@ -239,10 +239,10 @@ def _other_than(labels: set[str], name: str) -> str:
 
 
 def _some(labels: Iterable[str]) -> list[str]:
-    found = sorted(labels)
-    if not found:
+    ranked = sorted(labels)
+    if not ranked:
         raise UsageError("no transcript has any character: expected text beside the audio; check the transcripts")
-    return found
+    return ranked
 
 
 def _sentencepiece() -> Any:

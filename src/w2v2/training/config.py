@@ -19,7 +19,7 @@ from w2v2.model.warm_start import SpectralConfig
 from w2v2.model.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 from w2v2.serial import load_config
 from w2v2.training.optim import OptimConfig, WarmupCosine
-from w2v2.training.units import Characters, Classes, Phonemes, SentencePieces
+from w2v2.training.units import Characters, Classes, FrameClasses, Phonemes, SentencePieces
 
 
 def run_config(folder: Path) -> RunConfig | Wav2Vec2Config:
@@ -267,7 +267,7 @@ class FinetuneConfig(RunConfig):
     """Rank of the update that queries and values learn while the pretrained weights stay (arXiv:2106.09685); 0: off."""
     lora_alpha: Positive = 16.0
     """The update is multiplied by this over the rank."""
-    units: Characters | Phonemes | SentencePieces | Classes = field(default_factory=Characters)
+    units: Characters | Phonemes | SentencePieces | Classes | FrameClasses = field(default_factory=Characters)
     """What the labels are; the recipe chooses which."""
     KEPT = (*_REGULARISATION, *_MASKS)
 
@@ -283,6 +283,8 @@ class FinetuneConfig(RunConfig):
                 f"`data.min_seconds` must leave {least} frames or more of every utterance, such as 0.1, "
                 f"got {self.data.min_seconds:g}"
             )
+        if isinstance(self.units, FrameClasses) and self.data.augment.speed:
+            raise UsageError("`data.augment.speed` would move the times of frames' labels; leave it at 0")
         width = self.model.n_embd
         if self.channel_mask_prob > 0 and not 0 < self.channel_mask_length <= width // 2:
             raise UsageError(

@@ -45,20 +45,20 @@ def emission_counts(
         vocabulary: for its blank and boundary.
 
     Returns:
-        ``frames``, those whose best label is ``blank``, labels ``said`` and ``to_say``, ``labels`` with boundaries.
+        ``frames``, those whose best label is ``blank``, labels ``emitted`` and ``to_say``, ``labels`` with boundaries.
     """
     boundary = -1 if vocabulary.boundary is None else vocabulary.boundary
     best = log_probs.detach().argmax(-1)
     blank = best == vocabulary.blank
-    said = (F.pad(best, (1, 0), value=-1)[:, :-1] != best) & ~blank & (best != boundary)
-    both = torch.stack([blank, said])
+    emitted = (F.pad(best, (1, 0), value=-1)[:, :-1] != best) & ~blank & (best != boundary)
+    both = torch.stack([blank, emitted])
     blanks, labels = torch.cat([both[:, row, :n] for row, n in enumerate(frames)], dim=1).sum(1)
     lengths = target_lengths.tolist()
     to_say = torch.cat([row[:n] for row, n in zip(targets, lengths, strict=True)]) != boundary
     counts = {"frames": sum(frames), "labels": sum(lengths)}
     return {
         "blank": blanks,
-        "said": labels,
+        "emitted": labels,
         "to_say": to_say.sum(),
         **{name: torch.full_like(blanks, count) for name, count in counts.items()},
     }
@@ -71,7 +71,7 @@ def _figures(sums: dict[str, Tensor]) -> dict[str, float]:
         "loss": total["total"] / total["targets"],
         "loss_per_label": total["total"] / max(total["labels"], 1),
         "blank_share": total["blank"] / total["frames"],
-        "length_ratio": total["said"] / max(total["to_say"], 1),
+        "length_ratio": total["emitted"] / max(total["to_say"], 1),
     }
 
 

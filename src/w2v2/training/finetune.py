@@ -30,7 +30,7 @@ from w2v2.training.data import SpeechDataModule
 from w2v2.training.folder import start_folder
 from w2v2.training.run import check_run, fit_task
 from w2v2.training.task import step_seed
-from w2v2.training.units import Classes
+from w2v2.training.units import Classes, FrameClasses
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def begin(
     splits: Splits,
     *,
     init_from: str | PathLike[str] | None = None,
+    language: str | None = None,
     vocabulary: Vocabulary | None = None,
     show: Show = quiet,
 ) -> Start:
@@ -65,9 +66,9 @@ def begin(
     Raises:
         UsageError: transcripts or weights that cannot be used.
     """
-    if isinstance(config.units, Classes):
-        raise UsageError("`units` are classes of utterances, and CTC has none: call `classify` (training/classify.py)")
-    pretrained = None if init_from is None else read(init_from)
+    if isinstance(config.units, Classes | FrameClasses):
+        raise UsageError("`units` are classes, and CTC has none: call `classify` (training/classify.py)")
+    pretrained = None if init_from is None else read(init_from, language)
     vocabulary, takes_head = _settle_vocabulary(config, splits, pretrained, vocabulary)
     fits = label_fit(config.model, vocabulary)
     for name in ("train", "valid"):
@@ -94,7 +95,7 @@ def _settle_vocabulary(
     def texts() -> Iterable[str]:
         return (text for _, _, text in splits["train"].transcripts(config.data.min_seconds))
 
-    assert not isinstance(config.units, Classes)
+    assert not isinstance(config.units, Classes | FrameClasses)
     fresh = given or config.units.vocabulary(texts())
     if pretrained is None or pretrained.vocabulary is None:
         return fresh, False
@@ -129,6 +130,7 @@ def finetune(
     out: Path,
     *,
     init_from: str | PathLike[str] | None = None,
+    language: str | None = None,
     vocabulary: Vocabulary | None = None,
     resume: bool = False,
     show: Show = quiet,
@@ -139,6 +141,7 @@ def finetune(
         config, splits, out, resume: as for ``pretrain``; cuts need transcripts.
         init_from: run whose encoder to start from, and of a fine-tuned one the output layer, where its labels cover
             the transcripts; None: from random weights.
+        language: as of ``read``.
         vocabulary: None: that of the run to start from, or what ``config.units`` makes of the training transcripts.
         show: told how far it is with looking at the transcripts.
     """
@@ -146,7 +149,7 @@ def finetune(
     check_start(config, init_from)
     if resume:
         init_from, vocabulary = None, load_vocabulary(out / VOCABULARY)
-    start = begin(config, splits, init_from=init_from, vocabulary=vocabulary, show=show)
+    start = begin(config, splits, init_from=init_from, language=language, vocabulary=vocabulary, show=show)
     data = SpeechDataModule(
         splits,
         config.data,

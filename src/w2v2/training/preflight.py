@@ -69,7 +69,12 @@ class Preflight:
 
 
 def preflight(
-    config: FinetuneConfig, splits: Splits, *, init_from: str | PathLike[str] | None = None, show: Show = quiet
+    config: FinetuneConfig,
+    splits: Splits,
+    *,
+    init_from: str | PathLike[str] | None = None,
+    language: str | None = None,
+    show: Show = quiet,
 ) -> Preflight:
     """Learn eight short utterances by heart, with everything as in the run but for masks, dropout and LayerDrop.
 
@@ -81,7 +86,7 @@ def preflight(
     """
     check_run(config, splits)
     check_start(config, init_from)
-    start = begin(config, splits, init_from=init_from, show=show)
+    start = begin(config, splits, init_from=init_from, language=language, show=show)
     batch = short_batch(config, splits["train"], start)
     cuda = config.train.accelerator != "cpu" and torch.cuda.is_available()
     return overfit(config, start, batch, torch.device("cuda" if cuda else "cpu"), show)

@@ -46,6 +46,7 @@ def pretrain(
     out: Path,
     *,
     init_from: str | PathLike[str] | None = None,
+    language: str | None = None,
     resume: bool = False,
 ) -> Wav2Vec2:
     """Pretrain and leave a run folder.
@@ -56,6 +57,7 @@ def pretrain(
         out: run folder; new or empty, unless resuming.
         init_from: folder whose weights to start from: all of them, where its model is of the same type, else those of
             the encoder. See ``PretrainConfig.adopt_architecture``.
+        language: as of ``read``.
         resume: go on from the last checkpoint of ``out``.
 
     Raises:
@@ -73,7 +75,7 @@ def pretrain(
     if init_from is not None:
         from w2v2.checkpoint.formats import read  # late: other formats have labels, which pretraining runs without
 
-        start = read(init_from)
+        start = read(init_from, language)
     torch.manual_seed(step_seed(config.train.seed))
     model = config.model.build()
     objective = as_objective(model)

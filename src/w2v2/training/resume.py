@@ -118,8 +118,8 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
                 raise ValueError(f"it is of step {saved['global_step']}")
             return path, saved
         except Exception as error:  # a damaged file can fail in any way that its bytes please
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("%s is damaged (%s); the one before is used", path, said[:200])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s is damaged (%s); the one before is used", path, reason[:200])
     raise JobError(
         f"no checkpoint in {folder / 'checkpoints'} can be read; start again with `init_from` {folder / 'best'}"
     )

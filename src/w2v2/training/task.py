@@ -88,9 +88,9 @@ def _from_all_ranks(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     own = {name: value.cpu() for name, value in values.items()}
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
-    said: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, own)
-    return said
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered
 
 
 def _turn_page(checkpoint: dict[str, Any]) -> None:

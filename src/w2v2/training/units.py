@@ -68,3 +68,12 @@ class Classes:
     text=emotion``); or what lhotse's supervisions have, such as ``language`` or ``gender``."""
     attention: bool = False
     """Whether frames are pooled by learned weights; else by their mean."""
+
+
+@dataclass(kw_only=True)
+class FrameClasses:
+    """A class of each frame, such as its phone, from labels with times: a classifier of frames (``classify.py``)."""
+
+    labels: str = ""
+    """Folder of phones, or whatever else stands in their place, with times, ``*.ctm`` or ``*.TextGrid``; empty: that of
+    the corpus."""

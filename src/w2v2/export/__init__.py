@@ -35,6 +35,7 @@ from w2v2.data.loader import whole_utterances
 from w2v2.decoding.greedy import Greedy
 from w2v2.errors import JobError, Show, UsageError, quiet
 from w2v2.evaluation.evaluate import error_rates
+from w2v2.export.int8 import quantize
 from w2v2.files import write_json
 from w2v2.inference.onnx import AUDIO, LOG_PROBS, VECTORS, Runs, open_session
 from w2v2.model.ctc import Wav2Vec2ForCTC
@@ -87,7 +88,7 @@ def export_onnx(
     Args:
         checkpoint: whose graph it is.
         folder: exists.
-        int8: also with the weights of linear layers in 8 bits, one scale for each output; the rest stays float32.
+        int8: also with linear layers and convolutions in 8 bits (``quantize``).
         speech: corpus and split to state word and character error rates on, of a CTC model.
         show: told how far that is.
 
@@ -119,7 +120,8 @@ def export_onnx(
     checks = compare(runs["pytorch"], runs[GRAPH], check_lengths(model.config))
     more: dict[str, Any] = {}
     if int8:
-        quantize(folder / GRAPH, folder / INT8_GRAPH)
+        with _exporting():
+            quantize(folder / GRAPH, folder / INT8_GRAPH)
         runs[INT8_GRAPH] = onnx_session(folder / INT8_GRAPH)
         more["int8"] = distance(runs[GRAPH], runs[INT8_GRAPH], labels=vocabulary is not None)
     if speech is not None and vocabulary is not None:
@@ -149,26 +151,6 @@ def onnx_session(path: Path) -> Runs:
     """Return a graph in onnxruntime as a function."""
     session = open_session(path)
     return lambda audio: torch.from_numpy(session.run(None, {AUDIO: audio.numpy()})[0])
-
-
-def quantize(path: Path, to: Path) -> None:
-    """Weights of linear layers in 8 bits, one scale for each output; inputs are quantised as they come.
-
-    Convolutions, slower in 8 bits, stay as they are. Weights take 7 of the 8 bits: processors without VNNI add products
-    in 16 bits, which larger ones would overflow.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _exporting(), plain_path():
-        quantize_dynamic(
-            path,
-            to,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=path.with_name(path.name + ".data").exists(),
-        )
 
 
 def distance(one: Runs, other: Runs, *, labels: bool) -> dict[str, float]:
