@@ -106,7 +106,7 @@ def chromium(folder: Path, microphone: Path | None = None) -> Iterator[Page]:
         options += [f"--use-file-for-fake-audio-capture={microphone}%noloop"]
     process = subprocess.Popen([BINARY, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        port_file, end = folder / "DevToolsActivePort", time.monotonic() + 60
+        port_file, end = folder / "DevToolsActivePort", time.monotonic() + 300
         while not (port_file.exists() and port_file.read_text().count("\n")):
             assert process.poll() is None and time.monotonic() < end, "Chromium does not start"
             time.sleep(0.05)

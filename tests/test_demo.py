@@ -1,15 +1,29 @@
+"""The demo, whole and small; and what is shipped, the wheel by itself, gives its numbers."""
+
 import json
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from test_install import ROOT, call
 
 from w2v2.demo import run_demo
+
+SIZE = {"hours": 0.15, "shrink": 200}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
-    run_demo(out, hours=0.15, shrink=100)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_demo(out, **SIZE)
+    torch.set_num_threads(threads)
     return out
 
 
@@ -56,20 +70,37 @@ def test_both_arms_see_the_same_labels_for_the_same_updates(demo: Path) -> None:
     assert runs[0] == runs[1]
 
 
-def test_again_with_the_same_seed_the_demo_gives_the_same_numbers(demo: Path) -> None:
-    first = json.loads((demo / "summary.json").read_text())
-    run_demo(demo, hours=0.15, shrink=100)
-    again = json.loads((demo / "summary.json").read_text())
-    for summary in (first, again):
-        summary.pop("seconds")
-        summary["warm_start"].pop("seconds")
-        summary.pop("peak_memory_gib")
-    assert again == first
+def numbers(folder: Path) -> dict[str, Any]:
+    """A summary without how long things took and how much memory."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["warm_start"].pop("seconds")
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_gib")}
 
 
-def test_the_demo_runs_on_a_folder_of_real_speech_too(corpus: Path, tmp_path: Path) -> None:
-    run_demo(tmp_path / "out", data=corpus, shrink=200)
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+def test_the_wheel_alone_gives_the_same_numbers_with_the_same_seed(demo: Path, tmp_path: Path) -> None:
+    """Installed away from the clone: nothing that the package needs has been left in it, and no number is luck."""
+    call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("w2v2/")}
+    there = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/w2v2").rglob("*") if path.is_file()}
+    assert shipped == {name for name in there if "__pycache__" not in name}
+    call(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel)
+    where = {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    assert str(tmp_path) in call(sys.executable, "-c", "import w2v2; print(w2v2.__file__)", cwd=tmp_path, **where)
+    words = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]
+    call(sys.executable, tmp_path / "site/bin/w2v2", "demo", *words, "--out", "again", cwd=tmp_path, **where)
+    assert numbers(tmp_path / "again") == numbers(demo)
+    assert (tmp_path / "again" / "report.html").is_file()
+
+
+def test_the_demo_runs_on_a_folder_of_real_speech_too_where_another_has_been(
+    demo: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(demo, tmp_path / "out")
+    run_demo(out, data=corpus, shrink=400)
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["data"]["train"]["utterances"] == 16
     assert "synthesise" not in summary["seconds"] and summary["probe"] is None
-    assert "What the layers know" not in (tmp_path / "out" / "report.html").read_text()
+    assert "What the layers know" not in (out / "report.html").read_text()
+    (kept,) = out.glob("corpus-*")
+    assert subprocess.run(["diff", "-r", kept, demo / kept.name], check=False).returncode == 0

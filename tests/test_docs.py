@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +20,16 @@ BLOCK = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
 
 # What makes a command small enough for a test; nothing that changes what it does.
 FEWER = "--train.max-steps 2 --train.log-every 1 --train.val-every 2 --train.checkpoint-every 2 --data.num-workers 0"
-THIN = "--model.n-layer 1 --model.n-embd 48 --model.ffn-dim 48 --model.pos-conv-groups 4 --model.n-head 4"
+THIN = (
+    "--model.n-layer 1 --model.n-embd 48 --model.ffn-dim 48 --model.pos-conv-groups 4 --model.n-head 4 "
+    "--model.conv-channels 16 16 16 16 16 16 16 --model.conv-norm group:8"
+)
+SHORT = "--data.batch-seconds 5 --data.max-seconds 3 --train.accumulate 1"
 SHRINK = {
     "demo": "--shrink 200",
-    "pretrain": f"{FEWER} {THIN} --data.batch-seconds 5 --data.max-seconds 3 --train.accumulate 1",
+    "pretrain": f"{FEWER} {SHORT}",
     "finetune": FEWER,
-    "plan": f"--steps 1 {THIN} --data.batch-seconds 5 --data.max-seconds 3 --train.accumulate 1",
+    "plan": f"--steps 1 {SHORT}",
 }
 
 
@@ -40,15 +43,13 @@ def small(command: str) -> list[str]:
         return words
     if words[1] == "pretrain" and "--init-from" not in words:
         words = [*words, "--warm-start.updates", "1"]
-    fewer = FEWER if "--init-from" in words else SHRINK.get(words[1], "")  # what it starts from has its own shape
-    return words + shlex.split(fewer)
+    shape = THIN if words[1] in ("pretrain", "finetune", "plan") and "--init-from" not in words else ""
+    return words + shlex.split(f"{SHRINK.get(words[1], '')} {shape}")  # what it starts from has its own shape
 
 
 def start(words: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    named = any("facebook/" in word for word in words)  # huggingface_hub reads the environment when it is imported
-    if words[0] == "w2v2" and not named:
+    if words[0] == "w2v2":
         return run(words[1:], folder, env=env)
-    words = [sys.executable, "-m", "w2v2.cli.main", *words[1:]] if named else words
     return subprocess.run(words, cwd=folder, env=os.environ | env, capture_output=True, text=True, check=False)
 
 

@@ -1,13 +1,11 @@
 """Fine-tuning by two processes: the gradient of one with two micro-batches, and a validation of all utterances."""
 
 import csv
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from test_processes import torchrun
+from test_resume import finish, launched
 
 from w2v2.checkpoint.native import CONFIG
 from w2v2.data.corpora import read_corpus
@@ -28,18 +26,14 @@ SMALL = (
 )
 
 
-def run(out: Path, corpus: Path, processes: int) -> dict[str, list[float]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = [sys.executable]
+def trained(out: Path, corpus: Path, processes: int) -> dict[str, list[float]]:
+    words = ["finetune", "tiny_ctc", "--data", str(corpus), "--out", str(out), *SMALL.split()]
+    words += ["--train.devices", str(processes), "--train.accumulate", str(2 // processes)]
     if processes > 1:
-        argv += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), f"--master-port={port}"]
-    argv += ["-m", "w2v2.cli.main", "finetune", "tiny_ctc", "--data", str(corpus), "--out", str(out), *SMALL.split()]
-    argv += ["--train.devices", str(processes), "--train.accumulate", str(2 // processes)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+        code, message = launched([*torchrun(), *words])
+    else:
+        code, message = finish(words)
+    assert code == 0, message
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
@@ -55,7 +49,7 @@ def validated_alone(out: Path, corpus: Path) -> dict[str, float]:
 def test_two_processes_give_the_gradients_of_one_with_two_micro_batches_and_validate_all(
     corpus: Path, tmp_path: Path
 ) -> None:
-    one, two = (run(tmp_path / str(n), corpus, n) for n in (1, 2))
+    one, two = (trained(tmp_path / str(n), corpus, n) for n in (1, 2))
     assert len(one["train/loss"]) == 2
     for name in ("train/loss", "train/grad_norm", "train/blank_share", "train/length_ratio", "train/hours_heard"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name

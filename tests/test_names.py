@@ -4,15 +4,13 @@ Compared with transformers, which loads the same files by itself.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from commands import run
 from conftest import RATE, WORDS, sound
 from hub import GATED, Hub, hub_of
 from serving import serve
@@ -53,14 +51,8 @@ def env(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path_factory.mktemp("cache")), "HF_TOKEN": ""}
 
 
-def python(cwd, env, *words):
-    """A process of its own: huggingface_hub looks at the environment once, when it is imported."""
-    argv = [sys.executable, *map(str, words)]
-    return subprocess.run(argv, cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=False)
-
-
 def command(cwd, env, *words):
-    done = python(cwd, env, "-m", "w2v2.cli.main", *words)
+    done = run(words, cwd, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -127,7 +119,7 @@ print(json.dumps(sums))
 def test_names_of_the_hub_give_the_folders_there_and_nothing_more_is_downloaded(root, hub, env, tmp_path):
     cases = [*((name, None) for name in published.NAMES), (f"{BASE}@main", None), (MMS, "deu")]
     hub.sent.clear()
-    done = python(tmp_path, env, "-c", f"CASES = {json.dumps(json.dumps(cases))}\n{LOAD}")
+    done = run(None, tmp_path, script=f"CASES = {json.dumps(json.dumps(cases))}\n{LOAD}", env=env)
     assert done.returncode == 0, done.stderr
     sums = json.loads(done.stdout)
     for name, language in cases:
@@ -166,7 +158,7 @@ def test_transcribe_align_and_evaluate_take_a_name(root, env, speech, tmp_path):
     command(tmp_path, env, "evaluate", BASE, "--data", speech, "--split", "test", "--out", "scores")
     rows = [json.loads(line) for line in (tmp_path / "scores" / "hypotheses.jsonl").read_text().splitlines()]
     assert {row["id"].rpartition("_")[2]: row["hypothesis"] for row in rows} == texts
-    refused = python(tmp_path, env, "-m", "w2v2.cli.main", "evaluate", BASE, "--data", speech)
+    refused = run(["evaluate", BASE, "--data", speech], tmp_path, env=env)
     assert refused.returncode == 2 and "--out" in refused.stderr
     language = command(tmp_path, env, "transcribe", MMS, files[0], "--language", "rus")
     russian = theirs(root / MMS / "main", "rus")
@@ -196,7 +188,7 @@ def test_extract_convert_and_export_take_a_name(root, env, speech, tmp_path):
 
 def test_pretrain_and_finetune_start_from_a_name(root, env, speech, tmp_path):
     few = [word for name in ("max-steps", "val-every", "checkpoint-every") for word in (f"--train.{name}", "1")]
-    few += ["--data.num-workers", "0"]
+    few += ["--data.num-workers", "0", "--train.accumulate", "1"]
     pre = ["pretrain", "adapt", "--init-from", PRETRAINED, "--data", speech, "--out", "pre", *few]
     command(tmp_path, env, *pre)
     tune = ["finetune", "tiny_ctc", "--init-from", BASE, "--data", speech, "--out", "ctc", *few]
@@ -252,7 +244,7 @@ def test_addresses_that_give_nothing(tmp_path, monkeypatch):
     ],
 )
 def test_names_that_lead_nowhere_are_one_line(env, tmp_path, name, more, line):
-    done = python(tmp_path, env | more, "-m", "w2v2.cli.main", "convert", name, "out", "--to", "ours")
+    done = run(["convert", name, "out", "--to", "ours"], tmp_path, env=env | more)
     assert done.returncode == 2 and line in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -260,7 +252,7 @@ def test_names_that_lead_nowhere_are_one_line(env, tmp_path, name, more, line):
 
 def test_fine_tuning_starts_from_the_language_that_is_named(root, env, speech, tmp_path):
     words = ["finetune", "tiny_ctc", "--data", speech, "--train.max-steps", "1", "--optim.schedule.peak", "1e-9"]
-    alone = python(tmp_path, env, "-m", "w2v2.cli.main", *words, "--language", "deu")
+    alone = run([*words, "--language", "deu"], tmp_path, env=env)
     assert alone.returncode == 2 and "--language is of the model that --init-from names" in alone.stderr
     command(tmp_path, env, *words, "--init-from", MMS, "--language", "deu", "--out", "run")
     state, german = read(tmp_path / "run").state, read(root / MMS / "main", "deu").state

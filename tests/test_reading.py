@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    signal.alarm(120)
+    signal.alarm(600)
     yield
     signal.alarm(0)
 

@@ -49,7 +49,7 @@ def ranks(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.spawn(run_rank, args=(port, folder), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not context.join(timeout=5):
         if time.monotonic() > deadline:
             for process in context.processes:

@@ -224,6 +224,7 @@ def test_ranges_are_exact_whatever_the_server_does_and_only_failed_ones_are_aske
 def test_requests_are_made_at_the_same_time_but_not_too_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(folder) as server:
         busy, most, lock, send = 0, 0, threading.Lock(), server.RequestHandlerClass._send
+        two = threading.Event()
 
         def counted(handler, *args) -> None:
             nonlocal busy, most
@@ -232,6 +233,9 @@ def test_requests_are_made_at_the_same_time_but_not_too_many(folder: Path, monke
             with lock:
                 busy += 1
                 most = max(most, busy)
+                if busy > 1:
+                    two.set()
+            two.wait(60)  # the first for another, however long that takes to come
             threading.Event().wait(0.02)
             with lock:
                 busy -= 1
@@ -307,9 +311,9 @@ def in_child(task, *args) -> object:
     ours, theirs = context.Pipe()
     process = context.Process(target=lambda: theirs.send(task(*args)))
     process.start()
-    assert ours.poll(20), "the forked process hangs"
+    assert ours.poll(120), "the forked process hangs"
     answer = ours.recv()
-    process.join(20)
+    process.join(120)
     assert process.exitcode == 0
     return answer
 
@@ -420,12 +424,12 @@ RANGE = b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-99999/100000\r\n\r\n"
 
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: ", RANGE])
 def test_a_server_that_trickles_is_given_up_by_name(head: bytes, impatient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each byte comes well within the time without one."""
+    """Each byte comes well within the time without one, on a busy machine too."""
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    monkeypatch.setattr(storage, "TIMEOUT", 0.5)
+    monkeypatch.setattr(storage, "TIMEOUT", 1.0)
     monkeypatch.setattr(storage, "SLOWEST", 1e9)
     server = Endless(head, b"x", 0.05)
-    with pytest.raises(OSError, match=r"no whole answer within [12] s, at the last of 2 attempts") as caught:
+    with pytest.raises(OSError, match=r"no whole answer within [23] s, at the last of 2 attempts") as caught:
         storage.read_range(f"{server.url}/x", 0, 100_000) if head is RANGE else storage.read_bytes(f"{server.url}/x")
     one_line(caught, f"{server.url}/x")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+from commands import start
 from conftest import sound
-from test_resume import command, finish, losses, start, until
+from test_resume import MODULE, command, finish, launched, losses, until
 from test_train import nano
 from transformers.audio_utils import mel_filter_bank
 
@@ -143,7 +144,7 @@ def test_a_run_killed_in_its_stage_goes_on_to_the_same_bits(stage: str, corpus: 
     process = start(command(stage, corpus, out))
     until(process, out / "warm_start", 9)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert not (out / "checkpoints").exists() and max(losses(out / "warm_start")) < 40
     code, message = finish(command(stage, corpus, out, "--resume"))
     assert code == 0, message
@@ -158,7 +159,9 @@ def test_a_run_killed_in_its_stage_goes_on_to_the_same_bits(stage: str, corpus: 
 
 def test_two_processes_go_through_the_stage_and_the_run(stage: str, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code, message = finish(command(stage, corpus, out, "--train.devices", "2", "--warm-start.updates", "8"))
+    code, message = launched(
+        [*MODULE, *command(stage, corpus, out, "--train.devices", "2", "--warm-start.updates", "8")]
+    )
     assert code == 0, message
     assert max(losses(out / "warm_start")) == 8 and max(losses(out)) == 9
     before, after = (read_native(folder).state for folder in (out / "warm_start", out))

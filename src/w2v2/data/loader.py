@@ -50,10 +50,14 @@ def dead_workers_named() -> Iterator[None]:
         line = next((line for line in reversed(lines) if line.startswith("DataLoader worker")), "")
         if not line:
             raise
-        raise JobError(
-            f"a process that reads audio has died ({line}), often of too little memory: lower `data.num_workers`; what "
-            "was saved is whole"
-        ) from error
+        raise _died(line) from error
+
+
+def _died(how: str) -> JobError:
+    return JobError(
+        f"a process that reads audio has died ({how}), often of too little memory: lower `data.num_workers`; what was "
+        "saved is whole"
+    )
 
 
 @atexit.register
@@ -98,8 +102,13 @@ class SpeechLoader(DataLoader[Batch]):
         first = True
         while True:
             asked = time.perf_counter()
-            with dead_workers_named():
-                batch = next(batches, None)
+            try:
+                with dead_workers_named():
+                    batch = next(batches, None)
+            except (ConnectionError, EOFError) as error:
+                if not self.num_workers or "DataLoader worker" in str(error):  # where it was the worker's own reading
+                    raise
+                raise _died(f"while it handed over a batch: {error}") from error
             self.waited += 0.0 if first else time.perf_counter() - asked
             first = False
             if batch is None:
