@@ -352,14 +352,17 @@ def one_step(recipe: str, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-@pytest.mark.parametrize("change", ["optimizer_states", "loops", "state_dict"])
+@pytest.mark.parametrize("change", ["optimizer_states", "loops", "state_dict", "shapes"])
 def test_a_checkpoint_that_is_whole_and_wrong_is_one_line(
     recipe: str, corpus: Path, tmp_path: Path, one_step: Path, change: str
 ) -> None:
     out = shutil.copytree(one_step, tmp_path / "run")
     (path,) = (out / "checkpoints").iterdir()
     saved = torch.load(path, weights_only=True)
-    torch.save(saved | {change: {"x": torch.zeros(3)}}, path)
+    if change == "shapes":  # of which the kernels of an optimiser would write beyond the end
+        for state in saved["optimizer_states"][0]["state"].values():
+            state["exp_avg"] = state["exp_avg"].flatten()[:1]
+    torch.save(saved | ({} if change == "shapes" else {change: {"x": torch.zeros(3)}}), path)
     result = run(words(recipe, corpus, out, "--train.max-steps", "2", "--resume"), tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert path.name in result.stderr.splitlines()[-1] or "no checkpoint in" in result.stderr.splitlines()[-1]

@@ -800,6 +800,17 @@ def test_bad_sources_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_summary_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], speakers: Path) -> None:
+    assert command(speakers, tmp_path / "out") == 0
+    path = tmp_path / "out" / "corpus.json"
+    corpus = json.loads(path.read_text())
+    corpus["splits"]["train"]["speakers"] = [1]
+    path.write_text(json.dumps(corpus))
+    capsys.readouterr()
+    assert command(speakers, tmp_path / "out") == 2
+    assert "already holds" in one_line(capsys)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"schema": 1}'])
 def test_somebody_elses_folder_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], speakers: Path, content: str

@@ -19,7 +19,8 @@ from test_cli import refuse
 
 from w2v2.checkpoint.pickles import plain, read_pickle
 from w2v2.cli.main import main
-from w2v2.errors import UsageError
+from w2v2.data.utterance import read_cut
+from w2v2.errors import JobError, UsageError
 from w2v2.files import open_file, open_text, read_text
 from w2v2.serial import checked, parse_json, read_figures
 
@@ -122,6 +123,11 @@ def not_regular(path: Path, kind: str) -> Path:
     path.unlink(missing_ok=True)
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero") if kind == "device" else path.mkdir()
     return path
+
+
+def test_a_line_of_a_manifest_that_is_no_text_is_one_line() -> None:
+    with pytest.raises(JobError, match="a manifest holds what is no cut: UnicodeDecodeError"):
+        read_cut(b'{"id": "\xff"}')
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])

@@ -321,6 +321,13 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert 25 < accuracy < 31
 
 
+def test_a_configuration_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    pretrain_run(tmp_path, np.random.default_rng(0), steps=100)
+    (tmp_path / "config.json").write_text('{"model": {"num_distractors": [100]}}')
+    with pytest.raises(UsageError, match=r"config\.json: expected int, got array"):
+        write_run_report(tmp_path)
+
+
 def test_long_run_is_thinned_and_undefined_values_pass(tmp_path: Path) -> None:
     steps = {step: 2.0 + math.sin(step) for step in range(1, 5001)}
     diverged = {10: math.nan, 20: math.inf, 30: 1.0}

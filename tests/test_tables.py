@@ -23,7 +23,8 @@ from w2v2.data.tables import listed_splits, table_rows
 from w2v2.errors import UsageError
 from w2v2.inference.align import find_texts
 from w2v2.preparation.config import PrepareConfig
-from w2v2.preparation.run import prepare, summary_table
+from w2v2.preparation.run import prepare
+from w2v2.preparation.summary import summary_table
 
 NFC, NFD = unicodedata.normalize("NFC", "Élise"), unicodedata.normalize("NFD", "Élise")
 

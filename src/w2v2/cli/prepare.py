@@ -77,7 +77,8 @@ class Prepare:
 
     def run(self, named: Collection[str]) -> None:
         """Prepare, and say what is there now."""
-        from w2v2.preparation.run import prepare, summary_table
+        from w2v2.preparation.run import prepare
+        from w2v2.preparation.summary import summary_table
 
         check_ranges(self)
         names = ["splits", "valid_share", "test_share", "seed", "speaker", "hf_config", "shards", "shard_mb"]

@@ -133,12 +133,12 @@ def read_cut(line: bytes, tar: str = "") -> MonoCut:
     """The cut that a line of a manifest is; ``tar`` is where its audio lies, which manifests do not say."""
     from lhotse.serialization import deserialize_item
 
-    values = msgspec.json.decode(line)
-    if tar:
-        values["recording"]["sources"][0]["source"] = tar
     try:
+        values = msgspec.json.decode(line)
+        if tar:
+            values["recording"]["sources"][0]["source"] = tar
         cut: MonoCut = deserialize_item(values)
-    except Exception as error:  # lhotse checks nothing
+    except Exception as error:  # lhotse checks nothing, and what is no UTF-8 may stand where nothing else looks
         raise JobError(f"a manifest holds what is no cut: {type(error).__name__} {error}; prepare it again") from error
     return cut
 

@@ -29,6 +29,7 @@ from w2v2.preparation.findings import REASONS
 from w2v2.preparation.journal import Journal, open_journal
 from w2v2.preparation.reading import source_rows, stamped
 from w2v2.preparation.settle import settle
+from w2v2.preparation.summary import Corpus
 from w2v2.serial import checked, parse_json, read_json
 
 HF, _JOURNAL = "hf:", "journal.sqlite"
@@ -143,7 +144,7 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if path.exists():
         with contextlib.suppress(UsageError):  # not of ours
             corpus = read_json(path)
-            checked([corpus.get(part, 0) for part in ("options", "audit")], list[dict[str, Any]], str(path))
+            checked(corpus, Corpus, str(path))
             if corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
                 return corpus
         raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
@@ -279,20 +280,3 @@ def _write_audit(journal: Journal, out: Path) -> dict[str, Any]:
 def _refuse_findings(counts: dict[str, Any], out: Path) -> None:
     if reasons := ", ".join(f"{count} {reason}" for reason, count in counts["reasons"].items() if count):
         raise JobError(f"the audit found {reasons}, and `strict` allows nothing; {out / 'audit.jsonl'} lists them")
-
-
-def summary_table(summary: dict[str, Any]) -> list[str]:
-    """Lines that tell a person what came out."""
-    counts = summary["audit"]
-    lines = [f"{counts['ok']} ok, {counts['warned']} with a warning, {counts['rejected']} rejected"]
-    if unlisted := counts.get("unlisted"):
-        lines.append(f"{unlisted} of these are in no split: the list of splits does not name them")
-    if passed_over := counts.get("passed_over"):
-        lines.append("passed over: " + ", ".join(f"{count} {what}" for what, count in passed_over.items()))
-    lines += [f"  {reason:20} {count:8}" for reason, count in counts["reasons"].items() if count]
-    for name, split in summary.get("splits", {}).items():
-        lines.append(
-            f"{name:10} {split['hours']:9.2f} h {split['utterances']:9} utterances {split['speakers']:6} speakers "
-            f"{split['transcribed']:9} with a transcript"
-        )
-    return lines

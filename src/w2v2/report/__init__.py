@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from safetensors import safe_open
 
-from w2v2.errors import NotNegative, UsageError
+from w2v2.errors import NotNegative, UsageError, Whole
 from w2v2.files import read_bytes, write_text
 from w2v2.report import figures
 from w2v2.report.figures import PANELS, Series
@@ -69,6 +69,15 @@ class _Environment(TypedDict, total=False):
     data: _Data
 
 
+class _Model(TypedDict, total=False):
+    num_distractors: Whole
+
+
+class _Config(TypedDict, total=False):
+    recipe: str
+    model: _Model
+
+
 class _Codebook(TypedDict, total=False):
     counts: list[list[NotNegative]]
 
@@ -85,7 +94,7 @@ def write_run_report(run: Path) -> Path:
     Raises:
         UsageError: no metrics.csv, or nothing in it.
     """
-    metrics, config = _metrics(run), _json(run / "config.json", {})
+    metrics, config = _metrics(run), _json(run / "config.json", {}, _Config)
     names = list(dict.fromkeys(column.rpartition("/")[2] for column in metrics))
     drawn = {*names} - {column for column, *_ in figures.COMPANIONS.values()}
     return _write(
@@ -118,7 +127,7 @@ def write_demo_report(folder: Path) -> Path:
     summary = _json(path, {}, _Summary)
     runs = {name: folder / name for name in STAGES if name != "warm_start_only" or (folder / name).is_dir()}
     metrics = {name: _metrics(run) for name, run in runs.items()}
-    config = _json(runs["pretrain"] / "config.json", {})
+    config = _json(runs["pretrain"] / "config.json", {}, _Config)
     about = {name: _json(run / "environment.json", {}, _Environment) for name, run in runs.items()}
     data = {name: environment.get("data", {}).get("train", {}) for name, environment in about.items()}
     seconds = dict(summary.get("seconds", {}))

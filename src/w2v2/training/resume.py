@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor
 
 from w2v2.errors import JobError, StoppedError, Whole
 from w2v2.files import whole, write_json
@@ -156,7 +157,9 @@ class Checkpoints(pl.Callback):
         self.validated = -1  # last step after which there was a validation
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to signals."""
+        """Listen to signals, once what the optimiser has taken up is of the parameters' shapes."""
+        for optimizer in trainer.optimizers:
+            _check_state(optimizer)
         self.step = trainer.global_step
         self._listen()
 
@@ -254,3 +257,12 @@ class Checkpoints(pl.Callback):
             save_config(self.config, folder / "config.json")
             best = {"step": trainer.global_step, "loss": pl_module.valid_figures["loss"], "score": score}
             write_json(folder / "best.json", best)
+
+
+def _check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a state that its kernels, which do not look, would read or write beyond its end."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)} for a parameter {tuple(parameter.shape)}"
+                raise ValueError(f"the optimizer's {name} is {shapes}")
