@@ -1,11 +1,13 @@
 """What a pass is made of, wherever the audio lies: planned without decoding, shared out, resumed, and damaged."""
 
 import copy
+import gc
 import gzip
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -666,6 +668,19 @@ def test_a_damaged_member_of_a_shard_is_left_out_and_named_within_max_bad_and_re
         with pytest.raises(JobError, match=r"2 utterances cannot be read, more than `data.max_bad` 5% of 20") as caught:
             batches_of(module(root, num_workers=workers, max_bad="5%"))
         assert "(2-3)" in str(caught.value) and "(1-1)" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_workers_of_a_loader_that_is_garbage_end_when_they_are_told_to(corpora: dict[str, Path]) -> None:
+    def begun() -> list[multiprocessing.Process]:
+        loader = module(corpora["flac"], num_workers=2).train_dataloader()
+        cycle = [loader, iter(loader)]
+        next(cycle[1])
+        cycle.append(cycle)
+        return loader._iterator._workers
+
+    workers = begun()
+    gc.collect()
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_an_utterance_that_is_bad_in_every_pass_counts_once(breakable: dict[str, Path]) -> None:

@@ -91,6 +91,13 @@ class SpeechLoader(DataLoader[Batch]):
         self.waited = 0.0
         """Seconds that whoever iterates has waited for batches, the first of a pass not counted."""
 
+    def _get_iterator(self) -> Any:
+        iterator: Any = super()._get_iterator()
+        if self.num_workers:
+            # Not as garbage: there the queues by which workers are told to end may be closed before they are told.
+            weakref.finalize(self, iterator._shutdown_workers).atexit = False
+        return iterator
+
     def start_workers(self) -> None:
         """Fork the workers now rather than at the first batch."""
         if self.num_workers:
