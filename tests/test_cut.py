@@ -162,7 +162,7 @@ def test_what_a_model_hears_is_a_table_of_which_prepare_takes_what_is_sure(
     (tmp_path / "in").mkdir()
     for name in "abcdef":
         soundfile.write(tmp_path / "in" / f"{name}.wav", sound(3.0, ord(name)), 16_000)
-    assert main(["transcribe", str(model), str(tmp_path / "in"), "--format", "json", "--timestamps", "none"]) == 0
+    assert main(["transcribe", str(model), str(tmp_path / "in"), "--format", "jsonl", "--timestamps", "none"]) == 0
     (tmp_path / "heard.jsonl").write_text(out := capsys.readouterr().out)
     heard = {row["path"]: row for row in map(json.loads, out.splitlines())}
     assert len(heard) == 6 and all(0 < row["confidence"] < 1 for row in heard.values())

@@ -30,7 +30,7 @@ from w2v2.inference.writer import TranscriptWriter, check_format
 
 log = logging.getLogger("w2v2")
 
-Format = Literal["txt", "json", "srt", "vtt", "ctm", "TextGrid"]
+Format = Literal["txt", "json", "jsonl", "srt", "vtt", "ctm", "TextGrid"]
 
 
 @dataclass(kw_only=True)

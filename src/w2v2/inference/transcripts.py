@@ -258,6 +258,7 @@ Write = Callable[[Transcript, str], str]
 FORMATS: dict[str, Write] = {
     "txt": to_text,
     "json": to_json,
+    "jsonl": to_json,  # a line each, of many recordings in a stream: a table that `w2v2 prepare` takes
     "srt": to_srt,
     "vtt": to_vtt,
     "ctm": to_ctm,
