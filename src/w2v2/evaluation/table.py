@@ -33,7 +33,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
 
 def probe_table(probe: dict[str, Any]) -> list[str]:
     """Lines to read, from what ``probe`` returns."""
-    told = "{scored:,} frames of {voices} voices, {classes} phones; trained on {train:,} of {others}".format(
+    about = "{scored:,} frames of {voices} voices, {classes} phones; trained on {train:,} of {others}".format(
         classes=len(probe["classes"]),
         voices=probe["speakers"]["scored"],
         others=probe["speakers"]["train"],
@@ -49,7 +49,7 @@ def probe_table(probe: dict[str, Any]) -> list[str]:
         lines.append(f"{name:20}" + "".join(f"{'-' if cell is None else format(cell, '.3f'):>11}" for cell in cells))
     if probe["codes"] is not None:
         lines.append("codes: purity {purity:.3f}, {information:.3f} of the phones' entropy".format(**probe["codes"]))
-    return [told, "", *lines]
+    return [about, "", *lines]
 
 
 def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -115,12 +115,12 @@ def _product(graph: GraphProto, node: NodeProto, weight: npt.NDArray[np.float32]
         return name
 
     def make(operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> NodeProto:
-        made.append(
-            helper.make_node(operator, inputs, [f"{out}.{len(made)}.{i}" for i in range(outputs)], **attributes)
+        nodes.append(
+            helper.make_node(operator, inputs, [f"{out}.{len(nodes)}.{i}" for i in range(outputs)], **attributes)
         )
-        return made[-1]
+        return nodes[-1]
 
-    made: list[NodeProto] = []
+    nodes: list[NodeProto] = []
     stride, pads = _attribute(node, "strides", [1])[0], _attribute(node, "pads", [0, 0])
     x = make("Transpose", node.input[0], perm=[0, 2, 1]).output[0]
     if any(pads):
@@ -138,7 +138,7 @@ def _product(graph: GraphProto, node: NodeProto, weight: npt.NDArray[np.float32]
     if len(node.input) > 2:
         x = make("Add", x, node.input[2]).output[0]
     make("Transpose", x, perm=[0, 2, 1]).output[0] = out
-    yield from made
+    yield from nodes
 
 
 def _attribute(node: NodeProto, name: str, default: Any) -> Any:
