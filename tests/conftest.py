@@ -119,3 +119,11 @@ def override(config: Any, words: list[str], prog: str) -> Any:
     from w2v2.cli.options import Settings, parse
 
     return parse(Settings[type(config)], words, prog, default=config)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waits between attempts; how long one may take is for the tests of silent servers to say."""
+    from w2v2.data import storage
+
+    monkeypatch.setattr(storage, "BACKOFF", 0.001)

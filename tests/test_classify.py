@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from commands import run
 from conftest import write_corpus
 
 import w2v2
+from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.formats import read
 from w2v2.data.corpora import read_corpus
 from w2v2.errors import UsageError
@@ -80,17 +82,22 @@ def test_a_class_does_not_depend_on_what_else_is_in_the_batch(attention: bool) -
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_it_computes_what_transformers_does(tmp_path: Path) -> None:
+def of_transformers(name: str, folder: Path) -> tuple[Any, Checkpoint]:
+    """A classifier of theirs with random weights, and its encoder as read here."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Wav2Vec2Config(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=3,
         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, use_weighted_layer_sum=True,
         attn_implementation="eager",
     )  # fmt: skip
-    theirs = transformers.Wav2Vec2ForSequenceClassification(config).eval()
+    theirs = getattr(transformers, name)(config).eval()
     torch.nn.init.normal_(theirs.layer_weights)
-    theirs.wav2vec2.save_pretrained(tmp_path)
-    encoder = read(tmp_path)
+    theirs.wav2vec2.save_pretrained(folder)
+    return theirs, read(folder)
+
+
+def test_it_computes_what_transformers_does(tmp_path: Path) -> None:
+    theirs, encoder = of_transformers("Wav2Vec2ForSequenceClassification", tmp_path)
     ours = Wav2Vec2ForClassification(encoder.config, 3).eval()
     encoder.fill_encoder(ours)
     names = {
@@ -212,16 +219,7 @@ def framed(melodies: Path) -> Path:
 
 
 def test_frames_are_classified_as_transformers_does(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Wav2Vec2Config(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=3,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, use_weighted_layer_sum=True,
-        attn_implementation="eager",
-    )  # fmt: skip
-    theirs = transformers.Wav2Vec2ForAudioFrameClassification(config).eval()
-    torch.nn.init.normal_(theirs.layer_weights)
-    theirs.wav2vec2.save_pretrained(tmp_path)
-    encoder = read(tmp_path)
+    theirs, encoder = of_transformers("Wav2Vec2ForAudioFrameClassification", tmp_path)
     ours = Wav2Vec2ForFrames(encoder.config, 3).eval()
     encoder.fill_encoder(ours)
     names = {"layer_weights": "layer_weights", "output.weight": "classifier.weight", "output.bias": "classifier.bias"}

@@ -328,6 +328,13 @@ def test_a_configuration_of_another_kind_is_one_line(tmp_path: Path) -> None:
         write_run_report(tmp_path)
 
 
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    pretrain_run(tmp_path, np.random.default_rng(0), steps=100)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UsageError, match=r"model\.safetensors is damaged"):
+        write_run_report(tmp_path)
+
+
 def test_long_run_is_thinned_and_undefined_values_pass(tmp_path: Path) -> None:
     steps = {step: 2.0 + math.sin(step) for step in range(1, 5001)}
     diverged = {10: math.nan, 20: math.inf, 30: 1.0}

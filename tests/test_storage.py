@@ -54,12 +54,6 @@ def root(request: pytest.FixtureRequest, folder: Path):
         yield request.getfixturevalue("s3").upload(folder, "some/prefix")
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waits between attempts; how long one may take is for the tests of silent servers to say."""
-    monkeypatch.setattr(storage, "BACKOFF", 0.001)
-
-
 @contextmanager
 def as_s3(url: str) -> Iterator[str]:
     """A plain HTTP server is one for S3 too, as far as reading goes; its folders are the buckets."""

@@ -397,11 +397,6 @@ def corpora(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return found
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "BACKOFF", 0.001)
-
-
 def module(splits, **options) -> SpeechDataModule:
     if isinstance(splits, (str, Path)):
         splits = read_corpus(splits)

@@ -91,7 +91,7 @@ class Evaluate(Decoding):
     def run(self, named: Collection[str]) -> None:
         """Evaluate, and print a table or JSON."""
         from w2v2.data.corpora import choose_split, read_corpus
-        from w2v2.inference.recognizer import Classifier, FrameClassifier, Recognizer, load
+        from w2v2.inference.recognizer import Classifier, FrameClassifier, Recognizer, load, network_of
         from w2v2.model.wav2vec2 import Wav2Vec2
         from w2v2.training.pretrain import evaluate_pretrained
 
@@ -99,11 +99,10 @@ class Evaluate(Decoding):
         choose_split(splits, self.split, self.data)
         model = load(self.model, self.language)
         if self.probe:
-            has_head = isinstance(model, Recognizer | Classifier | FrameClassifier)
-            network = model.model if has_head else model
-            if not isinstance(network, Wav2Vec2):
+            encoder = network_of(model)
+            if not isinstance(encoder, Wav2Vec2):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
-            self._probe(splits, network)
+            self._probe(splits, encoder)
             return
         of_probe = ("layers", "minutes", "abx", *(() if isinstance(model, FrameClassifier) else ("labels",)))
         if given := [f"`{name}`" for name in of_probe if name in named]:

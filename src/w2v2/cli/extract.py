@@ -63,7 +63,7 @@ class Extract:
             read_split,
         )
         from w2v2.inference.onnx import OnnxModel
-        from w2v2.inference.recognizer import Classifier, FrameClassifier, Recognizer, load, place
+        from w2v2.inference.recognizer import load, network_of, place
         from w2v2.model.wav2vec2 import Wav2Vec2
 
         if bool(self.audio) == bool(self.data):
@@ -73,8 +73,7 @@ class Extract:
         check_ranges(self)
         layers = self.layers or (() if self.codes else (-1,))
         wanted = Wanted(layers=layers, codes=self.codes, pool=self.pool is not None, format=self.format)
-        loaded = load(self.model, self.language)
-        model = loaded.model if isinstance(loaded, Recognizer | Classifier | FrameClassifier) else loaded
+        model = network_of(load(self.model, self.language))
         assert isinstance(model, Wav2Vec2 | OnnxModel)
         check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
         place(model, self.device)

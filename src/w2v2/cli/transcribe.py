@@ -101,8 +101,7 @@ class Transcribe(Decoding, _Windows):
         check_format(self.format, timestamps)
         if not self.audio:
             raise UsageError("name the audio: files, URLs, folders, or - for standard input")
-        check_ranges(self)
-        work = self._load(named, self.device) if self.jobs == 1 else None
+        work = None if self.jobs > 1 else self._load(named, self.device)
         sources, failures = find_sources(self.audio)
         sources = self.heard(sources)
         writer = TranscriptWriter(sources, self.format, timestamps, self.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +100,7 @@ def quantize_convolutions(graph: GraphProto) -> None:
         graph.node.extend(_product(graph, node, numpy_helper.to_array(weight)))
 
 
-def _product(graph: GraphProto, node: NodeProto, weight: npt.NDArray[np.float32]) -> Iterator[NodeProto]:
+def _product(graph: GraphProto, node: NodeProto, weight: npt.NDArray[np.float32]) -> list[NodeProto]:
     """(B, C, T) -> (B, C', T') with a weight (C', C, K)."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -114,31 +113,28 @@ def _product(graph: GraphProto, node: NodeProto, weight: npt.NDArray[np.float32]
         graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
 
-    def make(operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> NodeProto:
-        nodes.append(
-            helper.make_node(operator, inputs, [f"{out}.{len(nodes)}.{i}" for i in range(outputs)], **attributes)
-        )
-        return nodes[-1]
+    def make(operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
+        names = [f"{out}.{len(nodes)}.{i}" for i in range(outputs)]
+        nodes.append(helper.make_node(operator, inputs, names, **attributes))
+        return names
 
     nodes: list[NodeProto] = []
     stride, pads = _attribute(node, "strides", [1])[0], _attribute(node, "pads", [0, 0])
-    x = make("Transpose", node.input[0], perm=[0, 2, 1]).output[0]
+    [x] = make("Transpose", node.input[0], perm=[0, 2, 1])
     if any(pads):
-        x = make("Pad", x, constant([0, pads[0], 0, 0, pads[1], 0])).output[0]
-    x, scale, zero = make("DynamicQuantizeLinear", x, outputs=3).output
-    ends = [tap + 1 - kernel or np.iinfo(np.int64).max for tap in range(kernel)]  # of each tap, the last window's
-    taps = [
-        make("Slice", x, *(constant([value]) for value in (tap, end, 1, stride))).output[0]
-        for tap, end in enumerate(ends)
-    ]
-    x = make("Concat", *taps, axis=-1).output[0]
-    codes = constant(np.round(matrix / np.where(scales > 0, scales, 1)), np.int8)
-    x = make("Cast", make("MatMulInteger", x, codes, zero).output[0], to=TensorProto.FLOAT).output[0]
-    x = make("Mul", x, make("Mul", scale, constant(scales, np.float32)).output[0]).output[0]
+        [x] = make("Pad", x, constant([0, pads[0], 0, 0, pads[1], 0]))
+    x, scale, zero = make("DynamicQuantizeLinear", x, outputs=3)
+    taps: list[str] = []
+    for tap in range(kernel):
+        end = tap + 1 - kernel or np.iinfo(np.int64).max  # the last window's
+        taps += make("Slice", x, *(constant([value]) for value in (tap, end, 1, stride)))
+    [x] = make("Concat", *taps, axis=-1)
+    [x] = make("MatMulInteger", x, constant(np.round(matrix / np.where(scales > 0, scales, 1)), np.int8), zero)
+    [x] = make("Cast", x, to=TensorProto.FLOAT)
+    [x] = make("Mul", x, *make("Mul", scale, constant(scales, np.float32)))
     if len(node.input) > 2:
-        x = make("Add", x, node.input[2]).output[0]
-    make("Transpose", x, perm=[0, 2, 1]).output[0] = out
-    yield from nodes
+        [x] = make("Add", x, node.input[2])
+    return [*nodes, helper.make_node("Transpose", [x], [out], perm=[0, 2, 1])]
 
 
 def _attribute(node: NodeProto, name: str, default: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +26,7 @@ def in_processes(
     """Transcribe recordings in several processes; results in the order of the recordings, texts as of one process.
 
     Args:
-        jobs: processes; the cores are shared out among them.
+        jobs: processes; this one's threads are shared out among them.
         load: called once in each.
         device: where all work; None: the GPUs in turn, if there are any.
         show: is told the share of the recordings that are done.
@@ -44,7 +43,7 @@ def in_processes(
         devices.put(
             f"cuda:{job % torch.cuda.device_count()}" if device is None and torch.cuda.is_available() else device
         )
-    pool = ProcessPoolExecutor(jobs, context, _begin, (load, devices, max(1, (os.cpu_count() or 1) // jobs)))
+    pool = ProcessPoolExecutor(jobs, context, _begin, (load, devices, max(1, torch.get_num_threads() // jobs)))
     try:
         for done, result in enumerate(pool.map(_work, sources), 1):
             yield result

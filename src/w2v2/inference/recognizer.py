@@ -158,6 +158,11 @@ class FrameClassifier:
         return _emissions(self.model, len(self.classes.labels), audio)
 
 
+def network_of(loaded: Recognizer | Classifier | FrameClassifier | Wav2Vec2 | OnnxModel) -> CTCModel | nn.Module:
+    """The model in what ``load`` returns."""
+    return loaded if isinstance(loaded, Wav2Vec2 | OnnxModel) else loaded.model
+
+
 def load(
     name: str | PathLike[str], language: str | None = None
 ) -> Recognizer | Classifier | FrameClassifier | Wav2Vec2 | OnnxModel:

@@ -9,9 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 import jinja2
 import jiwer
-import numpy as np
 from markupsafe import Markup
-from safetensors import safe_open
 
 from w2v2.errors import NotNegative, UsageError, Whole
 from w2v2.files import read_bytes, write_text
@@ -241,12 +239,13 @@ def _layers(weights: Path) -> list[tuple[str, str]]:
     """The share of each state in the mix of a finished classifier, from the first block's input on."""
     if not weights.is_file():
         return []
-    with safe_open(weights, "np") as tensors:
-        if "classifier.layer_weights" not in tensors.keys():  # noqa: SIM118, no mapping
-            return []
-        shares = np.exp(tensors.get_tensor("classifier.layer_weights"))
-    names = ("input of the blocks", *(f"block {i}" for i in range(1, len(shares))))
-    return [(name, f"{share:.1%}") for name, share in zip(names, shares / shares.sum(), strict=True)]
+    from w2v2.checkpoint.native import read_safetensors  # late: it needs torch
+
+    mix = read_safetensors(weights).get("classifier.layer_weights")
+    if mix is None:
+        return []
+    names = ("input of the blocks", *(f"block {i}" for i in range(1, len(mix))))
+    return [(name, f"{share:.1%}") for name, share in zip(names, mix.softmax(0).tolist(), strict=True)]
 
 
 def _settings(runs: dict[str, Path]) -> dict[str, Any]:
