@@ -545,6 +545,18 @@ def test_an_mp4_of_37_channels_and_one_whose_decoder_dies_are_refused_and_the_ne
     assert reasons(good) == [[]]
 
 
+def test_a_decoder_that_is_ended_while_it_waits_costs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.m4a"
+    encode(path, sound(1, 0), "alac")
+    for _ in range(20):
+        with AudioFile(str(path)) as file:
+            assert isinstance(file.file, containers.ContainerFile)
+            process = file.file.process.popen
+        process.kill()  # it seems to run for a moment
+        with AudioFile(str(path)) as file:
+            assert len(file.read()) == file.frames
+
+
 @pytest.mark.parametrize("rate", [16, 10_000_000])
 def test_rates_that_no_recording_has_are_refused(tmp_path: Path, rate: int) -> None:
     data = write(tmp_path / "a.wav", sound(1, 0))

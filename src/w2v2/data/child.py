@@ -38,9 +38,15 @@ class Child:
         assert self.popen.stdin is not None and self.popen.stdout is not None
         self.input, self.output = self.popen.stdin, self.popen.stdout
 
-    def alive(self) -> bool:
-        """Whether it still runs."""
-        return self.popen.poll() is None
+    def wakes(self) -> bool:
+        """Whether it still answers: one that was ended a moment ago seems to run."""
+        try:
+            self._send({"do": "wake"})
+            self._receive()
+        except (OSError, ValueError):
+            self.end()
+            return False
+        return True
 
     def ask(self, command: dict[str, Any], file: BinaryIO) -> tuple[dict[str, Any], bytes]:
         """The answer to a command, with its data; meanwhile the process is given what it wants of the file.
@@ -101,7 +107,7 @@ def child(module: str) -> Child:
     waiting = _idle.setdefault((os.getpid(), module), [])
     with contextlib.suppress(IndexError):  # several threads take of them
         while True:
-            if (process := waiting.pop()).alive():
+            if (process := waiting.pop()).wakes():
                 return process
     return Child(module)
 
@@ -129,12 +135,13 @@ def send(answer: dict[str, Any], data: bytes = b"") -> None:
 
 
 def receive(stream: BinaryIO) -> dict[str, Any]:
-    """One line from the parent; it ends the process if there is none."""
-    line = stream.readline()
-    if not line:
-        sys.exit(0)
-    message: dict[str, Any] = json.loads(line)
-    return message
+    """One line from the parent, to be answered; it ends the process if there is none."""
+    while line := stream.readline():
+        message: dict[str, Any] = json.loads(line)
+        if message.get("do") != "wake":
+            return message
+        send({})
+    sys.exit(0)
 
 
 class ParentsFile(Positioned):

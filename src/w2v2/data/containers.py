@@ -94,10 +94,9 @@ class ContainerFile:
 
     def close(self) -> None:
         """Let go of the process."""
-        with contextlib.suppress(AudioError):
-            if self.process.alive():
-                self._ask(do="close")
-                rest(self.process)
+        with contextlib.suppress(AudioError):  # it is no longer there
+            self._ask(do="close")
+            rest(self.process)
 
     def _ask(self, **command: Any) -> tuple[dict[str, Any], bytes]:
         answer, data = self.process.ask(command, self.file)
