@@ -28,7 +28,7 @@ from w2v2.evaluation.probe import probe
 from w2v2.files import write_json
 from w2v2.serial import save_config
 from w2v2.training.config import PretrainConfig
-from w2v2.training.optim import WarmupLinear
+from w2v2.training.optim import WarmupCosine, WarmupLinear
 from w2v2.training.pretrain import pretrain
 from w2v2.training.resume import WARM_START
 
@@ -40,17 +40,18 @@ def _no_warm_start(config: PretrainConfig) -> None:
     """As many updates in all, the convolutions learning as published; the auxiliary loss needs them frozen."""
     config.optim.schedule.total_steps += config.warm_start.updates
     config.warm_start.updates = 0
-    config.model.conv_gradient_scale, config.model.neighbourhood = 0.1, 0
-    del config.loss_weights["neighbourhood"]
+    config.model.conv_gradient_scale = 0.1
+    _no_neighbourhood(config)
 
 
 def _no_neighbourhood(config: PretrainConfig) -> None:
-    config.model.neighbourhood = 0
+    _model(neighbourhood=0)(config)
     del config.loss_weights["neighbourhood"]
 
 
 def _linear(config: PretrainConfig) -> None:
     old = config.optim.schedule
+    assert isinstance(old, WarmupCosine)
     config.optim.schedule = WarmupLinear(peak=old.peak, warmup_steps=old.warmup_steps, total_steps=old.total_steps)
 
 
