@@ -1,11 +1,12 @@
 """Windows against the whole, streams against one shot, batches against single files; and what is said of bad input."""
 
 import io
+import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -211,10 +212,44 @@ def test_text_and_times_do_not_depend_on_the_batch(run: Path, recordings: Path, 
         for n in (1, size)
     )
     assert len("".join(t.text for t in single if isinstance(t, Transcript))) > 50
-    for one, other in zip(single, batched, strict=True):
-        assert isinstance(one, Transcript) and isinstance(other, Transcript)
-        assert (one.name, one.text, one.seconds) == (other.name, other.text, other.seconds)
-        assert [(w.text, w.start, w.end) for w in one.words] == [(w.text, w.start, w.end) for w in other.words]
+    assert [*map(tell, single)] == [*map(tell, batched)]
+
+
+def tell(result: Transcript | Failure) -> tuple[object, ...]:
+    """What of a transcript is equal to the bit."""
+    assert isinstance(result, Transcript)
+    return result.name, result.text, result.seconds, [(w.text, w.start, w.end) for w in result.words]
+
+
+class Overheard(Recognizer):
+    """Notes how much audio comes at once."""
+
+    def emissions(self, audio: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        batches.append([len(row) for row in audio])
+        return super().emissions(audio)
+
+
+batches: list[list[int]] = []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_short_recordings_are_heard_together_but_no_more_than_whole_windows_are(
+    run: Path, tmp_path: Path, size: int
+) -> None:
+    rng = np.random.default_rng(0)
+    for i, seconds in enumerate([*rng.uniform(0.05, 1.5, 20), *[0.03] * 60, 5.0, 2.0, 0.001]):
+        soundfile.write(tmp_path / f"{i:02}.wav", sound(float(seconds), i), RATE, subtype="FLOAT")
+    sources, _ = find_sources([str(tmp_path)])
+    model, layout = load_recognizer(run), Layout(2.0, 0.4)
+    decoder = Greedy(model.vocabulary)
+    alone = [tell(next(transcribe(model, [source], decoder, layout=layout))) for source in sources]
+    batches.clear()
+    overheard = Overheard(model.model, model.vocabulary)
+    assert [*map(tell, transcribe(overheard, sources, decoder, layout=layout, batch_size=size))] == alone
+    assert len(batches) <= 30 / size and max(map(len, batches)) == 16 * size
+    for batch, coming in itertools.pairwise(batches):
+        assert sum(batch) <= size * 2 * RATE
+        assert len(batch) == 16 * size or sum(batch) + coming[0] > size * 2 * RATE
 
 
 def test_a_short_file_is_heard_as_in_evaluation(run: Path, recordings: Path) -> None:

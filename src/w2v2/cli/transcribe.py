@@ -41,7 +41,7 @@ class _Windows:
     out: Annotated[Path | None, default("standard output", "DIR")] = None
     """Folder for a file of each recording."""
     batch_size: Count = 1
-    """Windows that are worked on together."""
+    """Windows, or as much audio in shorter ones, that are worked on together."""
     window_seconds: float = 30.0
     """Longer audio is cut into such windows."""
     context_seconds: float = 3.0

@@ -8,14 +8,12 @@ While the model works on a batch, a thread reads the next one, and another makes
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from w2v2.data.audio import SAMPLE_RATE, AudioError, FloatArray, Mixer, stream_a
 from w2v2.data.vad import MARGIN, WINDOW, Vad, near_speech
 from w2v2.decoding.greedy import Decoder, Hypothesis
 from w2v2.errors import UsageError
+from w2v2.inference.batches import ahead, one_late, together
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer
 from w2v2.inference.recordings import Failure, Source, why
 from w2v2.inference.transcripts import Transcript
@@ -32,7 +31,6 @@ from w2v2.inference.words import label_scores, word_times
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 from w2v2.text.vocabulary import Vocabulary
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -219,6 +217,15 @@ def find_pause(log_probs: Tensor, vocabulary: Vocabulary) -> int:
     return place[2]
 
 
+_Item = tuple[_Recording, Window | None]
+_SHORT = 16
+"""So many short windows in the place of a whole one at most: they are padded before they are packed."""
+
+
+def _samples(item: _Item) -> int:
+    return 0 if item[1] is None else len(item[1].audio)
+
+
 def transcribe(
     recognizer: Recognizer,
     sources: Sequence[Source],
@@ -234,34 +241,33 @@ def transcribe(
 
     Args:
         layout: of windows; None: 30 s with 3 s of context.
-        batch_size: windows that go through the model together, also of several recordings. The text does not depend on
-            it.
+        batch_size: windows that go through the model together, or shorter ones, also of several recordings, that are
+            no more audio. The text does not depend on it.
         stretch: seconds that the decoder gets at most; infinite: always whole recordings.
         vad: whether what is no speech is left out, by ``data/vad.py``.
         show: is told the share of the work that is done, by size of files.
     """
-    layout = layout or Layout()
+    layout, hop = layout or Layout(), math.prod(recognizer.model.config.conv_strides)
     sizes = [source.size() for source in sources]
-    longest = stretch * SAMPLE_RATE / math.prod(recognizer.model.config.conv_strides)
+    longest = stretch * SAMPLE_RATE / hop
     listeners = (Vad() if vad else None for _ in sources)
     recordings = (_Recording(source, recognizer, decoder, longest, next(listeners)) for source in sources)
     done = 0
     windows = (item for recording in recordings for item in recording.windows(layout))
+    samples = batch_size * round(layout.seconds * SAMPLE_RATE / hop) * hop
+    batches = together(windows, _samples, samples, batch_size * _SHORT)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         heard = (
             (batch, writer.submit(_texts, batch, recognizer.emissions([w.audio for _, w in batch if w is not None])))
-            for batch in _ahead(reader, windows, batch_size)
+            for batch in ahead(reader, batches)
         )
-        for batch, texts in _one_late(heard):
+        for batch, texts in one_late(heard):
             for text in texts.result():
                 done += sizes.pop(0)
                 yield text
             if show is not None:
                 rest = sizes[0] * batch[-1][0].share() if sizes and batch[-1][1] and not batch[-1][1].last else 0.0
                 show((done + rest) / (done + sum(sizes)))
-
-
-_Item = tuple[_Recording, Window | None]
 
 
 def _texts(batch: Sequence[_Item], log_probs: Iterable[Tensor]) -> list[Transcript | Failure]:
@@ -273,25 +279,3 @@ def _texts(batch: Sequence[_Item], log_probs: Iterable[Tensor]) -> list[Transcri
         if window is None or window.last:
             ended.append(recording.failure or recording.finish())
     return ended
-
-
-def _ahead(thread: Executor, items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in batches, each made in a thread while the one before is in use."""
-    rest = iter(items)
-
-    def batch() -> list[T]:
-        return list(itertools.islice(rest, size))
-
-    coming = thread.submit(batch)
-    while current := coming.result():
-        coming = thread.submit(batch)
-        yield current
-
-
-def _one_late(items: Iterable[T]) -> Iterator[T]:
-    """The items, each when the next one is there."""
-    before: list[T] = []
-    for item in items:
-        yield from before
-        before = [item]
-    yield from before

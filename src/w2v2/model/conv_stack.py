@@ -52,6 +52,10 @@ class Layers:
         gains, shifts = ([getattr(norm, name, None) for norm in self.norms] for name in ("weight", "bias"))
         return [*self.weights, *self.biases, *gains, *shifts]
 
+    def matrices(self, dtype: torch.dtype) -> list[Tensor]:
+        """Weights as ``conv_stack_in_parts`` takes them."""
+        return [_matrix(weight, dtype) for weight in self.weights]
+
 
 class _ConvStack(torch.autograd.Function):
     """(windows, first weights, slots, eps, whether to keep GELU's outputs, Layers.flat()) -> (all frames, C)."""
@@ -133,11 +137,12 @@ _FRAMES = 64
 """Worked on at once where nothing learns: 8 MB between the first two convolutions."""
 
 
-def conv_stack_in_parts(windows: Tensor, first: Tensor, slots: Slots, layers: Layers, eps: float) -> Tensor:
+def conv_stack_in_parts(
+    windows: Tensor, first: Tensor, slots: Slots, layers: Layers, matrices: Sequence[Tensor], eps: float
+) -> Tensor:
     """(T, C) of one utterance where nothing learns: some frames at a time, whose rows stay in a processor's cache."""
     geometry, rows, frames = slots.geometry, slots.lengths[1][0], slots.lengths[-1][0]
     parts = list(zip(geometry.kernels, geometry.strides, geometry.paddings, strict=True))[1:]
-    matrices = [_matrix(weight, windows.dtype) for weight in layers.weights]
     hop, field = slots.hops[1], 1  # rows of the first convolution from frame to frame, and that a frame sees
     for kernel, stride, _ in reversed(parts):
         field = (field - 1) * stride + kernel

@@ -133,7 +133,8 @@ class FeatureEncoder(nn.Module):
                 x = self._joined(audio, lengths, layers)
             elif layers is not None and audio.device.type == "cpu" and not torch.compiler.is_compiling():
                 counts = [audio.shape[1]] * len(audio) if lengths is None else lengths
-                rows = [self._in_parts(row[None, :n], layers) for row, n in zip(audio, counts, strict=True)]
+                matrices = layers.matrices(self._dtype("cpu"))
+                rows = [self._in_parts(row[None, :n], layers, matrices) for row, n in zip(audio, counts, strict=True)]
                 x = torch.stack(rows) if lengths is None else torch.cat(rows)[None]
             elif lengths is None:
                 x = self._stack(audio)
@@ -159,20 +160,23 @@ class FeatureEncoder(nn.Module):
             x = conv_stack(windows, first, slots, layers, eps, keep=not self.recompute)
         return x.view(len(audio), -1, x.shape[1]) if lengths is None else x[None]
 
-    def _in_parts(self, audio: Tensor, layers: Layers) -> Tensor:
+    def _in_parts(self, audio: Tensor, layers: Layers, matrices: Sequence[Tensor]) -> Tensor:
         """(1, S) -> (T, C), some frames at a time."""
         with self._first(audio, [audio.shape[1]]) as (windows, first, slots, eps):
-            return conv_stack_in_parts(windows, first.to(windows.dtype), slots, layers, eps)
+            return conv_stack_in_parts(windows, first.to(windows.dtype), slots, layers, matrices, eps)
+
+    def _dtype(self, device: str) -> torch.dtype:
+        """What is computed in."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.conv_weights()[0].dtype
 
     @contextlib.contextmanager
     def _first(self, audio: Tensor, lengths: list[int]) -> Iterator[tuple[Tensor, Tensor, Slots, float]]:
         """Windows, weights of the first convolution with its norm, where utterances lie, eps; without autocast."""
         conv, norm, _ = cast(tuple[nn.Conv1d, nn.Module, nn.Module], self.conv_layers[0])
         device = audio.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else conv.weight.dtype
         with torch.autocast(device, enabled=False):
             slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), lengths, audio.device)
-            windows = slots.windows(audio, dtype)
+            windows = slots.windows(audio, self._dtype(device))
             if isinstance(norm, nn.GroupNorm):
                 first = folded_weights(conv, norm, slots.moments(windows))
             else:
