@@ -8,10 +8,11 @@ utterances of unequal lengths; there Hugging Face pads, and we do not. Twice eac
 ship, where attention probabilities have dropout in both and feed-forward activations in theirs. LayerDrop is off.
 Ratios are medians over pairs taken in turn; activations are the storages kept for the backward pass.
 
-``--peers`` adds torchaudio's encoder with our quantizer and loss. Its wheel is built for CUDA and fails beside a CPU
-build of torch; its models are Python alone, and run without what is compiled:
+``--peers`` adds the encoders of ``encoders.py`` with our quantizer and loss. Their modules are Python alone;
+torchaudio's wheel is built for CUDA and fails beside a CPU build of torch, so it runs without what is compiled:
 
-    pip install --no-deps --target peers torchaudio && rm peers/torchaudio/lib/*.so
+    peers="torchaudio spidr speechbrain hyperpyyaml ruamel.yaml joblib"
+    pip install --no-deps --ignore-requires-python --target peers $peers && rm peers/torchaudio/lib/*.so
     PYTHONPATH=peers python benchmarks/step.py --peers
 """
 
@@ -23,18 +24,18 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from encoders import ENCODERS, with_our_objective
 from torch import Tensor
 from transformers import Wav2Vec2Config as HFConfig
 from transformers import Wav2Vec2ForPreTraining
 
 from w2v2 import recipes
 from w2v2.data.batch import Batch
-from w2v2.model.losses import contrastive_logits, contrastive_loss
 from w2v2.model.masking import ContrastiveDraws
 from w2v2.training.pretrain import weighted_sum
 
@@ -94,35 +95,6 @@ def hugging_face(
     return model, inputs
 
 
-def torchaudio_encoder(
-    samples: list[int], audio: torch.Tensor, *, shipped: bool
-) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
-    """torchaudio's encoder of the same shape, with our quantizer and contrastive loss."""
-    from torchaudio.models import wav2vec2_base
-
-    config = recipes.paper_base().model
-    encoder = wav2vec2_base(0.1, 0.1 if shipped else 0.0, 0.1 if shipped else 0.0, 0.1, 0.0)
-    config.n_layer = 0
-    ours, draws, frames = config.build(), draw(samples), config.frames(samples)
-    del ours.feature_encoder, ours.positional_embedding
-    lengths = torch.tensor(samples) if min(samples) < max(samples) else None
-    valid = torch.arange(max(frames)) < torch.tensor(frames)[:, None]  # (B, T)
-    masked = valid.flatten().nonzero().flatten()[draws.masked.long()]  # among padded frames
-
-    def loss() -> Tensor:
-        features, counts = encoder.feature_extractor(audio, lengths)
-        normalised = encoder.encoder.feature_projection.layer_norm(features).flatten(0, 1)
-        x, attention = encoder.encoder._preprocess(features, counts)
-        x = x.flatten(0, 1).index_copy(0, masked, ours.mask_vector.expand(len(masked), -1)).view_as(x)
-        context = ours.out_linear(encoder.encoder.transformer(x, attention).flatten(0, 1)[masked])
-        quantized = ours.quantizer(torch.nn.functional.dropout(normalised[masked], 0.1), 2.0)
-        targets = ours.project_q(quantized.quantized)
-        logits = contrastive_logits(context, targets, quantized.codes, draws.distractors, draws.counts)
-        return contrastive_loss(logits).loss / len(masked) + 10 * features.square().mean()
-
-    return torch.nn.ModuleList([encoder, ours]), loss
-
-
 def stepper(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
     """One training step, which returns the CPU seconds it took."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -163,8 +135,9 @@ def compare(samples: list[int], rounds: int, *, shipped: bool, peers: bool) -> d
         "w2v2": ours(samples, audio, shipped=shipped),
         "hugging_face": (peer, lambda: peer(**inputs).loss / inputs["mask_time_indices"].sum()),
     }
-    if peers:
-        sides["torchaudio"] = torchaudio_encoder(samples, audio, shipped=shipped)
+    dropouts = (0.1, 0.1) if shipped else (0.0, 0.0)
+    for name, build in ENCODERS.items() if peers else ():
+        sides[name] = with_our_objective(*build(*dropouts), audio, samples, draw(samples))
     activations = {side: kept(*parts) for side, parts in sides.items()}
     steps = {side: stepper(*parts) for side, parts in sides.items()}
     times = [{side: step() for side, step in steps.items()} for _ in range(rounds + 1)][1:]  # the first is a warm-up
@@ -183,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="pairs of steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
-    parser.add_argument("--peers", action="store_true", help="torchaudio's encoder too; see above")
+    parser.add_argument("--peers", action="store_true", help="other encoders too; see above")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -206,7 +179,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/step.py --rounds {args.rounds} --threads {args.threads}"
         + (" --peers" if args.peers else ""),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {name: version(name) for name in ("torch", "transformers", *(ENCODERS if args.peers else ()))},
         "machine": platform.processor() or platform.machine(),
         "rounds": args.rounds,
         "threads": args.threads,
