@@ -106,6 +106,11 @@ def check_range(value: Any, hint: Any, name: str) -> None:
             raise UsageError(f"{name} must be {bounds}, got {shown(value)}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of others says, cut at 200 signs; of one that says nothing, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def shown(value: Any) -> str:
     """A value of whatever kind and size, to be shown in a message."""
     try:

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from w2v2.checkpoint.contents import Checkpoint
 from w2v2.checkpoint.huggingface import class_name
 from w2v2.checkpoint.processor import compare_processor
-from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.errors import JobError, Show, UsageError, first_line, quiet
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.model.feature_encoder import receptive_field
 from w2v2.model.losses import ctc_loss
@@ -137,7 +137,7 @@ def quiet_transformers() -> Iterator[Any]:
     except (UsageError, JobError):
         raise
     except Exception as error:  # it checks little of what it reads
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UsageError(f"transformers cannot read these files: {type(error).__name__} {reason}; mend them") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

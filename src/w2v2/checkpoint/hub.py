@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from w2v2.data.storage import is_remote, read_range, size_of
-from w2v2.errors import JobError, UsageError, public
+from w2v2.errors import JobError, UsageError, first_line, public
 from w2v2.files import whole
 
 _HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:@([\w./-]+))?")
@@ -98,8 +98,7 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UsageError(f"there is no {name}{_at(revision)} here or in the hub's cache, and {reason}") from error
     except (OSError, errors.HTTPError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot get {name} from the hub: {public(reason)}") from error
+        raise UsageError(f"cannot get {name} from the hub: {public(first_line(error))}") from error
 
 
 def _download(address: str) -> Path:
@@ -160,6 +159,5 @@ def push(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of w2v2")
     except (OSError, HTTPError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JobError(f"{folder} is written, but not pushed to {repository}: {reason}") from error
+        raise JobError(f"{folder} is written, but not pushed to {repository}: {first_line(error)}") from error
     return str(address)

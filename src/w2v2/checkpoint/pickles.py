@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, first_line
 
 _INERT = ("argparse", "enum", "fairseq", "numpy", "omegaconf", "pathlib", "typing")
 _TENSORS = re.compile(
@@ -130,8 +130,7 @@ def read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UsageError(f"{path} cannot be read without running it: {_reason(error)}; do not use this file") from error
     except Exception as error:  # a damaged file can fail in any way that its bytes please
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path} is damaged: {reason[:200]}; get it again") from error
+        raise UsageError(f"{path} is damaged: {first_line(error)}; get it again") from error
 
 
 def _reason(error: Exception) -> str:

@@ -119,11 +119,11 @@ class NGram:
 
     def columns(self) -> list[Ints]:
         """(n-grams, n) words of the n-grams of each order."""
-        made: list[Ints] = [self.keys[0][:, None]]
+        ngrams: list[Ints] = [self.keys[0][:, None]]
         for keys in self.keys[1:]:
             prefix, last = np.divmod(keys, len(self.words))
-            made.append(np.column_stack([made[-1][prefix], last]))
-        return made
+            ngrams.append(np.column_stack([ngrams[-1][prefix], last]))
+        return ngrams
 
     def save(self, path: Path) -> None:
         """Write as ARPA, gzipped where the name ends in .gz; whole or not at all."""

@@ -91,25 +91,25 @@ def tune(
     start = start or BeamConfig()
     if trials < 1:
         raise UsageError(f"`trials` must be 1 or more, got {trials}")
-    made: list[Trial] = []
-    for weights in _proposals(start, trials, seed, made):
-        made.append(_trial(make, replace(start, lm_weight=weights[0], word_score=weights[1]), emissions, references))
-        progress("tune", len(made) / trials)
-    best = min(made, key=_errors)
-    return Tuning(replace(start, lm_weight=best.lm_weight, word_score=best.word_score), tuple(made))
+    tried: list[Trial] = []
+    for weights in _proposals(start, trials, seed, tried):
+        tried.append(_trial(make, replace(start, lm_weight=weights[0], word_score=weights[1]), emissions, references))
+        progress("tune", len(tried) / trials)
+    best = min(tried, key=_errors)
+    return Tuning(replace(start, lm_weight=best.lm_weight, word_score=best.word_score), tuple(tried))
 
 
 def _errors(trial: Trial) -> tuple[float, float]:
     return trial.wer, trial.cer
 
 
-def _proposals(start: BeamConfig, trials: int, seed: int, made: list[Trial]) -> Iterator[tuple[float, float]]:
+def _proposals(start: BeamConfig, trials: int, seed: int, tried: list[Trial]) -> Iterator[tuple[float, float]]:
     """Weights to try, given those that were tried."""
     yield start.lm_weight, start.word_score
     points = SobolEngine(2, scramble=True, seed=seed).draw(trials - 1).tolist() if trials > 1 else []
     whole = max(len(points) // 2, min(len(points), _ROUND))
     for turn, (x, y) in enumerate(points):
-        best, share = min(made, key=_errors), 0.5 ** (1 + (turn - whole) // _ROUND) if turn >= whole else None
+        best, share = min(tried, key=_errors), 0.5 ** (1 + (turn - whole) // _ROUND) if turn >= whole else None
         yield _within(x, LM_WEIGHTS, best.lm_weight, share), _within(y, WORD_SCORES, best.word_score, share)
 
 

@@ -33,7 +33,7 @@ from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
 from w2v2.data.loader import whole_utterances
 from w2v2.decoding.greedy import Greedy
-from w2v2.errors import JobError, Show, UsageError, quiet
+from w2v2.errors import JobError, Show, UsageError, first_line, quiet
 from w2v2.evaluation.evaluate import error_rates
 from w2v2.export.int8 import quantize
 from w2v2.files import write_json
@@ -233,8 +233,7 @@ def _exporting() -> Iterator[None]:
         with warnings.catch_warnings(action="ignore"):
             yield
     except RuntimeError as error:
-        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise JobError(f"this model cannot be exported: {reason}") from error
+        raise JobError(f"this model cannot be exported: {first_line(error.__cause__ or error)}") from error
     finally:
         logging.disable(before)
 

@@ -65,13 +65,13 @@ def cues(words: Sequence[Word]) -> list[Cue]:
             groups[-1].append(word)
         else:
             groups.append([word])
-    made: list[Cue] = []
+    shown: list[Cue] = []
     for i, group in enumerate(groups):
         start = group[0].start
         following = groups[i + 1][0].start if i + 1 < len(groups) else float("inf")
         end = max(group[-1].end, min(start + MIN_CUE_SECONDS, following))
-        made.append(Cue(start, end, tuple(_wrap(group))))
-    return made
+        shown.append(Cue(start, end, tuple(_wrap(group))))
+    return shown
 
 
 def _pieces(word: Word) -> Iterator[Word]:
@@ -121,7 +121,7 @@ def to_text(transcript: Transcript, timestamps: str) -> str:
 
 def to_json(transcript: Transcript, timestamps: str) -> str:
     """An object in one line: ``path``, ``seconds``, ``text``, ``confidence``, ``words`` with times and ``score``."""
-    made: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "path": transcript.name,
         **({} if transcript.channel is None else {"channel": transcript.channel}),
         "seconds": round(transcript.seconds, 3),
@@ -129,12 +129,12 @@ def to_json(transcript: Transcript, timestamps: str) -> str:
         "confidence": round(confidence(transcript.words), 4),
     }
     if timestamps != "none":
-        made["words"] = [
+        fields["words"] = [
             word_fields(word)
             | ({"characters": [word_fields(c) for c in word.characters]} if timestamps == "char" else {})
             for word in transcript.words
         ]
-    return json.dumps(made, ensure_ascii=False) + "\n"
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def word_fields(word: Word) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
-from w2v2.errors import JobError, StoppedError, Whole
+from w2v2.errors import JobError, StoppedError, Whole, first_line
 from w2v2.files import whole, write_json
 from w2v2.serial import checked, read_checked, save_config
 from w2v2.training.config import RunConfig
@@ -119,8 +119,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
                 raise ValueError(f"it is of step {saved['global_step']}")
             return path, saved
         except Exception as error:  # a damaged file can fail in any way that its bytes please
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("%s is damaged (%s); the one before is used", path, reason[:200])
+            log.warning("%s is damaged (%s); the one before is used", path, first_line(error))
     raise JobError(
         f"no checkpoint in {folder / 'checkpoints'} can be read; start again with `init_from` {folder / 'best'}"
     )

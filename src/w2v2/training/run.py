@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from w2v2.data.corpora import Splits
 from w2v2.data.loader import dead_workers_named, stop_workers
-from w2v2.errors import JobError, UsageError, public
+from w2v2.errors import JobError, UsageError, first_line, public
 from w2v2.model.feature_encoder import FeatureEncoder
 from w2v2.model.flops import training_flops
 from w2v2.serial import to_dict
@@ -147,9 +147,8 @@ def _failures_named(checkpoints: Checkpoints, last: Path | None) -> Iterator[Non
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise error if last is None or checkpoints.started else _unusable(last, error) from error
-        reason = (str(error).splitlines() or ["no memory on the host"])[0]
         raise JobError(
-            f"out of memory ({reason[:200]}); lower `data.batch_seconds` and raise `train.accumulate` as much, or "
+            f"out of memory ({first_line(error)}); lower `data.batch_seconds` and raise `train.accumulate` as much, or "
             "choose `train.activation_checkpointing` True; go on with `resume`"
         ) from error
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -163,10 +162,8 @@ def _failures_named(checkpoints: Checkpoints, last: Path | None) -> Iterator[Non
 def _unusable(last: Path, error: Exception) -> Exception:
     if isinstance(error, (UsageError, JobError)):
         return error
-    reason = (str(error).splitlines() or [""])[0]
-    return JobError(
-        f"cannot go on from {last}: {type(error).__name__} {reason[:200]}; remove it, and the one before is used"
-    )
+    reason = f"{type(error).__name__} {first_line(error)}"
+    return JobError(f"cannot go on from {last}: {reason}; remove it, and the one before is used")
 
 
 def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
