@@ -12,6 +12,11 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, settings
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # sums are equal to the bit here and in commands, however pytest is called
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 LONGEST = [
     "docs", "demo", "resume", "ends", "processes", "export", "streaming", "train", "warm_start", "plan", "names",
     "health", "reading", "finetune", "serve", "live", "evaluate", "transcribe", "secrets", "results", "classify",
