@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
-)  # sums are equal to the bit here and in commands, however pytest is called
+)  # sums equal those of commands to the bit, however pytest is called
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = [
