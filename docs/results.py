@@ -101,6 +101,26 @@ def probe_rows(probes: dict[int, Any], key: str) -> list[dict[str, Any]]:
     return rows
 
 
+def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds of each change to ``tiny``, and what they are more than ``tiny`` of the same seeds."""
+    runs = {(row["name"], row["seed"]): row for row in rows}
+    out = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        of_name = [runs[key] for key in runs if key[0] == name]
+        pairs = [(row, runs["tiny", row["seed"]]) for row in of_name if ("tiny", row["seed"]) in runs]
+        out.append({"name": name, "seeds": ", ".join(f"{row['seed']}" for row in of_name)})
+        for count in ("one", "five"):
+            out[-1][count] = statistics.fmean(row[count] for row in of_name)
+            out[-1][f"{count}_more"] = statistics.fmean(row[count] - tiny[count] for row, tiny in pairs)
+    return out
+
+
+def spread(rows: list[dict[str, Any]], count: str) -> str:
+    """How far the seeds of ``tiny`` lie apart."""
+    values = [row[count] for row in rows if row["name"] == "tiny"]
+    return percent(max(values) - min(values))
+
+
 def apart(demos: dict[int, Any]) -> int:
     """Seeds whose intervals of pretrained and of random weights do not touch."""
     ends = [(s["finetuned"]["cer_interval"], s["scratch"]["cer_interval"]) for s in demos.values()]
@@ -111,7 +131,8 @@ def page() -> str:
     """The page as it should be."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["percent"] = percent
-    environment.globals |= {"table": table, "demo_rows": demo_rows, "probe_rows": probe_rows, "apart": apart}
+    functions = (table, demo_rows, probe_rows, ablation_rows, spread, apart)
+    environment.globals |= {function.__name__: function for function in functions}
     records = {path.stem: load(path) for path in sorted(RECORDS.glob("*.json")) if "-seed" not in path.name}
     template = environment.from_string((HERE / "results.md.jinja").read_text(encoding="utf-8"))
     return template.render(demos=seeds("demo"), probes=seeds("probe"), **records)

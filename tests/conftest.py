@@ -12,9 +12,7 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, settings
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # sums equal those of commands to the bit, however pytest is called
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums equal those of commands to the bit, however pytest is called
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = [

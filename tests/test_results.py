@@ -38,6 +38,19 @@ def test_the_readme_tells_what_is_recorded() -> None:
     assert f"three seeds have {pretrained}, {warm} and {scratch} % on average" in readme
 
 
+def test_the_readme_tells_how_fast_a_step_is() -> None:
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())["results"]
+    both = [recorded[lengths]["equal_dropouts"] for lengths in ("equal", "unequal")]
+    peers = {name: " / ".join(f"{one['speed_against'][name]:.2f}" for one in both) for name in both[0]["speed_against"]}
+    ours = " / ".join(f"{one['speed']:.2f} x ({one['range'][0]:.2f} to {one['range'][1]:.2f})" for one in both)
+    speechbrain = " / ".join(f"{one['speed'] / one['speed_against']['speechbrain']:.2f} x" for one in both)
+    readme = (ROOT / "README.md").read_text().replace("\N{MULTIPLICATION SIGN}", "x").replace("\n", " ")
+    assert f"| {ours} | not measured here | 1 | {speechbrain}, its own architecture |" in readme
+    assert (
+        f"{peers['torchaudio']} x as fast as one with torchaudio's encoder, {peers['spidr']} x with SpidR's" in readme
+    )
+
+
 def test_another_seed_needs_only_its_files() -> None:
     summary = {
         "finetuned": {"cer": 0.4, "wer": 0.9, "cer_interval": [0.37, 0.43], "wer_trigram": 0.5},
