@@ -115,6 +115,19 @@ def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def long_arms(demo: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms of a demo, to stand beside a longer pretraining."""
+    names = {
+        "finetuned": "the demo's pretraining, 10 h",
+        "warm_start_only": "its warm start",
+        "scratch": "random weights",
+    }
+    return [
+        {"name": name, "cer": arm(demo, key), "wer": demo[key]["wer"], "trigram": demo[key].get("wer_trigram")}
+        for key, name in names.items()
+    ]
+
+
 def spread(rows: list[dict[str, Any]], count: str) -> str:
     """How far the seeds of ``tiny`` lie apart."""
     values = [row[count] for row in rows if row["name"] == "tiny"]
@@ -131,7 +144,7 @@ def page() -> str:
     """The page as it should be."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["percent"] = percent
-    functions = (table, demo_rows, probe_rows, ablation_rows, spread, apart)
+    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, spread, apart)
     environment.globals |= {function.__name__: function for function in functions}
     records = {path.stem: load(path) for path in sorted(RECORDS.glob("*.json")) if "-seed" not in path.name}
     template = environment.from_string((HERE / "results.md.jinja").read_text(encoding="utf-8"))
