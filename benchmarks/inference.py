@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -132,7 +133,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     packages = ("w2v2", "torch", "transformers", "onnxruntime")
     record: dict[str, Any] = {
-        "command": f"python benchmarks/inference.py --rounds {args.rounds} --minutes {args.minutes:g}",
+        "command": f"python {' '.join(['benchmarks/inference.py', *sys.argv[1:]])}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "processor": platform.processor() or platform.machine(),
         "threads": args.threads,

@@ -51,6 +51,16 @@ def test_the_readme_tells_how_fast_a_step_is() -> None:
     )
 
 
+def test_the_readme_tells_how_fast_a_transcription_is() -> None:
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "inference.json").read_text())
+    jobs = [job for job in recorded.values() if isinstance(job, dict) and "texts" in job]
+    assert len(jobs) == 4
+    ratios = [[job[kind]["times_pipeline"] for job in jobs] for kind in ("pytorch", "int8")]
+    told = " / ".join(f"{min(kind):.2f} to {max(kind):.2f} x" for kind in ratios)
+    readme = (ROOT / "README.md").read_text().replace("\N{MULTIPLICATION SIGN}", "x")
+    assert f"one CPU thread: float32 / 8 bits | {told}: " in readme
+
+
 def test_another_seed_needs_only_its_files() -> None:
     summary = {
         "finetuned": {"cer": 0.4, "wer": 0.9, "cer_interval": [0.37, 0.43], "wer_trigram": 0.5},
