@@ -15,7 +15,7 @@ from serving import Faults, serve
 
 from w2v2.checkpoint.card import _last_name
 from w2v2.cli.main import main
-from w2v2.errors import printable, public
+from w2v2.errors import first_line, printable, public
 from w2v2.inference.extract import Item, Wanted, extract_files
 from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
@@ -38,6 +38,13 @@ USER, SECRET = "reader", "hunter2"
 )
 def test_addresses_lose_user_password_and_query_alone(text: str, rest: str) -> None:
     assert public(text) == rest == public(rest)
+
+
+@pytest.mark.parametrize("before", range(170, 200, 5))
+def test_the_first_line_of_an_error_tells_no_secret_wherever_it_is_cut(before: int) -> None:
+    error = OSError(f"\n{'x' * before} https://user:secret@host/path?signature=secret\nhttps://a:secret@b")
+    assert first_line(error) == f"{'x' * before} https://host/path"[:200]
+    assert first_line(ValueError()) == "ValueError"
 
 
 @given(st.text(max_size=40))

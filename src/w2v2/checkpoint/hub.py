@@ -98,7 +98,7 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise UsageError(f"there is no {name}{_at(revision)} here or in the hub's cache, and {reason}") from error
     except (OSError, errors.HTTPError, ValueError) as error:
-        raise UsageError(f"cannot get {name} from the hub: {public(first_line(error))}") from error
+        raise UsageError(f"cannot get {name} from the hub: {first_line(error)}") from error
 
 
 def _download(address: str) -> Path:
