@@ -107,7 +107,7 @@ def check_range(value: Any, hint: Any, name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of others says, ``public`` and of 200 signs; of one that says nothing, its type."""
+    """The first line of what an error says, ``public``, 200 signs at most; of one that says nothing, its type."""
     return public((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
