@@ -174,9 +174,10 @@ class FeatureEncoder(nn.Module):
         """Windows, weights of the first convolution with its norm, where utterances lie, eps; without autocast."""
         conv, norm, _ = cast(tuple[nn.Conv1d, nn.Module, nn.Module], self.conv_layers[0])
         device = audio.device.type
+        dtype = self._dtype(device)
         with torch.autocast(device, enabled=False):
             slots = Slots(Geometry(self.kernel_sizes, self.strides, self.paddings), lengths, audio.device)
-            windows = slots.windows(audio, self._dtype(device))
+            windows = slots.windows(audio, dtype)
             if isinstance(norm, nn.GroupNorm):
                 first = folded_weights(conv, norm, slots.moments(windows))
             else:
