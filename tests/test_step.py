@@ -187,6 +187,18 @@ def test_attention_of_a_nested_tensor_is_that_of_each_utterance(queries):
     torch.testing.assert_close(nested.transpose(1, 2).values()[None], attend(q, k, v, queries, lengths, 0.0))
 
 
+def test_attention_in_bf16_is_that_of_the_same_numbers_in_float32():
+    low, full = ([rand(1, 12, 2, 8, seed=i).bfloat16().to(dtype).requires_grad_() for i in range(3)]
+                 for dtype in (torch.bfloat16, torch.float32))  # fmt: skip
+    outs = [attend(*part, [5, 7], [5, 7], 0.0) for part in (low, full)]
+    assert outs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(outs[0].float(), outs[1], atol=1e-2, rtol=1e-2)
+    for out in outs:
+        out.float().square().sum().backward()
+    for a, b in zip(low, full, strict=True):
+        torch.testing.assert_close(a.grad.float(), b.grad, atol=2e-2, rtol=2e-2)
+
+
 def explicit_attention(q, k, v, keep, p):
     probs = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
     return (probs * keep / (1 - p)) @ v

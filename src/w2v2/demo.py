@@ -11,6 +11,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ import torch
 from w2v2 import recipes
 from w2v2.checkpoint.native import WEIGHTS, read_native
 from w2v2.data.audio import load_audio
-from w2v2.data.corpora import Splits, describe, labelled_subset, read_corpus
+from w2v2.data.corpora import Split, Splits, describe, labelled_subset, read_corpus
+from w2v2.decoding.config import BeamConfig
 from w2v2.decoding.decoder import TunableDecoder, make_decoder
 from w2v2.decoding.greedy import Decoder, Greedy
 from w2v2.decoding.kneser_ney import estimate
 from w2v2.errors import UsageError
-from w2v2.evaluation.probe import probe
+from w2v2.evaluation.probe import best_layer, probe
 from w2v2.evaluation.scoring import Tally
 from w2v2.evaluation.tuning import tune_on
 from w2v2.files import write_json
@@ -49,11 +52,12 @@ from w2v2.training.resume import WARM_START
 
 log = logging.getLogger(__name__)
 
-LABELLED_MINUTES, PROBE_MINUTES, TUNE_TRIALS = 10.0, 10.0, 16
+LABELLED_MINUTES, PROBE_MINUTES = 10.0, 10.0
+TUNE_TRIALS, BEAM_SIZE, TRIGRAM = 16, 500, "trigram.arpa"
+TUNE_BEAM = BeamConfig(beam_size=100, beam_size_token=10, sum_paths=True)
 ARMS = ("finetuned", "warm_start_only", "scratch")
 FIGURES = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
 _MARK = "demo.json"
-_OWN = ("pretrain", *ARMS, "manifest")
 
 
 def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float = 2.0, shrink: float = 1.0) -> Path:
@@ -80,24 +84,28 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         prepare(data, out / "manifest")
         splits = read_corpus(out / "manifest")
         split = "test" if "test" in splits else "valid"
-    labelled = splits | {"train": labelled_subset(splits["train"], LABELLED_MINUTES, seed)}
-    with _two_processes() as pool:
-        arms = [pool.submit(_finetune, "scratch", labelled, out, seed, shrink)]
+    texts = [normalize_text(text).split() for _, _, text in splits["train"].transcripts(0.0) if text]
+    estimate(texts, 3).save(out / TRIGRAM)
+    labelled = labelled_subset(splits["train"], LABELLED_MINUTES, seed)
+    hear = partial(_hear, splits=splits, labelled=labelled, split=split, out=out, seed=seed, shrink=shrink)
+    with _beside() as pool:
+        others = [pool.submit(hear, "scratch")]
         with _stage("pretrain", seconds):
             config = _scaled(recipes.tiny(), seed, shrink)
             pretrained = pretrain(config, splits, out / "pretrain")
             assert isinstance(pretrained, Wav2Vec2ForPretraining)
             figures = evaluate_pretrained(out / "pretrain", splits, "valid")
+        others.append(pool.submit(hear, "warm_start_only"))
         with _stage("finetune", seconds):
-            arms += [pool.submit(_finetune, name, labelled, out, seed, shrink) for name in ARMS if name != "scratch"]
-            for arm in arms:
-                arm.result()
-    with _stage("probe", seconds):
-        probed = _probe(pretrained, splits, split, data, out)
-    with _stage("evaluate", seconds):
-        rows = _hypotheses(out, splits, split)
-        _write_codebook(out, pretrained, splits, config)
-        _write_example(out, splits, config)
+            heard = hear("finetuned")
+        with _stage("probe", seconds):
+            probed = _probe(pretrained, splits, split, data, out)
+        with _stage("evaluate", seconds):
+            _write_codebook(out, pretrained, splits, config)
+            _write_example(out, splits, config)
+            for other in others:
+                heard |= other.result()
+            rows = _hypotheses(out, splits, split, heard)
     rates = {arm: _rates(rows, arm) for arm in ARMS}
     summary = {
         "schema": 2,
@@ -109,7 +117,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         "peak_memory_gib": peak_memory("self", "children") / 2**30,
         "command": f"w2v2 demo {source} --seed {seed} --shrink {shrink:g}",
         "test_split": split,
-        "labelled_minutes": labelled["train"].seconds / 60,
+        "labelled_minutes": labelled.seconds / 60,
         "data": describe(splits),
     }
     write_json(out / "summary.json", summary)
@@ -120,14 +128,14 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
 def _tell(rows: list[dict[str, str]], rates: dict[str, Any]) -> None:
     """What came of it, in figures and in some sentences, to the log."""
     for row in _spread(rows, 3):
-        log.info("spoken:         %s", row["reference"])
+        log.info("%-15s %s", "spoken:", row["reference"])
         for arm, name in (("finetuned", "pretrained"), ("scratch", "random weights")):
             log.info("%-15s %s", f"{name}:", row[arm])
             if f"{arm}_trigram" in row:
                 log.info("%-15s %s", "  + trigram:", row[f"{arm}_trigram"])
     log.info(
         "character error rate on unseen speakers: %.1f %% pretrained, %.1f %% warm start alone, %.1f %% random weights",
-        *(100 * rates[arm]["cer"] for arm in ("finetuned", "warm_start_only", "scratch")),
+        *(100 * rates[arm]["cer"] for arm in ARMS),
     )
 
 
@@ -138,14 +146,8 @@ def _probe(model: Wav2Vec2, splits: Splits, split: str, data: Path, out: Path) -
         return None
     results = probe(model, splits, split, data, minutes=PROBE_MINUTES)
     write_json(out / "probe.json", results)
-    rows = results["rows"]
     kinds = {"log_mel": "log-mel", "random": "random", "pretrained": "model"}
-    return {
-        name: {
-            count: max(row[f"phones_{count}"] for row in rows if row["features"] == kind) for count in ("one", "five")
-        }
-        for name, kind in kinds.items()
-    }
+    return {name: best_layer(results["rows"], kind) for name, kind in kinds.items()}
 
 
 def _warm_start(out: Path, splits: Splits) -> dict[str, float]:
@@ -156,11 +158,11 @@ def _warm_start(out: Path, splits: Splits) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _two_processes() -> Iterator[ProcessPoolExecutor]:
-    """One thread each, as this process has meanwhile: two at a time are quicker, and no arm has more of the machine."""
+def _beside() -> Iterator[ProcessPoolExecutor]:
+    """A process of one thread, as this one has meanwhile: two at a time are quicker than two threads."""
     threads = torch.get_num_threads()
     _one_thread()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         yield pool
     torch.set_num_threads(threads)
 
@@ -170,13 +172,46 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _finetune(arm: str, labelled: Splits, out: Path, seed: int, shrink: float) -> None:
+Heard = dict[str, dict[str, str]]
+"""Text of each utterance, by its id, of each arm (``scratch``, with the trigram ``scratch_trigram``)."""
+
+
+def _hear(arm: str, splits: Splits, labelled: Split, split: str, out: Path, seed: int, shrink: float) -> Heard:
+    """Fine-tune one, and write down a split's utterances, greedily and with the trigram."""
     config = _scaled(recipes.tiny_ctc_scratch() if arm == "scratch" else recipes.tiny_ctc(), seed, shrink)
     start = {"finetuned": out / "pretrain", "warm_start_only": out / "pretrain" / WARM_START}.get(arm)
     if start is not None:
         config.adopt_architecture(read_native(start).config)
-    finetune(config, labelled, out / arm, init_from=start)
+    finetune(config, splits | {"train": labelled}, out / arm, init_from=start)
+    model = load_recognizer(out / arm / "best")
+    decoders: dict[str, Decoder] = {arm: Greedy(model.vocabulary)}
+    if arm != "warm_start_only" and (search := _trigram(model, out, arm, splits, split)):
+        decoders[f"{arm}_trigram"] = search
+    heard: Heard = {name: {} for name in decoders}
+    for cut in splits[split]:
+        log_probs = model.emissions([torch.from_numpy(load_audio(cut))])[0]
+        for name, decoder in decoders.items():
+            heard[name][cut.id] = decoder(log_probs).text
     log.info("%s: done", arm)
+    return heard
+
+
+def _trigram(model: Recognizer, out: Path, arm: str, splits: Splits, split: str) -> Decoder | None:
+    """Beam search over the words of all training transcripts, weighed by their trigram; None: not installed.
+
+    Its weights are tuned for each arm on the validation voices, unless these are what is scored. Models that spell so
+    badly need a wide beam, whose paths are summed: narrow ones lose what the trigram would have chosen (LOG.md).
+    """
+    try:
+        search = make_decoder(model.vocabulary, lm=out / TRIGRAM, beam=TUNE_BEAM)
+    except UsageError as error:
+        log.warning("%s, no trigram: %s", arm, error)
+        return None
+    assert isinstance(search, TunableDecoder)
+    best, folder, data = search.config, out / arm / "best", recipes.tiny_ctc().data
+    if split != "valid":
+        best = tune_on(model, search, splits["valid"], data, folder, weights_key(folder), trials=TUNE_TRIALS).best
+    return search.tuned(replace(best, beam_size=BEAM_SIZE))
 
 
 def _claim(out: Path) -> None:
@@ -185,7 +220,7 @@ def _claim(out: Path) -> None:
         raise UsageError(f"{out} is not empty and not of an earlier demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _MARK, {})
-    for name in _OWN:
+    for name in ("pretrain", *ARMS, "manifest"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
@@ -211,49 +246,17 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     log.info("%s: %.0f s", name, seconds[name])
 
 
-def _hypotheses(out: Path, splits: Splits, split: str) -> list[dict[str, str]]:
+def _hypotheses(out: Path, splits: Splits, split: str, heard: Heard) -> list[dict[str, str]]:
     """Reference and hypotheses of each arm, greedy and with the trigram, of every transcribed utterance of a split."""
-    models = {arm: load_recognizer(out / arm / "best") for arm in ARMS}
-    searches = _trigrams(out, splits, split, models)
     rows = []
     for cut in splits[split]:
-        text = normalize_text(cut.supervisions[0].text or "")
-        if not text:
-            continue
-        audio = torch.from_numpy(load_audio(cut))
-        row = {"id": cut.id, "speaker": cut.supervisions[0].speaker or "", "reference": text}
-        for arm, model in models.items():
-            log_probs = model.emissions([audio])[0]
-            row[arm] = Greedy(model.vocabulary)(log_probs).text
-            if arm in searches:
-                row[f"{arm}_trigram"] = searches[arm](log_probs).text
-        rows.append(row)
+        if text := normalize_text(cut.supervisions[0].text or ""):
+            row = {"id": cut.id, "speaker": cut.supervisions[0].speaker or "", "reference": text}
+            rows.append(row | {name: texts[cut.id] for name, texts in heard.items()})
     write_json(out / "hypotheses.json", _spread(rows, 10))
-    write_json(out / "listening.json", listening_examples(list(splits[split]), rows, models["finetuned"]))
+    model = load_recognizer(out / "finetuned" / "best")
+    write_json(out / "listening.json", listening_examples(list(splits[split]), rows, model))
     return rows
-
-
-def _trigrams(out: Path, splits: Splits, split: str, models: dict[str, Recognizer]) -> dict[str, Decoder]:
-    """Beam searches over the words of all training transcripts, weighed by their trigram; none: not installed.
-
-    Its weight is tuned for each arm on the validation voices, unless these are what is scored.
-    """
-    texts = [normalize_text(text).split() for _, _, text in splits["train"].transcripts(0.0) if text]
-    estimate(texts, 3).save(out / "trigram.arpa")
-    searches: dict[str, Decoder] = {}
-    for arm in ("finetuned", "scratch"):
-        try:
-            search = make_decoder(models[arm].vocabulary, lm=out / "trigram.arpa")
-        except UsageError as error:
-            log.warning("no trigram: %s", error)
-            break
-        assert isinstance(search, TunableDecoder)
-        if split != "valid":
-            folder, data = out / arm / "best", recipes.tiny_ctc().data
-            key, valid = weights_key(folder), splits["valid"]
-            search = search.tuned(tune_on(models[arm], search, valid, data, folder, key, trials=TUNE_TRIALS).best)
-        searches[arm] = search
-    return searches
 
 
 def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
@@ -268,10 +271,8 @@ def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
             summaries[name] = tally.summary()
     greedy, trigram = summaries[arm], summaries.get(f"{arm}_trigram")
     rates = {"wer": greedy["wer"], "cer": greedy["cer"]}
-    if arm == "warm_start_only":
-        return rates
     beside = {"wer_trigram": trigram["wer"] if trigram else None, "cer_interval": greedy["characters"]["interval"]}
-    return rates | beside
+    return rates if arm == "warm_start_only" else rates | beside
 
 
 def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
@@ -294,7 +295,6 @@ def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:
     """One validation utterance with a mask as pretraining draws it."""
     cut = min(splits["valid"], key=lambda c: abs(c.duration - 4.0))
     audio = load_audio(cut)
-    frames = config.model.frames([len(audio)])[0]
-    mask = config.model.sample_mask(frames, keyed_generator(config.train.seed, 0, cut.id))
-    hop = int(np.prod(config.model.conv_strides))
+    mask = config.model.sample_mask(*config.model.frames([len(audio)]), keyed_generator(config.train.seed, 0, cut.id))
+    hop = np.prod(config.model.conv_strides)
     np.savez_compressed(out / "example.npz", audio=audio, mask=mask.numpy(), hop=hop, id=cut.id)

@@ -95,6 +95,11 @@ def probe(
     }
 
 
+def best_layer(rows: Sequence[dict[str, Any]], features: str) -> dict[str, float]:
+    """Accuracy on phones from ``one`` frame and from ``five``, each of the layer that has the most."""
+    return {n: max(row[f"phones_{n}"] for row in rows if row["features"] == features) for n in ("one", "five")}
+
+
 def _choose(
     splits: Splits, split: str, labels: Path, minutes: float, seed: int, quick: bool
 ) -> tuple[list[list[MonoCut]], Labels, list[str]]:

@@ -28,12 +28,7 @@ from w2v2.serial import read_json
 
 LM_WEIGHTS, WORD_SCORES = (0.0, 5.0), (-5.0, 5.0)
 """Where weights are looked for (paper, appendix B)."""
-
-
-_ROUND = 8
-
-
-_FILE_MB = 64
+_ROUND, _FILE_MB = 8, 64
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def check_device(train: TrainConfig) -> None:
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"`train.precision` must be one of {', '.join(known)}, got {train.precision!r}")
-    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
+    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16(train))
     if train.bf16_gradients and (train.shard or not _on_gpu(train)):
         raise UsageError("`train.bf16_gradients` works between GPUs, without `train.shard`; leave it out")
     if train.shard and train.precision == "16-mixed":
@@ -264,9 +264,10 @@ def check_precision(precision: str, gpu: str, *, bf16: bool) -> None:
         raise UsageError(f"`train.precision` {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
 
 
-def _bf16() -> bool:
-    """Whether the GPU, if there is one, computes in bf16 itself; older ones only pretend to, very slowly."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _bf16(train: TrainConfig) -> bool:
+    """Whether the device computes in bf16 itself; older ones only pretend to, very slowly."""
+    device = torch.cuda.is_bf16_supported(False) if _on_gpu(train) else torch.cpu._is_avx512_bf16_supported()
+    return bool(device)
 
 
 def _on_gpu(train: TrainConfig) -> bool:
@@ -276,7 +277,7 @@ def _on_gpu(train: TrainConfig) -> bool:
 def _precision(train: TrainConfig) -> str:
     if train.precision != "auto":
         return train.precision
-    return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
+    return "bf16-mixed" if _bf16(train) else "32-true"
 
 
 def _check_splits(splits: Splits, train: TrainConfig) -> None:
