@@ -305,7 +305,7 @@ def test_a_block_in_bf16_is_as_near_to_fp32_as_autocasts_own_and_casts_parameter
         with Operators() as seen:
             fast = run()
     assert seen.names.count("_foreach_copy_") == 2  # there, and the gradients back
-    assert seen.names.count("_to_copy") <= 4  # x, and the sum of the test
+    assert seen.names.count("_to_copy") <= 4 + 8  # x, and the sum of the test; attention's own, in float32 on a CPU
     for f, p, e in zip(fast, plain, exact, strict=True):
         assert f.dtype == torch.float32
         # Its output is bf16 too, and a CPU sums the gradients of LayerNorm's parameters in bf16.

@@ -75,17 +75,16 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     """
     _claim(out)
     seconds: dict[str, float] = {}
-    source = f"--data {data}" if data is not None else f"--hours {hours:g}"
+    corpus = data or out / f"corpus-{hours:g}h-seed{seed}"
     if data is None:
-        data = out / f"corpus-{hours:g}h-seed{seed}"
         with _stage("synthesise", seconds):
-            synthesize(data, SyntheticConfig.sized(hours, seed))
+            synthesize(corpus, SyntheticConfig.sized(hours, seed))
     with _stage("prepare", seconds):
-        prepare(data, out / "manifest")
+        prepare(corpus, out / "manifest")
         splits = read_corpus(out / "manifest")
         split = "test" if "test" in splits else "valid"
-    texts = [normalize_text(text).split() for _, _, text in splits["train"].transcripts(0.0) if text]
-    estimate(texts, 3).save(out / TRIGRAM)
+    texts = (text for _, _, text in splits["train"].transcripts(0.0) if text)
+    estimate([normalize_text(text).split() for text in texts], 3).save(out / TRIGRAM)
     labelled = labelled_subset(splits["train"], LABELLED_MINUTES, seed)
     hear = partial(_hear, splits=splits, labelled=labelled, split=split, out=out, seed=seed, shrink=shrink)
     with _beside() as pool:
@@ -99,13 +98,11 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         with _stage("finetune", seconds):
             heard = hear("finetuned")
         with _stage("probe", seconds):
-            probed = _probe(pretrained, splits, split, data, out)
+            probed = _probe(pretrained, splits, split, corpus, out)
         with _stage("evaluate", seconds):
             _write_codebook(out, pretrained, splits, config)
             _write_example(out, splits, config)
-            for other in others:
-                heard |= other.result()
-            rows = _hypotheses(out, splits, split, heard)
+            rows = _hypotheses(out, splits, split, heard | others[0].result() | others[1].result())
     rates = {arm: _rates(rows, arm) for arm in ARMS}
     summary = {
         "schema": 2,
@@ -115,7 +112,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         **rates,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "peak_memory_gib": peak_memory("self", "children") / 2**30,
-        "command": f"w2v2 demo {source} --seed {seed} --shrink {shrink:g}",
+        "command": f"w2v2 demo {f'--data {data}' if data else f'--hours {hours:g}'} --seed {seed} --shrink {shrink:g}",
         "test_split": split,
         "labelled_minutes": labelled.seconds / 60,
         "data": describe(splits),
@@ -295,6 +292,7 @@ def _write_example(out: Path, splits: Splits, config: PretrainConfig) -> None:
     """One validation utterance with a mask as pretraining draws it."""
     cut = min(splits["valid"], key=lambda c: abs(c.duration - 4.0))
     audio = load_audio(cut)
-    mask = config.model.sample_mask(*config.model.frames([len(audio)]), keyed_generator(config.train.seed, 0, cut.id))
+    frames = config.model.frames([len(audio)])[0]
+    mask = config.model.sample_mask(frames, keyed_generator(config.train.seed, 0, cut.id))
     hop = np.prod(config.model.conv_strides)
     np.savez_compressed(out / "example.npz", audio=audio, mask=mask.numpy(), hop=hop, id=cut.id)

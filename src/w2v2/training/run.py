@@ -70,7 +70,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     pretraining = isinstance(config, PretrainConfig)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
     tune(task.model, train)
-    if _on_gpu(train) and "mixed" in _precision(train):
+    if _on_gpu(train) and "mixed" in _precision(config):
         torch.set_float32_matmul_precision("high")  # TF32 for what of bf16 or fp16 training stays fp32
     board = TensorBoardLogger(out, name="", version=TENSORBOARD, purge_step=metrics.last + 1)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
@@ -86,7 +86,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             num_nodes=train.num_nodes,
             strategy=_strategy(task.model, train),
             default_root_dir=out,
-            precision=_precision(train),  # type: ignore[arg-type]
+            precision=_precision(config),  # type: ignore[arg-type]
             max_epochs=-1,
             max_steps=max_steps,
             accumulate_grad_batches=train.accumulate,
@@ -274,10 +274,12 @@ def _on_gpu(train: TrainConfig) -> bool:
     return train.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _precision(train: TrainConfig) -> str:
+def _precision(config: RunConfig) -> str:
+    train = config.train
     if train.precision != "auto":
         return train.precision
-    return "bf16-mixed" if _bf16(train) else "32-true"
+    # On a CPU a product in bf16 is compiled for each number of frames: a gain where crops are of one length.
+    return "bf16-mixed" if _bf16(train) and (_on_gpu(train) or isinstance(config, PretrainConfig)) else "32-true"
 
 
 def _check_splits(splits: Splits, train: TrainConfig) -> None:
