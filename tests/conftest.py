@@ -104,7 +104,7 @@ def nano():
     config.loss_weights = {"contrastive": 1.0, "diversity": 0.25, "feature_penalty": 10.0}
     config.optim.schedule.warmup_steps, config.optim.schedule.total_steps = 10, 500
     config.train.log_every, config.train.val_every, config.train.checkpoint_every = 1, 40, 7
-    config.train.max_steps, config.train.precision = 90, "32-true"
+    config.train.max_steps = 90
     return config
 """
 

@@ -297,7 +297,7 @@ def test_a_fault_within_the_budget_is_told_and_changes_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     splits = read_corpus(plant_nan(tmp_path / "corpus", "102-1-0002"))
-    config = long(max_steps=30, log_every=1, precision="32-true")  # as the plain loop beside it
+    config = long(max_steps=30, log_every=1)
     watched = pretrain(config, splits, tmp_path / "traced").state_dict()
     assert "102-1-0002" in caplog.text
     left_out = sum(column(tmp_path / "traced", "train/steps_left_out"))

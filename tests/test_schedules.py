@@ -8,7 +8,6 @@ import socket
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -392,17 +391,3 @@ def test_every_precision_takes_clipped_steps_or_is_refused_in_words(precision, c
         assert precision not in ("auto", "32-true", "bf16-mixed")
     else:
         assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_auto_is_bf16_where_the_cpu_computes_in_it(corpus, tmp_path):
-    native = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
-
-    def trained(precision):
-        config = recipes.base()
-        config.model, config.data = config_of(), recipes.tiny().data
-        config.train = TrainConfig(accelerator="cpu", precision=precision, max_steps=2, log_every=1, val_every=2)
-        return pretrain(config, read_corpus(corpus), tmp_path / precision).mask_vector
-
-    vectors = {name: trained(name) for name in ("auto", "bf16-mixed", "32-true")}
-    assert vectors["auto"].equal(vectors["bf16-mixed" if native else "32-true"])
-    assert not vectors["bf16-mixed"].equal(vectors["32-true"])

@@ -37,8 +37,8 @@ class TrainConfig:
     accumulate: Count = 1
     """Micro-batches per optimiser step and rank (``update_freq``)."""
     precision: str = "auto"
-    """``bf16-mixed``, ``16-mixed``, ``bf16-true``, ``32-true``; ``auto``: bf16-mixed on a GPU that computes in it, and
-    for pretraining on such a CPU, else 32-true (there bf16 is slower)."""
+    """``bf16-mixed``, ``16-mixed``, ``bf16-true``, ``32-true``; ``auto``: bf16-mixed on a GPU that has it, else 32-true
+    (on a CPU bf16 is many times slower)."""
     accelerator: str = "auto"
     """Lightning's name: ``auto``, ``cpu``, ``gpu``."""
     devices: Count = 1

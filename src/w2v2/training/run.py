@@ -70,7 +70,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     pretraining = isinstance(config, PretrainConfig)
     sentinel = Sentinel(checkpoints, train.max_steps_left_out, detect_collapse=train.sentinel and pretraining)
     tune(task.model, train)
-    if _on_gpu(train) and "mixed" in _precision(config):
+    if _on_gpu(train) and "mixed" in _precision(train):
         torch.set_float32_matmul_precision("high")  # TF32 for what of bf16 or fp16 training stays fp32
     board = TensorBoardLogger(out, name="", version=TENSORBOARD, purge_step=metrics.last + 1)
     flops = training_flops(config.model, config.data.max_seconds) if pretraining else None
@@ -86,7 +86,7 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
             num_nodes=train.num_nodes,
             strategy=_strategy(task.model, train),
             default_root_dir=out,
-            precision=_precision(config),  # type: ignore[arg-type]
+            precision=_precision(train),  # type: ignore[arg-type]
             max_epochs=-1,
             max_steps=max_steps,
             accumulate_grad_batches=train.accumulate,
@@ -249,7 +249,7 @@ def check_device(train: TrainConfig) -> None:
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"`train.precision` must be one of {', '.join(known)}, got {train.precision!r}")
-    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16(train))
+    check_precision(train.precision, torch.cuda.get_device_name() if _on_gpu(train) else "", bf16=_bf16())
     if train.bf16_gradients and (train.shard or not _on_gpu(train)):
         raise UsageError("`train.bf16_gradients` works between GPUs, without `train.shard`; leave it out")
     if train.shard and train.precision == "16-mixed":
@@ -264,22 +264,19 @@ def check_precision(precision: str, gpu: str, *, bf16: bool) -> None:
         raise UsageError(f"`train.precision` {precision} needs a GPU with bf16, {gpu} has none; use 16-mixed")
 
 
-def _bf16(train: TrainConfig) -> bool:
-    """Whether the device computes in bf16 itself; older ones only pretend to, very slowly."""
-    device = torch.cuda.is_bf16_supported(False) if _on_gpu(train) else torch.cpu._is_avx512_bf16_supported()
-    return bool(device)
+def _bf16() -> bool:
+    """Whether the GPU, if there is one, computes in bf16 itself; older ones only pretend to, very slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _on_gpu(train: TrainConfig) -> bool:
     return train.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _precision(config: RunConfig) -> str:
-    train = config.train
+def _precision(train: TrainConfig) -> str:
     if train.precision != "auto":
         return train.precision
-    # On a CPU a product in bf16 is compiled for each number of frames: a gain where crops are of one length.
-    return "bf16-mixed" if _bf16(train) and (_on_gpu(train) or isinstance(config, PretrainConfig)) else "32-true"
+    return "bf16-mixed" if _on_gpu(train) and _bf16() else "32-true"
 
 
 def _check_splits(splits: Splits, train: TrainConfig) -> None:
