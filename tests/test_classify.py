@@ -154,6 +154,7 @@ def test_in_python_it_gives_probabilities(trained: Path, tones: Path) -> None:
         (["convert", "run", "x", "--to", "hf"], "classifier"),
         (["export", "run", "x", "--to", "onnx"], "classifier"),
         (["transcribe", "run", "corpus"], "no CTC head"),
+        (["evaluate", "run", "--data", "corpus", "--lm", "x"], "decodes nothing, so --lm cannot be used; leave it out"),
     ],
 )
 def test_what_it_cannot_do_is_said_in_a_line(

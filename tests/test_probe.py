@@ -78,10 +78,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_phones_that_are_pitches_are_told_and_what_is_written_is_documented(
-    tones: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    tones: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--json"]) == 0
+    out = tmp_path / "new" / "folder"
+    assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--json", "--out", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "probe.json").read_text()) == found
     assert found.keys() == {"schema", "split", "classes", "frames", "speakers", "rows", "codes"}
     assert sorted(found["classes"]) == list("aeio") and found["speakers"] == {"train": 3, "scored": 1}
     rows = {(row["features"], row["layer"]): row for row in found["rows"]}
@@ -131,6 +133,8 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
     assert "no labels in" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data", str(tones), "--layers", "1"]) == 2
     assert "--layers is of --probe" in capsys.readouterr().err
+    message = refused(good, "--against", "x", "--beam-size", "3")
+    assert "--probe decodes nothing, so --against, --beam-size cannot be used; leave it out" in message
 
 
 def test_a_run_probes_its_layers_and_is_the_same_run_as_one_that_does_not(

@@ -85,7 +85,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
     texts = (text for _, _, text in splits["train"].transcripts(0.0) if text)
     estimate([normalize_text(text).split() for text in texts], 3).save(out / TRIGRAM)
     labelled = labelled_subset(splits["train"], LABELLED_MINUTES, seed)
-    hear = partial(_hear, splits=splits, labelled=labelled, split=split, out=out, seed=seed, shrink=shrink)
+    hear = partial(hear_arm, splits=splits, labelled=labelled, split=split, out=out, seed=seed, shrink=shrink)
     with _beside() as pool:
         others = [pool.submit(hear, "scratch")]
         with _stage("pretrain", seconds):
@@ -102,7 +102,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
             _write_codebook(out, pretrained, splits, config)
             _write_example(out, splits, config)
             rows = _hypotheses(out, splits, split, heard | others[0].result() | others[1].result())
-    rates = {arm: _rates(rows, arm) for arm in ARMS}
+    rates = {arm: arm_rates(rows, arm) for arm in ARMS}
     summary = {
         "schema": 2,
         "pretrain": {"loss": figures["contrastive"], **{name: figures[name] for name in FIGURES}},
@@ -157,13 +157,14 @@ def _warm_start(out: Path, splits: Splits) -> dict[str, float]:
 def _beside() -> Iterator[ProcessPoolExecutor]:
     """A process of one thread, as this one has meanwhile: two at a time are quicker than two threads."""
     threads = torch.get_num_threads()
-    _one_thread()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    one_thread()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=one_thread) as pool:
         yield pool
     torch.set_num_threads(threads)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """What a process beside others begins with."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
 
@@ -172,7 +173,7 @@ Heard = dict[str, dict[str, str]]
 """Text of each utterance, by its id, of each arm (``scratch``, with the trigram ``scratch_trigram``)."""
 
 
-def _hear(arm: str, splits: Splits, labelled: Split, split: str, out: Path, seed: int, shrink: float) -> Heard:
+def hear_arm(arm: str, splits: Splits, labelled: Split, split: str, out: Path, seed: int, shrink: float) -> Heard:
     """Fine-tune one, and write down a split's utterances, greedily and with the trigram."""
     config = _scaled(recipes.tiny_ctc_scratch() if arm == "scratch" else recipes.tiny_ctc(), seed, shrink)
     start = {"finetuned": out / "pretrain", "warm_start_only": out / "pretrain" / WARM_START}.get(arm)
@@ -258,7 +259,7 @@ def _hypotheses(out: Path, splits: Splits, split: str, heard: Heard) -> list[dic
     return rows
 
 
-def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
+def arm_rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
     """Error rates of one model, greedy and with the trigram, and an interval over speakers where there are enough."""
     summaries = {}
     for name in (arm, f"{arm}_trigram"):
@@ -268,9 +269,9 @@ def _rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
                 tally.add(row["reference"], row[name], speaker=row["speaker"])
         if tally.all.utterances:
             summaries[name] = tally.summary()
-    greedy, trigram = summaries[arm], summaries.get(f"{arm}_trigram")
+    greedy, trigram = summaries[arm], summaries.get(f"{arm}_trigram", {"wer": None})
     rates = {"wer": greedy["wer"], "cer": greedy["cer"]}
-    beside = {"wer_trigram": trigram["wer"] if trigram else None, "cer_interval": greedy["characters"]["interval"]}
+    beside = {"wer_trigram": trigram["wer"], "cer_interval": greedy["characters"]["interval"]}
     return rates if arm == "warm_start_only" else rates | beside
 
 
@@ -283,10 +284,9 @@ def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, co
     """How often each entry of each codebook is chosen over the masked frames of the validation set."""
     data = SpeechDataModule({"valid": splits["valid"]}, config.data)
     counts = torch.zeros(model.config.n_groups, model.config.n_entries)
-    model.eval()
     with torch.no_grad():
         for batch in data.val_dataloader():
-            counts += model(batch.audio, model.draw(batch), batch.lengths.tolist()).metrics["codes"]
+            counts += model.eval()(batch.audio, model.draw(batch), batch.lengths.tolist()).metrics["codes"]
     write_json(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
 
 

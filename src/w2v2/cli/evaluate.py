@@ -18,6 +18,7 @@ from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
 from w2v2.errors import UsageError, public
+from w2v2.files import write_json
 
 if TYPE_CHECKING:
     from w2v2.inference.recognizer import Classifier, FrameClassifier
@@ -65,7 +66,7 @@ class Evaluate(Decoding):
     json: bool = False
     """Print JSON instead of a table."""
     out: Annotated[Path | None, default("RUN/evaluation/SPLIT", "DIR")] = None
-    """Folder of results, replaced."""
+    """Folder of results, replaced; of --probe, which writes none otherwise, probe.json in it."""
     against: Annotated[Path | None, default("none", "DIR")] = None
     """Results of another system on the same utterances, a folder as of --out, to test."""
     probe: bool = False
@@ -102,6 +103,8 @@ class Evaluate(Decoding):
             encoder = network_of(model)
             if not isinstance(encoder, Wav2Vec2):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
+            of_probe = ("probe", "labels", "layers", "minutes", "abx", "out", "language")
+            self._only(of_probe, named, "`probe` decodes nothing", "leave it out")
             self._probe(splits, encoder)
             return
         of_probe = ("layers", "minutes", "abx", *(() if isinstance(model, FrameClassifier) else ("labels",)))
@@ -114,16 +117,19 @@ class Evaluate(Decoding):
             self._recognizer(splits, named)
             return
         if isinstance(model, Classifier | FrameClassifier):
+            of_classes = ("labels", "out", "language", "device", "batch_seconds", "workers", "max_bad")
+            self._only(of_classes, named, f"{self.model} tells classes and decodes nothing", "leave it out")
             self._classifier(splits, model)
             return
-        needless = [f"`{name}`" for name in named if name not in ("data", "split", "json")]
-        if needless:
-            raise UsageError(
-                f"{self.model} has no CTC head, so {', '.join(needless)} cannot be used; name a run of 'w2v2 finetune'"
-            )
+        self._only((), named, f"{self.model} has no CTC head", "name a run of 'w2v2 finetune'")
         if not self._is_ours():
             raise UsageError(f"{self.model} has no CTC head, and is no run of 'w2v2 pretrain' with losses to compute")
         sys.stdout.write(json.dumps(evaluate_pretrained(Path(self.model), splits, self.split), indent=2) + "\n")
+
+    def _only(self, used: Collection[str], named: Collection[str], why: str, remedy: str) -> None:
+        """Refuse what was given and would not be used."""
+        if needless := [f"`{name}`" for name in named if name not in ("data", "split", "json", *used)]:
+            raise UsageError(f"{why}, so {', '.join(needless)} cannot be used; {remedy}")
 
     def _is_ours(self) -> bool:
         """Whether the model is a run folder, or a folder of weights as of one."""
@@ -138,10 +144,14 @@ class Evaluate(Decoding):
         from w2v2.evaluation.table import probe_table
 
         labels, layers = self.labels or Path(self.data), self.layers or None
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
         with progress("probe") as show:
             results = probe(
                 model, splits, self.split, labels, layers=layers, minutes=self.minutes, abx=self.abx, show=show
             )
+        if self.out:
+            write_json(self.out / "probe.json", results)
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else probe_table(results)
         sys.stdout.write("\n".join(lines) + "\n")
 
@@ -151,18 +161,10 @@ class Evaluate(Decoding):
         about = {"run": str(self.model), "data": self.data, "split": self.split}
         data = DataConfig(batch_seconds=self.batch_seconds, num_workers=self.num_workers, max_bad=self.max_bad)
         data.check()
-        out = self.out or Path(self.model) / "evaluation" / self.split
+        out, labels = self.out or Path(self.model) / "evaluation" / self.split, self.labels or Path(self.data)
         with progress("evaluate") as show:
             results = evaluate_classifier(
-                model,
-                splits,
-                self.split,
-                out,
-                about,
-                labels=self.labels or Path(self.data),
-                data=data,
-                device=self.device,
-                show=show,
+                model, splits, self.split, out, about, labels=labels, data=data, device=self.device, show=show
             )
         lines = [json.dumps(results, indent=2, ensure_ascii=False)] if self.json else classes_table(results)
         sys.stdout.write(public("\n".join(lines)) + "\n")
