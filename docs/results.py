@@ -128,6 +128,22 @@ def long_arms(demo: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def label_rows(demos: dict[int, Any], labels: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms of a seed's demo, on its ten minutes of labels and on more."""
+    runs: dict[tuple[int, str], dict[str, Any]] = {}
+    for key, run in labels.items():
+        minutes, name = key.split(", ")[1:]
+        runs.setdefault((run["seed"], minutes), {})[name] = run
+    rows = []
+    for seed in dict.fromkeys(seed for seed, _ in runs):
+        rows.append({"name": f"10 minutes, seed {seed}", "updates": "1,600", **_rates(demos[seed])})
+        for (of, minutes), arms in runs.items():
+            if of == seed and arms.keys() == RATES.keys():
+                name = f"{arms['scratch']['minutes']:.0f} minutes" + (", all" if minutes == "all" else "")
+                rows.append({"name": name, "updates": f"{arms['scratch']['updates']:,}", **_rates(arms)})
+    return rows
+
+
 def spread(rows: list[dict[str, Any]], count: str) -> str:
     """How far the seeds of ``tiny`` lie apart."""
     values = [row[count] for row in rows if row["name"] == "tiny"]
@@ -144,7 +160,7 @@ def page() -> str:
     """The page as it should be."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["percent"] = percent
-    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, spread, apart)
+    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, label_rows, spread, apart)
     environment.globals |= {function.__name__: function for function in functions}
     records = {path.stem: load(path) for path in sorted(RECORDS.glob("*.json")) if "-seed" not in path.name}
     template = environment.from_string((HERE / "results.md.jinja").read_text(encoding="utf-8"))
