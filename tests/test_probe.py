@@ -189,3 +189,5 @@ def test_abx_of_tones_is_near_zero_of_noise_near_a_half_and_says_what_it_needs(t
     noise = torch.randn(3000, 8, generator=rng)
     frames = Frames([(0, 1500), (1500, 3000)], phones, torch.arange(3000) // 1500, {"noise": noise})
     assert all(0.45 < error < 0.55 for error in abx_errors(frames, "noise", 0))
+    many = Frames([(i, i + 250) for i in range(0, 3000, 250)], phones, torch.arange(3000) // 250, {"noise": noise})
+    assert len({abx_errors(many, "noise", 0) for _ in range(4)}) == 1 and abx_errors(many, "noise", 1)[1] > 0.4
