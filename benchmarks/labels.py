@@ -27,7 +27,7 @@ MINUTES = (60.0, 1e6)
 
 
 def hear(arm: str, minutes: float, folder: Path, seed: int, updates: int) -> dict[str, Any]:
-    """Fine-tune and score one arm, with the hours that it was given."""
+    """Fine-tune and score one arm, with the minutes that it was given."""
     splits = read_corpus(folder / "manifest")
     labelled = labelled_subset(splits["train"], minutes, seed)
     out = folder / f"labels-{labelled.seconds / 60:.0f}min"

@@ -130,17 +130,17 @@ def long_arms(demo: dict[str, Any]) -> list[dict[str, Any]]:
 
 def label_rows(demos: dict[int, Any], labels: dict[str, Any]) -> list[dict[str, Any]]:
     """The arms of a seed's demo, on its ten minutes of labels and on more."""
-    runs: dict[tuple[int, str], dict[str, Any]] = {}
-    for key, run in labels.items():
-        minutes, name = key.split(", ")[1:]
-        runs.setdefault((run["seed"], minutes), {})[name] = run
+    runs: dict[tuple[int, int], dict[str, Any]] = {}
+    for run in labels.values():
+        runs.setdefault((run["seed"], round(run["minutes"])), {})[run["arm"]] = run
     rows = []
     for seed in dict.fromkeys(seed for seed, _ in runs):
         rows.append({"name": f"10 minutes, seed {seed}", "updates": "1,600", **_rates(demos[seed])})
         for (of, minutes), arms in runs.items():
             if of == seed and arms.keys() == RATES.keys():
-                name = f"{arms['scratch']['minutes']:.0f} minutes" + (", all" if minutes == "all" else "")
-                rows.append({"name": name, "updates": f"{arms['scratch']['updates']:,}", **_rates(arms)})
+                rows.append(
+                    {"name": f"{minutes} minutes", "updates": f"{arms['scratch']['updates']:,}", **_rates(arms)}
+                )
     return rows
 
 

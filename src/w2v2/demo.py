@@ -282,11 +282,11 @@ def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
 
 def _write_codebook(out: Path, model: Wav2Vec2ForPretraining, splits: Splits, config: PretrainConfig) -> None:
     """How often each entry of each codebook is chosen over the masked frames of the validation set."""
-    data = SpeechDataModule({"valid": splits["valid"]}, config.data)
     counts = torch.zeros(model.config.n_groups, model.config.n_entries)
+    model.eval()
     with torch.no_grad():
-        for batch in data.val_dataloader():
-            counts += model.eval()(batch.audio, model.draw(batch), batch.lengths.tolist()).metrics["codes"]
+        for batch in SpeechDataModule({"valid": splits["valid"]}, config.data).val_dataloader():
+            counts += model(batch.audio, model.draw(batch), batch.lengths.tolist()).metrics["codes"]
     write_json(out / "codebook.json", {"counts": counts.int().tolist(), "n_entries": model.config.n_entries})
 
 

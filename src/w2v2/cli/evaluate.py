@@ -99,16 +99,16 @@ class Evaluate(Decoding):
         splits = read_corpus(self.data, training=False)
         choose_split(splits, self.split, self.data)
         model = load(self.model, self.language)
+        of_probe = ("layers", "minutes", "abx", "labels")
         if self.probe:
             encoder = network_of(model)
             if not isinstance(encoder, Wav2Vec2):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
-            of_probe = ("probe", "labels", "layers", "minutes", "abx", "out", "language")
-            self._only(of_probe, named, "`probe` decodes nothing", "leave it out")
+            self._only(("probe", "out", "language", *of_probe), named, "`probe` decodes nothing", "leave it out")
             self._probe(splits, encoder)
             return
-        of_probe = ("layers", "minutes", "abx", *(() if isinstance(model, FrameClassifier) else ("labels",)))
-        if given := [f"`{name}`" for name in of_probe if name in named]:
+        needless = of_probe[:-1] if isinstance(model, FrameClassifier) else of_probe  # its labels are frames' classes
+        if given := [f"`{name}`" for name in needless if name in named]:
             raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
         if isinstance(model, Recognizer):
             if self.tune is None and "trials" in named:
