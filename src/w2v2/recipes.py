@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def base() -> PretrainConfig:
-    """The page's BASE: 95.7 M parameters, 12 blocks of 768, padded convolutions, pre-norm, warm-up and cosine.
+    """BASE with small changes: 95.7 M parameters, 12 blocks of 768, padded convolutions, pre-norm, warm-up and cosine.
 
     LibriSpeech, 960 h, 1.6 h of audio per update however many GPUs there are: 64 micro-batches of 87.5 s, shared out::
 

@@ -57,7 +57,7 @@ class Export:
     to: Literal["onnx", "torch"]
     """onnx: model.onnx, for onnxruntime; torch: model.pt2, for torch.export.load."""
     int8: bool = False
-    """Of onnx: also model.int8.onnx, linear layers in 8 bits."""
+    """Of onnx: also model.int8.onnx, linear layers and convolutions in 8 bits."""
     data: Annotated[str | None, default("none", "DIR")] = None
     """Of onnx: corpus to state word error rates on, of a CTC model."""
     split: str = "test"

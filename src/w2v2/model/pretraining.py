@@ -217,12 +217,12 @@ def _distinct_codes(codes: Tensor, counts: Sequence[int]) -> Tensor:
 
 @dataclass(kw_only=True)
 class ContrastiveConfig(Wav2Vec2Config):
-    """The encoder's, and everything that decides the contrastive objective. Defaults are the page's BASE."""
+    """The encoder's, and everything that decides the contrastive objective. Defaults are those of `base`."""
 
     dropout_features: ShareBelowOne = 0.1
     """On the features that the quantizer gets (``dropout_features``)."""
     target_features: str = "projected"
-    """What is quantised: ``projected``, D wide, as on the page; ``encoder``, the normalised C-wide features (paper)."""
+    """What is quantised: ``projected``, D wide, as in `base`; ``encoder``, the normalised C-wide features (paper)."""
     n_groups: Width = 2
     """Codebooks G (``latent_groups``)."""
     n_entries: Width = 320

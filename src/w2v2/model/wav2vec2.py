@@ -37,7 +37,7 @@ SAMPLE_RATE = 16_000
 
 @dataclass(kw_only=True)
 class Wav2Vec2Config:
-    """Everything that decides the shape of the encoder, and what is masked. Defaults are the page's BASE."""
+    """Everything that decides the shape of the encoder, and what is masked. Defaults are those of `base`."""
 
     n_layer: Annotated[int, Range(1, 1_000)] = 12
     """Transformer blocks (fairseq ``encoder_layers``)."""
@@ -56,7 +56,7 @@ class Wav2Vec2Config:
     conv_strides: tuple[Width, ...] = (5, 2, 2, 2, 2, 2, 2)
     """Strides; their product is the hop of a frame, 320 samples: 20 ms."""
     conv_paddings: tuple[Annotated[int, Range(0, 100_000)], ...] = (4, 1, 1, 1, 1, 0, 0)
-    """Zeros on each side of each convolution's input. The page pads, so 1 s gives 50 frames; the paper does not."""
+    """Zeros on each side of each convolution's input. `base` pads, so 1 s gives 50 frames; the paper does not."""
     conv_bias: bool = False
     """Whether the convolutions have a bias."""
     conv_norm: str = "group:32"

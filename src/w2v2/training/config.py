@@ -38,7 +38,7 @@ class TrainConfig:
     """Micro-batches per optimiser step and rank (``update_freq``)."""
     precision: str = "auto"
     """``bf16-mixed``, ``16-mixed``, ``bf16-true``, ``32-true``; ``auto``: bf16-mixed on a GPU that has it, else 32-true
-    (on a CPU bf16 is many times slower)."""
+    (bf16 is slower on a CPU without AVX512-BF16)."""
     accelerator: str = "auto"
     """Lightning's name: ``auto``, ``cpu``, ``gpu``."""
     devices: Count = 1
@@ -68,8 +68,8 @@ class TrainConfig:
     sentinel: bool = True
     """Stop a pretraining run that has collapsed, and keep the last checkpoint before that (``training/health.py``)."""
     max_steps_left_out: Whole = 10
-    """Steps that may be left out because their gradient is not finite, before the run stops; each is traced to a module
-    and utterances in the log."""
+    """Steps that may be left out because their gradient is not finite, before the run stops; the log names the
+    losses, utterances and weights of each."""
     wandb: str = ""
     """Log to this project of Weights & Biases too (``pip install wandb``); empty: only to files."""
 

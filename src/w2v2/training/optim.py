@@ -82,7 +82,7 @@ class TriStage:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW, its schedule, and clipping. Defaults are the page's, on the paper's figures."""
+    """AdamW, its schedule, and clipping. Defaults are those of `base`, on the paper's figures."""
 
     schedule: WarmupCosine | WarmupLinear | TriStage = field(default_factory=WarmupCosine)
     """Learning rate by optimiser step; the recipe chooses which."""
