@@ -35,7 +35,7 @@ class Serve(Decoding):
         except ModuleNotFoundError as error:
             if error.name not in ("starlette", "uvicorn", "python_multipart"):
                 raise
-            raise UsageError(f"'w2v2 serve' needs {error.name}: pip install starlette uvicorn python-multipart") from None
+            raise UsageError(f"`serve` needs {error.name}: pip install starlette uvicorn python-multipart") from None
         config = replace(self.server, token=self.server.token or os.environ.get("W2V2_TOKEN"))
         config.check()
         recognizer = load_recognizer(self.model, self.language)
