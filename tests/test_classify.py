@@ -154,6 +154,7 @@ def test_in_python_it_gives_probabilities(trained: Path, tones: Path) -> None:
         (["convert", "run", "x", "--to", "hf"], "classifier"),
         (["export", "run", "x", "--to", "onnx"], "classifier"),
         (["transcribe", "run", "corpus"], "no CTC head"),
+        (["evaluate", "run", "--data", "{voices}", "--split", "valid"], "no text in valid that the model knows"),
         (["evaluate", "run", "--data", "corpus", "--lm", "x"], "decodes nothing, so --lm cannot be used; leave it out"),
     ],
 )
@@ -274,7 +275,7 @@ def test_frames_are_learned_scored_where_they_have_a_label_and_found_in_time(fra
         ),
         (["finetune", "classify_frames", "--data", "corpus", "--units.labels", "late"], "leaves its audio"),
         (["evaluate", "run", "--data", "corpus"], "no labels in corpus"),
-        (["evaluate", "run", "--data", "corpus", "--labels", "other"], "no utterance of test has a frame"),
+        (["evaluate", "run", "--data", "corpus", "--labels", "other"], "no frame in test that the model knows"),
         (["evaluate", "run", "--data", "corpus", "--labels", "late"], "leaves its audio"),
         (["export", "run", "x", "--to", "onnx"], "classifier"),
     ],

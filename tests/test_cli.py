@@ -144,7 +144,7 @@ def test_a_file_that_turns_bad_during_training_is_named_in_one_line(
 
 
 def test_within_the_budget_a_bad_file_is_left_out_and_named_and_training_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_corpus(tmp_path / "data", {"train": 2, "dev": 1}, utterances=3)
     for name in ("101-1-0001", "102-1-0002"):
@@ -160,6 +160,9 @@ def test_within_the_budget_a_bad_file_is_left_out_and_named_and_training_goes_on
     assert len(said) == 4
     steps = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(steps) == 7
+    # The other micro-batches of a step would be lost with it, or the step be of fewer targets than it is divided by.
+    assert main([*argv, "--out", str(tmp_path / "other"), "--train.accumulate", "2"]) == 1
+    assert "no utterance of a whole batch can be read" in caplog.text + capsys.readouterr().err
 
 
 def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +177,13 @@ def test_other_verbs_refuse_in_one_line_too(corpus: Path, tmp_path: Path, capsys
     for minutes in ("0", "-1", "nan"):
         line = refuse(capsys, "finetune", "tiny_ctc", "--data", str(corpus), "--minutes", minutes)
         assert f"--minutes must be more than 0, got {minutes}" in line
-    assert not (tmp_path / "out").exists()
+    line = refuse(capsys, "finetune", "tiny_ctc", "--data", str(corpus), "--preflight", "--resume")
+    assert "leave --resume out" in line
+    probe = ["evaluate", str(empty), "--data", str(corpus), "--probe", "--minutes"]
+    for argv, option in ((["demo", "--out", str(empty), "--shrink"], "--shrink"), (probe, "--minutes")):
+        for number in ("0", "-1", "nan"):
+            assert f"{option} must be more than 0, got {number}" in refuse(capsys, *argv, number)
+    assert not (tmp_path / "out").exists() and not list(empty.iterdir())
 
 
 def test_a_reader_that_goes_away_ends_a_verb_quietly(tmp_path: Path) -> None:

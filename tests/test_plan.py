@@ -251,6 +251,7 @@ def planned(capfd: pytest.CaptureFixture[str], *options: str) -> dict:
 def test_what_is_measured_is_a_run_of_the_settings_given(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # a warm start of any length is not gone through
     options = [*NANO, "--train.shard", "False", "--train.accumulate", "3", "--warm-start.updates", "1000000000"]
+    options += ["--probe.every", "2", "--probe.labels", "nowhere"]  # nobody looks into what is measured
     found = planned(capfd, "--steps", "4", *options)
     measured = found["measured"]
     assert (measured["steps"], measured["micro_seconds"], measured["corpus_hours"]) == (4, 4.0, None)
@@ -337,6 +338,7 @@ def test_a_file_of_the_folder_is_not_taken_for_the_package(tmp_path: Path) -> No
         (["--gpus", "0"], "--gpus must be 1 or more"),
         (["--train.max-step", "2"], "Unrecognized options: --train.max-step"),
         (["--data", "nowhere"], "nowhere"),
+        (["--data.batch-seconds", "-1"], "error: --data.batch-seconds must be more than 0"),
         (["--model.n-head", "5"], "must be a multiple of --model.n-head"),
     ],
 )

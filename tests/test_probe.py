@@ -14,11 +14,11 @@ from test_train import nano
 from w2v2.checkpoint.native import CONFIG, save_weights
 from w2v2.cli.main import main
 from w2v2.data.corpora import read_corpus
-from w2v2.errors import UsageError
+from w2v2.errors import UsageError, quiet
 from w2v2.evaluation.abx import abx_errors
 from w2v2.evaluation.features import Frames
 from w2v2.evaluation.phones import Phone, read_labels
-from w2v2.evaluation.probe import probe, share_correct, train_linear
+from w2v2.evaluation.probe import _rows, probe, share_correct, train_linear
 from w2v2.inference.recognizer import load
 from w2v2.model.wav2vec2 import Wav2Vec2
 from w2v2.report import write_run_report
@@ -45,6 +45,23 @@ def test_features_that_hold_the_label_give_one_and_noise_gives_chance() -> None:
         classify = train_linear(late, context[:2000], classes[:2000], 4, 0, epochs=40)
         scores.append(share_correct(classify, late, context[2000:], classes[2000:]))
     assert scores[0] < 0.35 and scores[1] > 0.99
+
+
+@pytest.mark.parametrize(("utterances", "low", "high"), [(1, None, None), (2, 1.0, 1.0), (4, 1.0, 1.0)])
+def test_voices_are_told_on_utterances_beside_those_they_were_learned_from(
+    utterances: int, low: float | None, high: float | None
+) -> None:
+    voices, frames = 12, 50
+    speakers = torch.arange(voices).repeat_interleave(utterances * frames)
+    ends = torch.arange(1, voices * utterances + 1) * frames
+    bounds = [(int(end) - frames, int(end)) for end in ends]
+    noise = 0.01 * torch.randn(len(speakers), voices, generator=torch.Generator().manual_seed(0))
+    planted = {"log-mel": torch.nn.functional.one_hot(speakers, voices) + noise}
+    told = Frames(bounds, torch.zeros_like(speakers), speakers, planted)
+    (row,) = _rows(told, told, 1, voices, seed=0, abx=False, quick=False, show=quiet)
+    assert row["speakers"] is None if low is None else low <= row["speakers"] <= high
+    (row,) = _rows(told, told, 1, 1, seed=0, abx=False, quick=False, show=quiet)
+    assert row["speakers"] is None  # nobody knows who speaks
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +144,7 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
     assert "phone 'a' of 4-1-0000, 2 to 4 s, leaves its audio of 3 s" in refused(good + "4-1-0000 1 2 2 a\n")
     assert "phones in no class: q" in refused(good + "4-1-0000 1 1 1 q\n")
     assert "--layers must be 0 to 2, the blocks of this model, got 7" in refused(good, "--layers", "7")
-    assert "no utterance of split 'test' has phones in --labels" in refused("1-1-0000 1 0 1 a\n")
+    assert "no utterance of split 'test' has phones with times" in refused("1-1-0000 1 0 1 a\n")
     assert "a.ctm, line 1: expected utterance, channel" in refused("nonsense\n")
     assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tmp_path / "none")]) == 2
     assert "no labels in" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from commands import Running, run, start
 
+from w2v2.training.metrics import CSVMetrics
+
 MODULE = [sys.executable, "-m", "w2v2.cli.main"]
 """For runs that start processes by their own command line, and for what is about the process itself."""
 
@@ -135,6 +137,19 @@ def test_w_and_b_gets_the_figures_too(
     content = written.read_bytes()
     for name in (b"train/loss", b"train/code_perplexity", b"valid/accuracy_all_masked", b"n_entries"):
         assert name in content, name
+
+
+def test_rows_that_a_resumed_run_has_forgotten_are_not_in_the_file(tmp_path: Path) -> None:
+    before = CSVMetrics(tmp_path / "metrics.csv")
+    for step in (50, 100, 150, 200):
+        before.log_metrics({"train/loss": 1.0}, step)
+    resumed = CSVMetrics(before.path)
+    resumed.resume_at(100)
+    for step in (150, 175):
+        resumed.log_metrics({"train/loss": 2.0}, step)
+    with before.path.open(newline="") as file:
+        found = [(row["step"], float(row["train/loss"])) for row in csv.DictReader(file)]
+    assert found == [("50", 1.0), ("100", 1.0), ("150", 2.0), ("175", 2.0)]
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,8 @@ def test_the_joined_conv_stack_equals_torchs_convolutions_utterance_by_utterance
         {"kernel_sizes": (10, 3, 4, 5, 3, 2, 2)},
         {"paddings": (0, 2, 1, 0, 1, 1, 1)},
         {"kernel_sizes": (7, 3, 2, 1, 3, 2, 3), "strides": (4, 1, 3, 2, 2, 2, 1), "paddings": (3, 0, 0, 0, 1, 1, 0)},
+        {"kernel_sizes": (400, 3, 3, 3, 3, 2, 2)},  # from here on torch's own convolutions
+        {"paddings": (4, 1, 1, 1, 1, 2, 2)},  # frames of nothing but padding
     ],
 )
 def test_any_kernels_strides_and_paddings_are_joined_as_well(changes):

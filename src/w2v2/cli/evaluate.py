@@ -17,7 +17,7 @@ from w2v2.cli.options import MODEL, Device, Language, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
-from w2v2.errors import UsageError, public
+from w2v2.errors import Count, Positive, UsageError, public
 from w2v2.files import write_json
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class Demo:
     """Real speech in LibriSpeech layout."""
     seed: int = 0
     """Of everything random."""
-    hours: float = 2.0
+    hours: Positive = 2.0
     """Synthetic training audio, hours."""
-    shrink: float = 1.0
+    shrink: Positive = 1.0
     """Divide the number of updates by this, for a quick look."""
 
     def run(self, named: Collection[str]) -> None:
@@ -61,7 +61,7 @@ class Evaluate(Decoding):
     """Split, or subset such as test-other."""
     tune: Annotated[str | None, default("none", "SPLIT")] = None
     """Split to tune the weights of LM and words on, such as valid."""
-    trials: int = 64
+    trials: Count = 64
     """Weights to try with --tune."""
     json: bool = False
     """Print JSON instead of a table."""
@@ -75,7 +75,7 @@ class Evaluate(Decoding):
     """Folder of phones with times for --probe, or of what frames are: *.ctm, *.TextGrid."""
     layers: Annotated[tuple[int, ...], default("all", "[INT ...]")] = ()
     """Of --probe: blocks from 1, 0 the convolutions."""
-    minutes: float = 20.0
+    minutes: Positive = 20.0
     """Of --probe: labelled audio of either split at most."""
     abx: bool = False
     """Of --probe: ABX within and across speakers too, by fastabx."""

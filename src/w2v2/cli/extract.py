@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from w2v2.cli.options import MODEL, Device, Language, Workers, default
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
-from w2v2.errors import Count, JobError, Positive, UsageError, check_ranges
+from w2v2.errors import Count, JobError, Positive, UsageError
 
 log = logging.getLogger("w2v2")
 
@@ -70,7 +70,6 @@ class Extract:
             raise UsageError("name either files and folders of audio, or a corpus with `data`")
         if self.data and self.channel:
             raise UsageError("`channel` is of files; the utterances of a corpus have theirs already, leave it out")
-        check_ranges(self)
         layers = self.layers or (() if self.codes else (-1,))
         wanted = Wanted(layers=layers, codes=self.codes, pool=self.pool is not None, format=self.format)
         model = network_of(load(self.model, self.language))

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union
 from tyro.conf import subcommand
 
 from w2v2.cli.options import as_options, named_options, parse, parse_run
-from w2v2.errors import JobError, StoppedError, UsageError, printable
+from w2v2.errors import JobError, StoppedError, UsageError, check_ranges, printable
 
 VERBS = {
     "demo": ("evaluate", "the whole road offline: synthesise, prepare, pretrain, fine-tune, evaluate, report"),
@@ -76,7 +76,8 @@ def _run(argv: list[str]) -> tuple[int, str]:
             else:
                 kind = _verb(argv[0])
                 _log_as(kind)
-                _parse(kind, argv).run(named_options(argv))
+                check_ranges(verb := _parse(kind, argv))
+                verb.run(named_options(argv))
         except SystemExit as stop:
             if stop.code:  # of help there is none
                 raise

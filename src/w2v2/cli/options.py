@@ -130,7 +130,7 @@ def as_options(message: str, verb: Any) -> str:
     options = _options(verb) if dataclasses.is_dataclass(verb) else {}
 
     def spell(field: re.Match[str]) -> str:
-        dotted = f"--{field[1].replace('_', '-')}" if "config" in options else field[0]
+        dotted = f"--{field[1].removeprefix('config.').replace('_', '-')}" if "config" in options else field[0]
         return options.get(field[1].rpartition(".")[2], dotted)
 
     return re.sub(r"`([a-z]\w*(?:\.\w+)*)`", spell, message)

@@ -16,7 +16,7 @@ from tyro.conf import UseAppendAction, arg
 
 from w2v2.cli.options import Settings, default
 from w2v2.cli.train import Recipe
-from w2v2.errors import Count, Positive, UsageError, check_ranges, public
+from w2v2.errors import Count, Positive, UsageError, public
 from w2v2.recipes import load_recipe
 from w2v2.serial import differences, from_dict, to_dict
 from w2v2.training.config import PretrainConfig
@@ -50,7 +50,6 @@ class Plan:
         """Measure, reckon and print."""
         from w2v2.training.plan import make_plan, settle
 
-        check_ranges(self)
         recipe, config = load_recipe(self.recipe, PretrainConfig), self.config
         if self.data:
             config.data.sources = self.data

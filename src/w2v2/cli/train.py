@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from w2v2.cli.options import REQUIRED, Language, Settings, default, optional_value
 from w2v2.cli.progress import progress
-from w2v2.errors import JobError, UsageError
+from w2v2.errors import JobError, Positive, UsageError
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 
 log = logging.getLogger("w2v2")
@@ -79,7 +79,7 @@ class Pretrain(_Run):
 class Finetune(_Run):
     """See ``main.VERBS``."""
 
-    minutes: Annotated[float | None, default("all", "FLOAT")] = None
+    minutes: Annotated[Positive | None, default("all", "FLOAT")] = None
     """Use only about so many minutes of labels, over all speakers."""
     label: Annotated[str | None, default("the recipe's", "NAME")] = None
     """Of recipes that classify utterances: speaker, text, language, gender, or another label of the manifest."""
@@ -103,9 +103,9 @@ class Finetune(_Run):
         classifies = isinstance(units, Classes | FrameClasses)
         if classifies and (self.preflight or self.minutes is not None):
             raise UsageError("`preflight` and `minutes` are of transcripts; leave them out with classes")
+        if self.preflight and self.resume:
+            raise UsageError("`preflight` writes nothing and goes on with nothing; leave `resume` out")
         out, resume = self.prepared(self.config)
-        if self.minutes is not None and not self.minutes > 0:
-            raise UsageError(f"`minutes` must be more than 0, got {self.minutes:g}; leave it out for all labels")
         splits = read_run(self.config.data)
         if classifies:
             classify(self.config, splits, out, **self.start(), resume=resume)

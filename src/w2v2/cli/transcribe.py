@@ -18,7 +18,7 @@ from w2v2.cli.options import MODEL, REQUIRED, Device, Language, default
 from w2v2.cli.progress import progress
 from w2v2.data.vad import Vad
 from w2v2.decoding.decoder import make_decoder
-from w2v2.errors import Count, JobError, UsageError, check_ranges
+from w2v2.errors import Count, JobError, UsageError
 from w2v2.inference.align import align, find_texts
 from w2v2.inference.jobs import Work, in_processes
 from w2v2.inference.live import MICROPHONE, Live, LiveLayout, listen, microphone_pieces, stream_pieces
@@ -63,7 +63,6 @@ class _Windows:
 
     def ready(self) -> tuple[Recognizer, Layout]:
         """The model, and how to cut."""
-        check_ranges(self)
         layout = Layout(self.window_seconds, self.context_seconds)
         recognizer = load_recognizer(self.model, self.language)
         place(recognizer.model, self.device)

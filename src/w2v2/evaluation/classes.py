@@ -79,8 +79,8 @@ def evaluate_classifier(
                 units.add(speaker, sum(a == b for a, b in of_row), len(of_row))
             heard += batch.lengths.sum().item() / SAMPLE_RATE
             show("evaluate", min(1.0, heard / scored.seconds))
-    if not pairs:
-        raise UsageError(f"no utterance of {split} has a {classifier.classes.label} to compare with: {dict(left_out)}")
+    if not any(reference in classifier.classes.labels for reference, _ in pairs):
+        raise UsageError(f"no {classifier.classes.label} in {split} that the model knows: {dict(left_out)}")
     results = {"schema": SCHEMA, **about, **_summary(classifier, pairs, units), "left_out": dict(left_out)}
     write_json(out / "evaluation.json", results)
     return results

@@ -71,7 +71,7 @@ def evaluate(recognizer: Recognizer, decoder: Decoder, batches: Iterable[Batch],
     """Transcribe utterances and count the errors, batch by batch.
 
     Args:
-        batches: whole utterances, not normalised (``data/datamodule.py: whole_utterances``).
+        batches: whole utterances, not normalised (``data/loader.py: whole_utterances``).
         file: a JSON line of each utterance is written here, as it comes (``hypotheses.jsonl``).
 
     Raises:

@@ -50,10 +50,7 @@ def read_labels(folder: Path) -> Labels:
     ctm = sorted(folder.rglob("*.phones.ctm")) or sorted(folder.rglob("*.ctm"))
     grids = sorted(folder.rglob("*.TextGrid"))
     if not (ctm or grids):
-        raise UsageError(
-            f"no labels in {folder}: expected phones with times, *.ctm or *.TextGrid; name the folder that has them by "
-            "`labels`"
-        )
+        raise UsageError(f"no labels in {folder}: expected phones with times, *.ctm or *.TextGrid; name their folder")
     rows = [row for path in ctm for row in _ctm(path)] + [row for path in grids for row in _grid(path)]
     labels: Labels = {}
     for name, phone in rows:
@@ -92,7 +89,7 @@ def _grid(path: Path) -> Iterable[tuple[str, Phone]]:
 
 def nothing_labelled(split: str) -> UsageError:
     """What is wrong with labels of none of a split's utterances."""
-    return UsageError(f"no utterance of split {split!r} has phones in `labels`; expected ids as in the corpus")
+    return UsageError(f"no utterance of split {split!r} has phones with times; expected ids as in the corpus")
 
 
 def check_times(labels: Mapping[str, Sequence[Phone]], seconds: Mapping[str, float]) -> None:
@@ -124,7 +121,7 @@ def phone_classes(train: Iterable[Sequence[Phone]], scored: Iterable[Sequence[Ph
     if missing:
         raise UsageError(
             f"phones in no class: {' '.join(missing)}, which the training utterances do not have; expected labels of "
-            f"one kind in both, or more `minutes` of them"
+            f"one kind in both, or more minutes of them"
         )
     return classes
 

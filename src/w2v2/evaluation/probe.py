@@ -9,6 +9,7 @@ classifier, and a library that not every Python has (``abx.py``).
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,11 +126,12 @@ def _still(model: torch.nn.Module) -> Iterator[None]:
 def _rows(
     train: Frames, scored: Frames, n_phones: int, n_voices: int, seed: int, abx: bool, quick: bool, show: Show
 ) -> Iterator[dict[str, Any]]:
-    """Accuracies of each kind of features; of speakers on every third utterance of each training voice's."""
+    """Accuracies of each kind of features; of speakers on every third utterance, of voices that have another one."""
     names = [name for name in train.features if name != "codes"]
     held_out = torch.zeros(len(train.phones), dtype=torch.bool)
+    utterances = Counter(train.speakers[a].item() for a, _ in train.bounds)
     for a, b in train.bounds[2::3]:
-        held_out[a:b] = True
+        held_out[a:b] = utterances[train.speakers[a].item()] > 1
     speech = train.phones >= 0
     for i, name in enumerate(names):
         x, y = train.features[name], scored.features[name]
@@ -141,10 +143,9 @@ def _rows(
             accuracies.append(share_correct(classify, y, heard, scored.phones[scored.phones >= 0]))
         alone, rest = speech & held_out, speech & ~held_out
         speakers = None
-        if alone.any() and not quick:
-            positions = train.around(0)
-            classify = train_linear(x, positions[rest], train.speakers[rest], n_voices, seed)
-            speakers = share_correct(classify, x, positions[alone], train.speakers[alone])
+        if alone.any() and n_voices > 1 and not quick:
+            classify = train_linear(x, train.around(0)[rest], train.speakers[rest], n_voices, seed)
+            speakers = share_correct(classify, x, train.around(0)[alone], train.speakers[alone])
         kind, _, layer = name.partition(" ")
         row: dict[str, Any] = {
             "features": kind, "layer": int(layer) if layer else None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from w2v2.model.conv_stack import Layers, conv_stack, conv_stack_in_parts, first_weights, folded_weights
 from w2v2.model.packing import is_plain
 from w2v2.model.precision import low_precision
-from w2v2.model.slots import Geometry, Slots
+from w2v2.model.slots import WINDOW, Geometry, Slots
 
 
 def output_lengths(
@@ -143,8 +143,11 @@ class FeatureEncoder(nn.Module):
         return scale_gradient(x, self.gradient_scale) if x.requires_grad else x
 
     def _layers(self) -> Layers | None:
-        """The parameters after the first convolution; None where the norms are others than the published ones."""
+        """The parameters after the first convolution; None where norms or shape are none that ``conv_stack`` knows."""
         layers = cast(list[nn.Sequential], list(self.conv_layers))
+        only_padding = any(p >= k for p, k in zip(self.paddings, self.kernel_sizes, strict=True))
+        if len(layers) == 1 or self.kernel_sizes[0] >= WINDOW or only_padding:
+            return None
         norms: list[nn.Module | None] = [layer[1] for layer in layers]
         if isinstance(norms[0], nn.GroupNorm) and norms[0].affine and all(type(n) is nn.Identity for n in norms[1:]):
             norms = [None] * len(norms)

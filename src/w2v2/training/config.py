@@ -207,7 +207,7 @@ class PretrainConfig(RunConfig):
             loss_weights={"spectrum": 1.0, "feature_penalty": 1e-4},
             data=self.data,
             optim=dataclasses.replace(self.optim, schedule=schedule, clip_norm=1.0),
-            train=dataclasses.replace(train, max_steps=None, shard=False, val_every=max(1, warm.updates)),
+            train=dataclasses.replace(train, max_steps=None, shard=False, val_every=max(1, warm.updates), wandb=""),
         )
 
     def check(self) -> None:

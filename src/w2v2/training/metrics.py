@@ -33,9 +33,8 @@ class CSVMetrics(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.rows: dict[int, dict[str, float]] = {}
-        if path.exists():
-            self.rows = dict(read_figures(path))
+        self.rows: dict[int, dict[str, float]] = dict(read_figures(path)) if path.exists() else {}
+        self.written = False
 
     @property
     def name(self) -> str:
@@ -63,7 +62,7 @@ class CSVMetrics(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add to the row of a step, and write the file: one more row, where that is all that is new."""
         row = self.rows.setdefault(step or 0, {})
-        fits = not row and metrics.keys() <= set(self._columns()) and self.path.exists()
+        fits = not row and metrics.keys() <= set(self._columns()) and self.written
         row.update({name: float(value) for name, value in metrics.items()})
         if fits:
             with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -73,6 +72,7 @@ class CSVMetrics(Logger):
                 writer = self._writer(file)
                 writer.writeheader()
                 writer.writerows({"step": number, **self.rows[number]} for number in sorted(self.rows))
+            self.written = True  # until then the file may have rows that a resumed run has forgotten
 
     def _columns(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows.values() for name in row))

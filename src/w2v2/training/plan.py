@@ -104,6 +104,7 @@ def _shortened(config: PretrainConfig, steps: int, folder: Path) -> PretrainConf
     short.train.max_steps = WARM_UP_STEPS + steps + 1  # a step ends where the next one begins
     short.optim.schedule = WarmupLinear(warmup_steps=0)  # the rate takes no time
     short.train.accumulate = min(config.train.accumulate, 2)
+    short.train.wandb, short.probe.every = "", 0
     short.train.devices = short.train.num_nodes = 1
     short.train.val_every = short.train.checkpoint_every = 10**6
     short.warm_start.updates = min(config.warm_start.updates, 1)  # a stage of its own, which nobody measures
@@ -241,7 +242,7 @@ def make_plan(recipe: PretrainConfig, config: PretrainConfig, measured: Measured
     devices = train.devices * train.num_nodes
     seconds = measured.micro_seconds * ((train.accumulate - 1) * measured.plain + measured.updating)
     heard = measured.micro_seconds * train.accumulate * devices
-    updates = train.max_steps or config.optim.schedule.total_steps
+    updates = config.max_steps
     hours = heard * updates / 3600
     needed, largest = _memory(config, measured, memory)
     lengths = sorted({data.min_seconds, data.max_seconds}) if isinstance(config.model, ContrastiveConfig) else []

@@ -216,11 +216,11 @@ class NormalizedTask(pl.LightningModule):
         """Whether none of a batch could be read: there is nothing to learn from it, and alone one may go on.
 
         Raises:
-            JobError: other processes wait for this one's gradient.
+            JobError: other processes, or other micro-batches of the step, count on this one's gradient.
         """
         if batch.ids:
             return False
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 or (self.trainer.training and self.trainer.accumulate_grad_batches > 1):
             raise JobError(f"no utterance of a whole batch can be read: {'; '.join(batch.bad.values())}; repair them")
         return True
 
