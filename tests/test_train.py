@@ -33,6 +33,7 @@ from w2v2.model.objective import SSLOutput
 from w2v2.recipes import load_recipe, recipe_names
 from w2v2.serial import from_dict, load_config, to_dict
 from w2v2.text.vocabulary import Vocabulary
+from w2v2.training import metrics
 from w2v2.training.config import FinetuneConfig, PretrainConfig
 from w2v2.training.ctc_task import FinetuneTask
 from w2v2.training.data import SpeechDataModule
@@ -101,6 +102,31 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(run: Path,
     same_numbers(run, tmp_path / "b")
     pretrain(nano(seed=1), read_corpus(corpus), tmp_path / "c")
     assert column(run, "train/loss") != column(tmp_path / "c", "train/loss")
+
+
+def test_a_resumed_run_tells_its_speed_by_the_steps_that_it_has_made(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:  # a second a step
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    def step(task: PretrainTask, *args: object) -> None:
+        clock.now += 1
+        take_step(task, *args)
+
+    clock, take_step = Clock(), PretrainTask.on_before_optimizer_step
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(PretrainTask, "on_before_optimizer_step", step)
+    out = tmp_path / "run"
+    pretrain(nano(log_every=4), read_corpus(corpus), out)
+    speeds = column(out, "train/audio_seconds_per_second")  # steps 4, 8 and 10
+    assert all(2 < speed <= 4 for speed in speeds)  # batches of 4 s at most
+    max((out / "checkpoints").iterdir()).unlink()
+    pretrain(nano(log_every=4), read_corpus(corpus), out, resume=True)  # from 5: the row of 8 sums four steps
+    assert column(out, "train/audio_seconds_per_second") == speeds
 
 
 def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(run: Path, corpus: Path, tmp_path: Path) -> None:

@@ -224,9 +224,6 @@ def _claim(out: Path) -> None:
 def _scaled(config: Any, seed: int, shrink: float) -> Any:
     """A recipe with the demo's seed, all its lengths divided by ``shrink``."""
     config.train.seed = seed
-    # Crops are of one length: half as fast again in bf16, where a CPU has it. Evaluation is in float32.
-    if isinstance(config, PretrainConfig) and not torch.cuda.is_available() and torch.cpu._is_avx512_bf16_supported():
-        config.train.precision = "bf16-mixed"
     schedule, train, warm = config.optim.schedule, config.train, getattr(config, "warm_start", None)
     for owner, name in (
         (warm, "updates"), (schedule, "total_steps"), (schedule, "warmup_steps"),

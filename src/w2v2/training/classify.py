@@ -68,7 +68,7 @@ class ClassifyTask(HeadTask):
         return self.sum_loss(loss, rows)
 
     def train_figures(self) -> dict[str, float]:
-        """Loss per utterance or frame and accuracy since the last call, and ``seconds`` of audio."""
+        """Loss per utterance or frame and accuracy since the last call, and ``seconds`` of audio a step."""
         sums = self.sums.take()
         return {**_figures(sums), **self.step_figures(sums["samples"].item() / SAMPLE_RATE)}
 

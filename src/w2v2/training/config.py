@@ -38,7 +38,7 @@ class TrainConfig:
     """Micro-batches per optimiser step and rank (``update_freq``)."""
     precision: str = "auto"
     """``bf16-mixed``, ``16-mixed``, ``bf16-true``, ``32-true``; ``auto``: bf16-mixed on a GPU that has it, else 32-true
-    (bf16 is slower on a CPU without AVX512-BF16)."""
+    (few CPUs are quicker in bf16)."""
     accelerator: str = "auto"
     """Lightning's name: ``auto``, ``cpu``, ``gpu``."""
     devices: Count = 1

@@ -151,7 +151,7 @@ class FinetuneTask(HeadTask):
         return self.sum_loss(loss, len(frames))
 
     def train_figures(self) -> dict[str, float]:
-        """Figures since the last call, and ``seconds`` of audio; a plateau is named in the log."""
+        """Figures since the last call, and ``seconds`` of audio a step; a plateau is named in the log."""
         sums = self.sums.take()
         figures = _figures(sums)
         steps = self.config.optim.schedule.total_steps

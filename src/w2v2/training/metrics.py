@@ -115,15 +115,15 @@ class Progress(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, if an optimiser step has just ended that is due."""
-        step = trainer.global_step
-        if step == self.last_step or (step % self.every and step != self.total_steps):
+        step, before = trainer.global_step, self.last_step
+        if step == before or (step % self.every and step != self.total_steps):
             return
         self.last_step = step
         assert isinstance(pl_module, NormalizedTask)
         figures = pl_module.train_figures()
         now = time.perf_counter()
         waited = float(getattr(trainer.train_dataloader, "waited", 0.0))
-        speed = figures.pop("seconds") / (now - self.mark)
+        speed = figures.pop("seconds") * (step - before) / (now - self.mark)  # those made here, not all that are summed
         figures |= {
             "learning_rate": pl_module.optim_config.schedule(step),
             "audio_seconds_per_second": speed,

@@ -271,7 +271,7 @@ class PretrainTask(NormalizedTask):
         return {"loss": sums["total"].item() / targets + changed, **figures}
 
     def train_figures(self) -> dict[str, float]:
-        """Figures of all micro-batches since the last call, over all ranks, and ``seconds`` of audio among them."""
+        """Figures of all micro-batches since the last call, over all ranks, and ``seconds`` of audio a step."""
         sums = self.sums.take()
         return {**self.figures(sums), **self.step_figures(sums["samples"].item() / SAMPLE_RATE)}
 

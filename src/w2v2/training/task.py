@@ -168,7 +168,7 @@ class NormalizedTask(pl.LightningModule):
         self.micro_batches.append(MicroBatch(self.batch_ids, losses, audio.isfinite().all(1)))
 
     def train_figures(self) -> dict[str, float]:
-        """Figures of everything since the last call, over all ranks, and ``seconds`` of audio among them."""
+        """Figures of everything since the last call, over all ranks, and ``seconds`` of audio a step."""
         raise NotImplementedError
 
     def configure_model(self) -> None:
@@ -266,7 +266,7 @@ class NormalizedTask(pl.LightningModule):
         self.seconds_heard += seconds
         norms = {name: value.item() for name, value in self.norm_sums.values.items()}
         self.norm_sums.values = {}
-        figures = {"hours_heard": self.seconds_heard / 3600, "seconds": seconds}
+        figures = {"hours_heard": self.seconds_heard / 3600, "seconds": seconds / norms.get("steps", 1.0)}
         if norms:
             figures |= {"grad_norm": 0.0, **norm_figures(norms)}
         return figures
