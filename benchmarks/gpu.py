@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step import hugging_face
 from torch import Tensor
 from torch.autograd import DeviceType
 
@@ -93,6 +92,8 @@ def hubert(config: PretrainConfig, samples: list[int], device: torch.device) -> 
 
 def peer(samples: list[int], device: torch.device) -> tuple[torch.nn.Module, Loss]:
     """Hugging Face's model of ``paper_base``'s shape."""
+    from step import hugging_face  # late: it needs transformers
+
     model, inputs = hugging_face(samples, torch.randn(len(samples), max(samples)), shipped=True)
     model, inputs = model.to(device), {name: tensor.to(device) for name, tensor in inputs.items()}
     count = int(inputs["mask_time_indices"].sum())
@@ -122,6 +123,8 @@ def idle(step: Callable[[], None]) -> float:
         torch.cuda.synchronize()
     events = profile.events() or []
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
+    if not spans:
+        return float("nan")  # the profiler saw no kernel
     busy, end = 0.0, spans[0][0]
     for start, stop in spans:
         busy += max(stop - max(start, end), 0.0)
@@ -204,12 +207,13 @@ def main() -> None:
     for name, build in cases(args.model, args.variants, args.seconds, args.crop, device):
         gc.collect()
         torch.manual_seed(0)
+        torch.compiler.reset()
         if cuda:
             torch.cuda.empty_cache()
         try:
             record["results"][name] = measure(*build(), args.rounds)
-        except torch.OutOfMemoryError:
-            record["results"][name] = {"out_of_memory": True}
+        except Exception as error:  # the others are measured all the same
+            record["results"][name] = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
         print(name, json.dumps(record["results"][name]), flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from w2v2.inference.align import align, align_labels, forced_align, spell
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import source_of
 from w2v2.inference.transcribe import Layout
-from w2v2.inference.transcripts import Transcript
+from w2v2.inference.transcripts import Transcript, to_ctm, to_textgrid
 from w2v2.model.ctc import Wav2Vec2ForCTC
 from w2v2.text.vocabulary import Vocabulary
 
@@ -134,6 +134,16 @@ def test_what_has_no_label_is_left_out_of_the_matching_and_kept_in_the_words(tmp
     assert times["\u2026"][1] == pytest.approx(2.0) and not result.doubt
     with pytest.raises(UsageError, match="no text to align"):
         aligned(path, "25 \u20ac", tmp_path, skip_unknown=True)
+
+
+def test_words_without_labels_before_a_first_one_at_0_have_time_too(tmp_path: Path) -> None:
+    result = aligned([A, A, B, END] + [0] * 46, "2 ab", tmp_path, skip_unknown=True)
+    first, second = result.words
+    assert (first.text, first.start) == ("2", 0.0) and 0 < first.end == second.start < second.end
+    for timestamps in ("word", "char"):
+        lines = to_ctm(result, timestamps, "a").splitlines()
+        assert "2" in [line.split()[4] for line in lines], lines
+    assert 'text = "2"' in to_textgrid(result, "char")
 
 
 def test_audio_far_longer_than_its_text_is_doubted(tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ def test_folders_give_noises_and_rooms_and_an_empty_one_is_refused(tmp_path: Pat
         UsageError, match=r"`data.augment.noise_folder`: expected a folder with audio files, got .*none"
     ):
         Augmentation(AugmentConfig(noise=1.0, noise_folder=str(tmp_path / "none")))
+    (tmp_path / "click" / "b.wav").write_text("junk")
+    with pytest.raises(UsageError, match=r"`data.augment.room_folder`: cannot read .*b.wav: .*; repair or remove it"):
+        Augmentation(AugmentConfig(room=1.0, room_folder=str(tmp_path / "click")))
 
 
 @given(st.integers(0, 10**6), st.integers(0, 3 * RATE), st.floats(0.7, 1.4))

@@ -289,3 +289,10 @@ def test_what_is_wrong_with_labels_of_frames_is_said_in_a_line(
         (melodies / folder / "x.ctm").write_text("".join(f"{each} 1 {start} 0.1 low\n" for each in names))
     done = run(words, melodies)
     assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_a_classifier_is_not_converted_and_the_line_sends_nowhere_else(trained: Path, tmp_path: Path) -> None:
+    done = run(["convert", str(trained), str(tmp_path / "out"), "--to", "hf"], tmp_path)
+    assert done.returncode == 2 and done.stderr.strip().endswith(
+        "is a classifier, which is not converted; use it by w2v2.load"
+    )

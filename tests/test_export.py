@@ -150,11 +150,12 @@ def test_int8_is_smaller_and_near_and_its_error_rates_are_stated(
     assert 0 < (a - b).norm() / a.norm() < 0.05
     assert 0 < check["int8"]["relative_difference"] < 0.05 and check["int8"]["same_label"] > 0.5
     stated, recognizer = check["error_rates"], w2v2.load(runs["ctc"])
+    assert stated["unreadable"] == {}
     lines = [line for path in sorted(corpus.glob("test-clean/**/*.txt")) for line in path.read_text().splitlines()]
     texts = dict(line.split(" ", 1) for line in lines)
     heard = {path.stem: recognizer(*soundfile.read(path)) for path in sorted(corpus.glob("test-clean/**/*.flac"))}
     assert texts.keys() == heard.keys() and stated["utterances"] == len(texts) == 4
-    pairs = list(texts.values()), [heard[name] for name in texts]
+    pairs = list(texts.values()), [recognizer.vocabulary.normalize(heard[name]) for name in texts]
     assert stated["model.onnx"] == {"wer": jiwer.wer(*pairs), "cer": jiwer.cer(*pairs)}
     assert stated["model.int8.onnx"].keys() == {"wer", "cer"}
 
@@ -271,6 +272,8 @@ def test_the_comparison_finds_nan_other_shapes_and_one_wrong_value() -> None:
         ("pre", ["--to", "onnx", "--data", "CORPUS"], "need a CTC model"),
         ("pre", ["--to", "torch", "--int8"], "--int8 and --data are for --to onnx, got --to torch"),
         ("ctc", ["--to", "onnx", "--data", "CORPUS", "--split", "none"], "--split must be one of train, valid, test"),
+        ("ctc", ["--to", "torch", "--split", "none"], "--split is of --data; add that, or leave --split out"),
+        ("ctc", ["--to", "onnx", "--data", "SILENT"], "no utterance of test has words to compare with"),
         ("ctc", ["--to", "torch", "--push-to-hub", "a/b/c"], "must be OWNER/NAME, got 'a/b/c'"),
         ("ctc", ["--to", "torch", "--push-to-hub", "a/b"], "needs a token of the hub"),
     ],
@@ -287,15 +290,19 @@ def test_a_wrong_folder_or_option_is_one_line_and_leaves_nothing(
 ) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    theirs, file = tmp_path / "theirs", tmp_path / "wav2vec_small.pt"
+    theirs, file, silent = tmp_path / "theirs", tmp_path / "wav2vec_small.pt", tmp_path / "silent"
+    for split in ("train", "test"):
+        (silent / split).mkdir(parents=True)
+        soundfile.write(silent / split / "a.wav", sound(1.0, 0), 16_000)
     transformers.Wav2Vec2Config().save_pretrained(theirs)
     file.write_bytes(b"PK")
     places = {**runs, "nowhere": Path("nowhere"), "corpus": corpus, "theirs": theirs, "file": file}
-    options = [str(corpus) if option == "CORPUS" else option for option in options]
+    folders = {"CORPUS": str(corpus), "SILENT": str(silent)}
+    options = [folders.get(option, option) for option in options]
     assert main(["export", str(places[what]), str(tmp_path / "out"), *options]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and message in said[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "wav2vec_small.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["silent", "theirs", "wav2vec_small.pt"]
 
 
 def test_a_full_folder_stays_as_it_is(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,6 +214,26 @@ def test_the_command_writes_what_the_library_gives(
     pipe(monkeypatch, PCM)
     assert main(["transcribe", str(run), "--live", "-", "--look-ahead", "0.32", "--format", "json"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [u.fields() for u in updates]
+
+
+def test_an_interruption_ends_it_with_what_has_been_heard(run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pcm")
+    arguments = [sys.executable, "-m", "w2v2.cli.main", "transcribe", str(run), "--live", "-"]
+    updates = list(listen(Live(MODEL, LiveLayout()), MODEL, stream_pieces(io.BytesIO(PCM)), RATE))
+    process = subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(PCM)
+    process.stdin.flush()  # and stays open
+    beginning = text(updates[:-1]).rstrip()[:-1].encode()
+    said = b""
+    while len(said) < len(beginning):
+        said += os.read(process.stdout.fileno(), 1)
+    time.sleep(0.5)  # until it reads again
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and (said + rest).decode() == text(updates) + "\n"
 
 
 @pytest.mark.parametrize(

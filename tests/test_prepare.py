@@ -26,7 +26,7 @@ from lhotse import CutSet
 from w2v2.cli import main as cli
 from w2v2.data.audio import load_audio
 from w2v2.data.corpora import Splits, read_corpus
-from w2v2.errors import JobError
+from w2v2.errors import JobError, UsageError
 from w2v2.preparation.audit import audit, quiet_points
 from w2v2.preparation.config import AuditConfig, PrepareConfig
 from w2v2.preparation.findings import REASONS, Part
@@ -384,6 +384,26 @@ def test_a_hugging_face_dataset(
     assert {cut.supervisions[0].speaker for cut in splits["train"]} == {"101", "102"}
     again = run(f"hf:{tmp_path / 'set'}", tmp_path / "elsewhere", workers, columns=("audio=sound",))
     assert again["content_hash"] == summary["content_hash"]
+    with pytest.raises(
+        UsageError, match=r"has no column 'said': got sound, text, speaker; name it with `columns` text="
+    ):
+        run(f"hf:{tmp_path / 'set'}", tmp_path / "wrong", workers, columns=("audio=sound", "text=said"))
+    assert not (tmp_path / "wrong").exists()
+    for option in ({"speaker": "(.)"}, {"audio_folder": str(tmp_path)}):
+        with pytest.raises(UsageError, match=f"`{next(iter(option))}` is not for a dataset of Hugging Face"):
+            run(f"hf:{tmp_path / 'set'}", tmp_path / "wrong", workers, columns=("audio=sound",), **option)
+
+
+def test_a_row_without_audio_costs_nothing_that_was_downloaded(tmp_path: Path, workers: Executor) -> None:
+    datasets = pytest.importorskip("datasets")
+    save(tmp_path / "a.wav", sound(1.0, 1))
+    data = {"bytes": (tmp_path / "a.wav").read_bytes(), "path": "a.wav"}
+    rows = {"audio": [data] * 3 + [None], "locale": ["en"] * 4}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    with pytest.raises(UsageError, match="row 4: no audio in 'audio'; remove the row"):
+        run(f"hf:{tmp_path / 'set'}", tmp_path / "out", workers)
+    assert len([*(tmp_path / "out" / "audio").rglob("*.wav")]) == 3
 
 
 def test_paths_that_differ_only_in_how_they_are_divided_get_names_of_their_own(
@@ -538,6 +558,28 @@ def test_labelled_subsets_are_balanced_nested_and_of_their_size(
     whole = {cut.id: load_shard(tmp_path / "out", cut) for cut in splits["train"]}
     assert all(np.array_equal(load_shard(tmp_path / "out", cut), whole[cut.id]) for cut in large)
     assert summary["splits"]["train-0.3m"]["transcribed"] == len(large)
+
+
+def test_a_list_of_labels_that_has_changed_is_what_is_written(
+    speakers: Path, tmp_path: Path, workers: Executor
+) -> None:
+    for names in ("s1-1-0 s2-1-3 s3-1-1", "s2-1-3", "s3-1-1"):
+        (tmp_path / "ids").write_text(names)
+        labelled = (f"mine={tmp_path / 'ids'}",)
+        made = run(speakers, tmp_path / "out", workers, valid_share=0.1, labelled=labelled, shards="flac")
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "train").iterdir()}
+        splits = read_corpus(tmp_path / "out")
+        assert ids(splits)["train-mine"] == {*names.split()} & ids(splits)["train"]
+        assert made["splits"]["train-mine"]["utterances"] == len(splits["train-mine"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "train").iterdir()} == before
+
+
+def test_a_recording_a_little_longer_than_it_says_is_cut_at_pauses_and_speech(tmp_path: Path) -> None:
+    samples = sound(10.0, 3)
+    encode(tmp_path / "a.m4a", samples, RATE, "aac")
+    for vad in (True, False):
+        (found,) = audit(str(tmp_path / "a.m4a"), [Part(1, text=" ")], AuditConfig(max_seconds=9.99), vad)
+        assert found.samples >= len(samples) and (vad or len(found.cuts) > 1)
 
 
 # --- The hash ---------------------------------------------------------------------------------------------------------

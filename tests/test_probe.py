@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -110,6 +111,25 @@ def test_phones_that_are_pitches_are_told_and_what_is_written_is_documented(
     assert main(["evaluate", str(run), "--data", str(tones), "--probe", "--labels", str(tones), "--layers", "2"]) == 0
     table = capsys.readouterr().out
     assert "log-mel" in table and "model, layer 2" in table and "layer 1" not in table
+
+
+def test_one_that_cannot_be_read_is_left_out_of_a_probe_by_name(
+    tones: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tones, tmp_path / "tones")
+    broken, short = (tmp_path / "tones" / "train-a" / "1" / "1" / f"1-1-000{i}.flac" for i in (0, 1))
+    broken.write_bytes(broken.read_bytes()[:20_000])
+    (broken.parent / "1-1.phones.ctm").write_text(
+        "".join(x for x in (broken.parent / "1-1.phones.ctm").open() if not x.startswith("1-1-0001"))
+        + "1-1-0001 1 0 0.005 a\n"
+    )
+    soundfile.write(short, np.zeros(100), 16_000)
+    options = ["--data", str(tmp_path / "tones"), "--probe", "--json", "--device", "cpu"]
+    assert main(["evaluate", str(run), *options]) == 0
+    rows = {(row["features"], row["layer"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["log-mel", None]["phones_one"] > 0.8
+    told = [line for line in caplog.messages if line.startswith("not probed: ")]
+    assert len(told) == 2 and "1-1-0000" in told[0] and "1-1-0001 is shorter than a frame" in told[1]
 
 
 def test_a_text_grid_says_the_same_as_a_ctm(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 from conftest import RATE, sound
 
+from w2v2.data.audio import load_audio
 from w2v2.data.corpora import read_corpus
 from w2v2.data.layouts import layout_rows
 from w2v2.data.sources import folder_rows
 from w2v2.data.tables import listed_splits, table_rows
-from w2v2.errors import UsageError
+from w2v2.errors import JobError, UsageError
 from w2v2.inference.align import find_texts
 from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.run import prepare
@@ -308,6 +310,115 @@ def test_ted_lium_is_read_by_its_stm(tmp_path: Path) -> None:
     (tmp_path / "test" / "sph" / "Other.wav").unlink()
     with pytest.raises(UsageError, match=r"Other\.stm: no audio of that name"):
         list(layout_rows(tmp_path) or ())
+
+
+def test_lines_of_several_stm_are_all_read_each_on_its_channel_and_what_none_names_is_counted(tmp_path: Path) -> None:
+    sides = np.stack([sound(8.0, 1), sound(8.0, 2)], 1)
+    soundfile.write(tmp_path / "call.wav", sides, RATE, subtype="FLOAT")
+    save(tmp_path / "other.wav")
+    (tmp_path / "A.stm").write_text("call 1 alice 0 3 HELLO THERE\n")
+    (tmp_path / "B.stm").write_text("call B bob 4 7 GOOD MORNING\n")
+    audit = prepare(tmp_path, tmp_path / "out", PrepareConfig(valid_share=0.0))["audit"]
+    assert audit["passed_over"]["recordings without a line"] == 1 and audit["ok"] == 2
+    heard = {cut.supervisions[0].text: cut for cut in read_corpus(str(tmp_path / "out"))["train"]}
+    for text, channel, start in (("HELLO THERE", 0, 0), ("GOOD MORNING", 1, 4)):
+        part = sides[start * RATE : (start + 3) * RATE, channel]
+        assert np.allclose(load_audio(heard[text]), part.astype(np.float32))
+    (tmp_path / "B.stm").write_text("call X bob 4 7 GOOD MORNING\n")
+    with pytest.raises(UsageError, match=r"B.stm, row 1: expected 1, 2, A or B as one of several channels, got X"):
+        list(layout_rows(tmp_path) or ())
+
+
+def test_kaldi_texts_without_audio_are_counted(tmp_path: Path) -> None:
+    save(tmp_path / "a.wav")
+    kaldi(tmp_path, wav_scp="a a.wav\n", text="a OH\nb NO\n")
+    assert prepare(tmp_path, tmp_path / "out")["audit"]["passed_over"] == {"transcripts without audio": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("table", {"speaker": "(.)"}), ("folder", {"columns": ("text=x",)}), ("kaldi", {"speaker": "(.)"})],
+)
+def test_settings_of_another_kind_of_source_are_refused(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    save(tmp_path / "in" / "a.wav")
+    (tmp_path / "in" / "t.csv").write_text("path\na.wav\n")
+    if kind == "kaldi":
+        kaldi(tmp_path / "in", wav_scp="a a.wav\n")
+    source = tmp_path / "in" / ("t.csv" if kind == "table" else "")
+    with pytest.raises(UsageError, match=f"`{next(iter(settings))}` is not for a .*; leave it out"):
+        prepare(source, tmp_path / "out", PrepareConfig(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("by", ["column", "list", "folder"])
+def test_what_is_to_test_on_is_never_trained_on(tmp_path: Path, by: str, caplog: pytest.LogCaptureFixture) -> None:
+    lines = []
+    for i in range(6):
+        folder = "test/" if by == "folder" else ""
+        save(tmp_path / "in" / f"{folder}{i}.wav", i)
+        lines.append(f"{folder}{i}.wav,test\n")
+    (tmp_path / "in" / "t.csv").write_text("path,split\n" + "".join(lines))
+    (tmp_path / "list.tsv").write_text("utt\trole\n" + "".join(f"{i}\ttest\n" for i in range(6)))
+    source = tmp_path / "in" / ("t.csv" if by == "column" else "")
+    splits = str(tmp_path / "list.tsv") if by == "list" else ""
+    made = prepare(source, tmp_path / "out", PrepareConfig(splits=splits, shards="wav"))["splits"]
+    told = "no folder is called train: the others are taken for it, and divided" in caplog.messages
+    expected = {"train": 5, "valid": 1} if by == "folder" else {"test": 6}
+    assert {name: split["utterances"] for name, split in made.items()} == expected and told == (by == "folder")
+
+
+def test_a_train_split_of_nothing_usable_is_no_reason_to_train_on_the_others(tmp_path: Path) -> None:
+    for i in range(4):
+        save(tmp_path / f"{i}.wav", i)
+    rows = [f"{i}.wav,{('test', 'valid')[i % 2]}\n" for i in range(4)]
+    (tmp_path / "t.csv").write_text("path,split\ngone.wav,train\n" + "".join(rows))
+    with pytest.raises(JobError, match=r"nothing of train can be used; .*audit.jsonl says why"):
+        prepare(tmp_path / "t.csv", tmp_path / "out")
+    assert [line["status"] for line in findings(tmp_path / "out")].count("rejected") == 1
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av")
+    save(tmp_path / "in" / "a.wav")
+    encode_m4a(tmp_path / "in" / "b.m4a")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "av", None)
+        assert again(tmp_path / "in", tmp_path / "out")["audit"]["rejected"] == 1
+    assert again(tmp_path / "in", tmp_path / "out")["audit"]["rejected"] == 0
+
+
+def encode_m4a(path: Path) -> None:
+    import av
+
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sound(2.0, 1)[None].astype(np.float32), format="fltp", layout="mono")
+        frame.sample_rate = RATE
+        for part in (frame, None):
+            file.mux(stream.encode(part))
+
+
+METADATA = [
+    ("metadata.csv", "audio_file|text|speaker_name\na|OH WELL|anna\nb|NO|bob\n", {"a": "OH WELL", "b": "NO"}),
+    ("metadata.csv", "a|Mr. 5|mister five\nb|NO|\n", {"a": "mister five", "b": "NO"}),
+    ("metadata.jsonl", '{"file_name": "a.wav", "text": NaN}\n{"file_name": "b.wav", "text": 12.0}\n', {"b": "12"}),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "texts"), METADATA)
+def test_metadata_gives_the_text_and_nothing_else(tmp_path: Path, name: str, content: str, texts: Any) -> None:
+    for stem in "ab":
+        save(tmp_path / f"{stem}.wav")
+    (tmp_path / name).write_text(content)
+    assert {Path(row.path).stem: row.text for row in folder_rows(tmp_path) if row.text} == texts
+
+
+@pytest.mark.parametrize("text", ['["x", "y"]', "true", r'"\ud83d"'])
+def test_metadata_that_is_no_text_is_one_line(tmp_path: Path, text: str) -> None:
+    save(tmp_path / "a.wav")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.wav", "text": {text}}}\n')
+    with pytest.raises(UsageError, match=r"metadata.jsonl, row 1: "):
+        prepare(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.skipif(shutil.which("localedef") is None, reason="needs another locale")

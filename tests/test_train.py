@@ -97,6 +97,18 @@ def test_a_run_folder_holds_what_the_contract_says(run: Path) -> None:
     assert json.loads((run / "environment.json").read_text())["data"]["train"]["utterances"] == 16
 
 
+def test_tiny_s_auxiliary_loss_computes_in_bf16_throughout_and_no_kernel_plans_for_each_length(
+    corpus: Path, tmp_path: Path
+) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default
+    config = nano(max_steps=2, precision="bf16-true")
+    config.model.neighbourhood, config.model.conv_gradient_scale, config.warm_start.updates = 3, 0.0, 2
+    config.loss_weights["neighbourhood"] = 1.0
+    pretrain(config, read_corpus(corpus), tmp_path / "run")
+    assert all(value > 0 for value in column(tmp_path / "run", "train/neighbourhood"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(run: Path, corpus: Path, tmp_path: Path) -> None:
     pretrain(nano(), read_corpus(corpus), tmp_path / "b")
     same_numbers(run, tmp_path / "b")

@@ -313,6 +313,20 @@ def test_a_file_name_need_not_be_utf_8(run: Path, tmp_path: Path) -> None:
     assert [type(found) for found in transcribe(model, [source_of(name)], Greedy(model.vocabulary))] == [Transcript]
 
 
+def test_one_whose_text_cannot_be_written_for_its_name_stops_no_other(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = os.fsdecode(bytes(tmp_path) + b"/a\xff.wav")
+    for path in (name, tmp_path / "b.wav"):
+        with open(path, "wb") as file:
+            soundfile.write(file, sound(1.0, 3), RATE, format="WAV")
+    for verb, ending in (("transcribe", "json"), ("extract", "safetensors")):
+        options = ["--format", "json"] if verb == "transcribe" else []
+        code, _, err = call(capsys, verb, run, name, tmp_path / "b.wav", "--out", tmp_path / verb, *options)
+        assert code == 1 and len(err.strip().splitlines()[-1:]) == 1 and "1 of 2" in err, err
+        assert [path.stem for path in (tmp_path / verb).glob(f"*.{ending}")] == ["b"]
+
+
 def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
     code = main([str(word) for word in argv])
     said = capsys.readouterr()
@@ -397,6 +411,8 @@ def test_silence_an_empty_file_and_twenty_milliseconds_are_no_failure(
     for name in ("f.wav", "g.wav"):
         code, out, _ = call(capsys, "transcribe", run, recordings / name, "--format", "json")
         assert code == 0 and json.loads(out)["seconds"] == pytest.approx(0.02 if name == "f.wav" else 0.0)
+        code, out, _ = call(capsys, "transcribe", run, recordings / name, "--format", "json", "--vad")
+        assert code == 0 and json.loads(out)["text"] == ""
     assert json.loads(out)["text"] == "" and json.loads(out)["words"] == []
     assert call(capsys, "transcribe", run, recordings / "e.wav", "--format", "TextGrid")[0] == 0
 
@@ -491,6 +507,8 @@ def test_a_transcript_beside_its_audio_is_not_replaced(
         (["-", "--jobs", "2"], "--jobs 2 are for files, got - for standard input"),
         (["--out", __file__], "is a file; expected a folder"),
         (["--wrong", "1"], "--wrong"),
+        (["--rate", "8000"], "--rate is of --live; add that, or leave --rate out"),
+        (["--look-ahead", "3"], "--look-ahead is of --live; add that, or leave --look-ahead out"),
         (["--beam", "50"], "Unrecognized options: --beam, 50; did you mean --beam-size?"),
     ],
 )
@@ -511,6 +529,16 @@ def test_a_model_without_ctc_head_is_refused(
     for verb in (["transcribe"], ["align"]):
         code, _, err = call(capsys, *verb, tmp_path, recordings / "a.wav", *(["A"] if verb == ["align"] else []))
         assert code == 2 and "no CTC head" in err and "w2v2 finetune" in err
+
+
+def test_a_file_has_the_text_that_is_printed(
+    run: Path, recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [run, recordings / "b.flac", "abba https://x.org/?token=1 cafe", "--skip-unknown", "--format", "txt"]
+    code, printed, _ = call(capsys, "align", *words)
+    assert code == 0 and "https://x.org/?token=1" in printed
+    assert call(capsys, "align", *words, "--out", tmp_path)[0] == 0
+    assert (tmp_path / "b.txt").read_text() == printed
 
 
 def test_align_writes_the_given_words(

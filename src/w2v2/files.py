@@ -156,10 +156,10 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all; without what ``public`` leaves out."""
+def write_text(path: Path, text: str, *, as_said: bool = False) -> None:
+    """Write a file in UTF-8, whole or not at all; without what ``public`` leaves out, unless it is what was said."""
     with whole(path) as partial:
-        partial.write_text(public(text), encoding="utf-8")
+        partial.write_text(text if as_said else public(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,24 +175,20 @@ def tiny() -> PretrainConfig:
     """
     config = small()
     config.recipe = "tiny"
-    config.model = ContrastiveConfig(
+    assert isinstance(config.model, ContrastiveConfig)
+    config.model = replace(
+        config.model,
         n_layer=3,
         n_head=4,
         n_embd=192,
         ffn_dim=384,
         conv_channels=(32, 48, 64, 96, 96, 128, 128),
-        utterance_norm=True,
-        conv_init_smoothing=0.8,
-        conv_gradient_scale=0.0,
         dropout=0.0,
-        attention_dropout=0.0,
         dropout_input=0.0,
         dropout_features=0.0,
-        layer_drop=0.0,
         pos_conv_kernel=48,
         mask_prob=0.5,
         mask_length=5,
-        target_features="encoder",
         codebook_dim=64,
         similarity_dim=128,
         gumbel_decay=0.25 ** (1 / 960),

@@ -134,8 +134,9 @@ def convert(
         raise UsageError(f"{source} is {form.title}'s already; nothing to convert")
     checkpoint = read(source, language)
     show("read", 1.0)
-    faults = ["it is a classifier"] if checkpoint.classes else target.misfits(checkpoint)
-    if faults:
+    if checkpoint.classes:
+        raise UsageError(f"{source} is a classifier, which is not converted; use it by w2v2.load")
+    if faults := target.misfits(checkpoint):
         raise UsageError(
             f"{source} has no twin at {target.title}: {'; '.join(faults)}; 'w2v2 export' takes it as it is"
         )

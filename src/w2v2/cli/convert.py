@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from w2v2.cli.options import MODEL, Language, default
+from w2v2.cli.options import MODEL, Language, default, refuse_without
 from w2v2.cli.progress import progress
 from w2v2.errors import UsageError
 
@@ -77,6 +77,8 @@ class Export:
 
         if self.to != "onnx" and (self.int8 or self.data):
             raise UsageError(f"`int8` and `data` are for `to` onnx, got `to` {self.to}")
+        if not self.data:
+            refuse_without("data", ("split",), named)
         has_hub = find_spec("huggingface_hub") is not None
         if not has_hub and (self.license or self.push_to_hub):
             raise UsageError("`license` and `push_to_hub` need huggingface_hub: pip install huggingface_hub")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from w2v2.cli.decoding import Decoding
-from w2v2.cli.options import MODEL, Device, Language, Workers, default
+from w2v2.cli.options import MODEL, Device, Language, Workers, default, refuse_without
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.data.corpora import Splits
@@ -104,15 +104,16 @@ class Evaluate(Decoding):
             encoder = network_of(model)
             if not isinstance(encoder, Wav2Vec2):
                 raise UsageError(f"{self.model} is an exported graph without layers to probe; name what it was made of")
-            self._only(("probe", "out", "language", *of_probe), named, "`probe` decodes nothing", "leave it out")
+            self._only(
+                ("probe", "out", "language", "device", *of_probe), named, "`probe` decodes nothing", "leave it out"
+            )
             self._probe(splits, encoder)
             return
         needless = of_probe[:-1] if isinstance(model, FrameClassifier) else of_probe  # its labels are frames' classes
-        if given := [f"`{name}`" for name in needless if name in named]:
-            raise UsageError(f"{given[0]} is of `probe`; add that, or leave {given[0]} out")
+        refuse_without("probe", needless, named)
         if isinstance(model, Recognizer):
-            if self.tune is None and "trials" in named:
-                raise UsageError("`trials` is of `tune` SPLIT; name a split to tune on")
+            if self.tune is None:
+                refuse_without("tune", ("trials",), named)
             self._warn(one_split=len(splits) == 1)
             self._recognizer(splits, named)
             return
@@ -142,7 +143,9 @@ class Evaluate(Decoding):
     def _probe(self, splits: Splits, model: Wav2Vec2) -> None:
         from w2v2.evaluation.probe import probe
         from w2v2.evaluation.table import probe_table
+        from w2v2.inference.recognizer import place
 
+        place(model, self.device)
         labels, layers = self.labels or Path(self.data), self.layers or None
         if self.out:
             self.out.mkdir(parents=True, exist_ok=True)

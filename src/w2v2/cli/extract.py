@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from w2v2.cli.options import MODEL, Device, Language, Workers, default
+from w2v2.cli.options import MODEL, Device, Language, Workers, default, refuse_without
 from w2v2.cli.progress import progress
 from w2v2.data.config import DataConfig
 from w2v2.errors import Count, JobError, Positive, UsageError
@@ -68,6 +68,8 @@ class Extract:
 
         if bool(self.audio) == bool(self.data):
             raise UsageError("name either files and folders of audio, or a corpus with `data`")
+        if not self.data:
+            refuse_without("data", ("split", "workers"), named)
         if self.data and self.channel:
             raise UsageError("`channel` is of files; the utterances of a corpus have theirs already, leave it out")
         layers = self.layers or (() if self.codes else (-1,))

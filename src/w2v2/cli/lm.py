@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from w2v2.cli.options import File, default
+from w2v2.cli.options import File, default, refuse_without
 from w2v2.errors import UsageError
 
 log = logging.getLogger("w2v2")
@@ -44,6 +44,8 @@ class LM:
 
         if not self.paths:
             raise UsageError("name the file to write: w2v2 lm [TEXT ...] OUT.arpa")
+        if not self.data:
+            refuse_without("data", ("split",), named)
         *texts, out = self.paths
         options = {
             name: getattr(self, name) for name in ("split", "keep_case", "language", "order", "prune", "held_out")

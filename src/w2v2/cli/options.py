@@ -50,6 +50,12 @@ def default(what: str, metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {what})")
 
 
+def refuse_without(mode: str, names: Collection[str], named: Collection[str]) -> None:
+    """Refuse options that are only of a mode which was not asked for (:class:`UsageError`)."""
+    if needless := sorted({*names} & {*named}):
+        raise UsageError(f"`{needless[0]}` is of `{mode}`; add that, or leave `{needless[0]}` out")
+
+
 def optional_value(without: str, *choices: str) -> Any:
     """An option that may have a value, one of ``choices``, and is ``without`` where it stands alone."""
 

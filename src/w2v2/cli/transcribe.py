@@ -14,14 +14,22 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from w2v2.cli.decoding import Decoding
-from w2v2.cli.options import MODEL, REQUIRED, Device, Language, default
+from w2v2.cli.options import MODEL, REQUIRED, Device, Language, default, refuse_without
 from w2v2.cli.progress import progress
 from w2v2.data.vad import Vad
 from w2v2.decoding.decoder import make_decoder
-from w2v2.errors import Count, JobError, UsageError
+from w2v2.errors import Count, JobError, UsageError, printable
 from w2v2.inference.align import align, find_texts
 from w2v2.inference.jobs import Work, in_processes
-from w2v2.inference.live import MICROPHONE, Live, LiveLayout, listen, microphone_pieces, stream_pieces
+from w2v2.inference.live import (
+    MICROPHONE,
+    Live,
+    LiveLayout,
+    listen,
+    microphone_pieces,
+    stream_pieces,
+    until_interrupted,
+)
 from w2v2.inference.recognizer import Recognizer, load_recognizer, place
 from w2v2.inference.recordings import Failure, Source, choose_channel, find_sources
 from w2v2.inference.transcribe import Layout, transcribe
@@ -96,6 +104,7 @@ class Transcribe(Decoding, _Windows):
         """Write what is said in each recording, and say which could not be transcribed."""
         if self.live:
             return self._listen(named)
+        refuse_without("live", ("rate", "look_ahead"), named)
         timestamps = self.timestamps or ("none" if self.format == "txt" else "word")
         check_format(self.format, timestamps)
         if not self.audio:
@@ -142,7 +151,7 @@ class Transcribe(Decoding, _Windows):
         microphone = self.audio == (MICROPHONE,)
         pieces = microphone_pieces(self.rate) if microphone else stream_pieces(sys.stdin.buffer)
         between = False
-        for update in listen(live, recognizer, pieces, self.rate):
+        for update in listen(live, recognizer, until_interrupted(pieces), self.rate):
             if self.format == "json":
                 sys.stdout.write(json.dumps(update.fields(), ensure_ascii=False) + "\n")
             else:
@@ -210,9 +219,10 @@ def _take(writer: TranscriptWriter, result: Transcript | Failure) -> bool:
         return False
     try:
         writer.write(result)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:  # the latter: a name that is no text
         if writer.out is None:  # nobody reads any further
             raise
-        log.warning("%s: cannot write what is said in it: %s", result.name, error.strerror or error)
+        reason = getattr(error, "strerror", None) or error
+        log.warning("%s: cannot write what is said in it: %s", printable(result.name), reason)
         return False
     return True

@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from w2v2.data.audio import FORMATS, SAMPLE_RATE, AudioFile, FloatArray, mix_down, resample
+from w2v2.data.audio import FORMATS, SAMPLE_RATE, AudioError, AudioFile, FloatArray, mix_down, resample
 from w2v2.data.config import AugmentConfig
 from w2v2.errors import UsageError
 
@@ -108,6 +108,12 @@ def _files(field: str, folder: str) -> list[Path]:
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in FORMATS)
     if not files:
         raise UsageError(f"`data.augment.{field}`: expected a folder with audio files, got {folder}")
+    for path in files:
+        try:
+            with AudioFile(str(path)):
+                pass
+        except (AudioError, OSError) as error:
+            raise UsageError(f"`data.augment.{field}`: cannot read {path}: {error}; repair or remove it") from None
     return files
 
 

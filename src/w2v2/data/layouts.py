@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,19 @@ from w2v2.data.sources import Row, audio_paths
 from w2v2.data.transcripts import transcript_in
 from w2v2.errors import UsageError
 
+_CHANNELS = {"1": 1, "A": 1, "2": 2, "B": 2}
 
-def layout_rows(root: Path) -> Iterator[Row] | None:
-    """Rows of a folder with Kaldi's ``wav.scp``, or with ``*.stm`` beside or below it; None: it is neither."""
+
+def layout_rows(root: Path, passed_over: Counter[str] | None = None) -> Iterator[Row] | None:
+    """Rows of a folder with Kaldi's ``wav.scp``, or with ``*.stm`` beside or below it; None: it is neither.
+
+    What they do not name, recordings and transcripts, is counted in ``passed_over``.
+    """
+    passed_over = Counter() if passed_over is None else passed_over
     if (root / "wav.scp").is_file():
-        return _kaldi_rows(root)
+        return _kaldi_rows(root, passed_over)
     tables = sorted(path for path in root.rglob("*.stm") if path.is_file())
-    return _stm_rows(root, tables) if tables else None
+    return _stm_rows(root, tables, passed_over) if tables else None
 
 
 def refuse_layout(root: Path) -> None:
@@ -48,7 +55,7 @@ def _seconds(where: str, values: list[str]) -> list[float]:
         raise UsageError(f"{where}: expected seconds, got {' '.join(values)}") from None
 
 
-def _kaldi_rows(root: Path) -> Iterator[Row]:
+def _kaldi_rows(root: Path, passed_over: Counter[str]) -> Iterator[Row]:
     """Of ``segments``, or else of ``wav.scp``, with what ``text`` and ``utt2spk`` say. Commands are not run."""
 
     def read(name: str) -> dict[str, str]:
@@ -65,11 +72,14 @@ def _kaldi_rows(root: Path) -> Iterator[Row]:
             here
         )  # Kaldi's are relative to where it was called
         paths[recording] = os.path.abspath(here) if elsewhere else here
-    if not (root / "segments").is_file():
+    segments = list(_lines(root / "segments", 5)) if (root / "segments").is_file() else None
+    names = paths.keys() if segments is None else {name for _, (name, *_) in segments}
+    passed_over["transcripts without audio"] += len(texts.keys() - names)
+    if segments is None:
         for line, (name, path) in enumerate(paths.items(), 1):
             yield Row(path, line, text=texts.get(name), speaker=speaker_name(speakers.get(name)))
         return
-    for line, (name, *segment) in _lines(root / "segments", 5):
+    for line, (name, *segment) in segments:
         where = f"{root / 'segments'}, row {line}"
         if len(segment) < 3 or segment[0] not in paths:
             raise UsageError(f"{where}: expected an id, a recording of wav.scp, start and end; got {' '.join(segment)}")
@@ -78,21 +88,31 @@ def _kaldi_rows(root: Path) -> Iterator[Row]:
         yield Row(paths[segment[0]], line, start, stop, texts.get(name), speaker_name(speakers.get(name)))
 
 
-def _stm_rows(root: Path, tables: list[Path]) -> Iterator[Row]:
-    """Of each line ``RECORDING CHANNEL SPEAKER START END <LABELS> TEXT`` that is to be scored."""
+def _stm_rows(root: Path, tables: list[Path], passed_over: Counter[str]) -> Iterator[Row]:
+    """Of each line ``RECORDING CHANNEL SPEAKER START END <LABELS> TEXT`` that is to be scored.
+
+    Lines of several tables are counted on. A channel, 1 or A, 2 or B, is taken where a recording's lines name two.
+    """
     audio: dict[str, list[str]] = {}
     for path in audio_paths(root):
         audio.setdefault(nfc(os.path.splitext(os.path.basename(path))[0]), []).append(path)
-    for table in tables:
-        for line, fields in _lines(table, 6):
-            if fields[0].startswith(";;"):
-                continue
-            if len(fields) < 5:
-                raise UsageError(f"{table}, row {line}: expected RECORDING CHANNEL SPEAKER START END TEXT")
-            paths = audio.get(nfc(fields[0]), [])
-            if len(paths) != 1:
-                raise UsageError(f"{table}: {'no' if not paths else 'more than one'} audio of that name: {fields[0]}")
-            start, end = _seconds(f"{table}, row {line}", fields[3:5])
-            text = re.sub(r"^<[^ >]*,[^ >]*>|^<NA>", "", fields[5] if len(fields) > 5 else "").strip()
-            if text.lower() != "ignore_time_segment_in_scoring":
-                yield Row(paths[0], line, start, end, text, speaker_name(fields[2]), split_of(paths[0]))
+    lines = [(table, *each) for table in tables for each in _lines(table, 6) if not each[1][0].startswith(";;")]
+    sides: dict[str, set[str]] = {}
+    for table, line, fields in lines:
+        if len(fields) < 5:
+            raise UsageError(f"{table}, row {line}: expected RECORDING CHANNEL SPEAKER START END TEXT")
+        sides.setdefault(nfc(fields[0]), set()).add(fields[1].upper())
+    passed_over["recordings without a line"] += sum(len(audio[name]) for name in audio.keys() - sides.keys())
+    for number, (table, line, fields) in enumerate(lines, 1):
+        where, name = f"{table}, row {line}", nfc(fields[0])
+        paths = audio.get(name, [])
+        if len(paths) != 1:
+            raise UsageError(f"{table}: {'no' if not paths else 'more than one'} audio of that name: {fields[0]}")
+        channel = _CHANNELS.get(fields[1].upper()) if len(sides[name]) > 1 else None
+        if channel is None and len(sides[name]) > 1:
+            raise UsageError(f"{where}: expected 1, 2, A or B as one of several channels, got {fields[1]}")
+        start, end = _seconds(where, fields[3:5])
+        text = re.sub(r"^<[^ >]*,[^ >]*>|^<NA>", "", fields[5] if len(fields) > 5 else "").strip()
+        if text.lower() != "ignore_time_segment_in_scoring":
+            at = number if len(tables) > 1 else line
+            yield Row(paths[0], at, start, end, text, speaker_name(fields[2]), split_of(paths[0]), channel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,23 @@ def seconds_of(text: str) -> float:
     if not abs(seconds) < 3.2e9:
         raise ValueError(text)
     return seconds
+
+
+def as_text(value: Any) -> str | None:
+    """A value of a table as text, 1.0 as 1; None for NaN and null.
+
+    Raises:
+        ValueError: it is neither text nor a number.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or value == math.inf or value == -math.inf:
+        raise ValueError(f"expected text, got {value!r}")
+    return str(value)
 
 
 def _record_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from w2v2.data.audio import FORMATS, MOST_CHANNELS
 from w2v2.data.names import existing, nfc, speaker_name, utterance_id
-from w2v2.data.records import csv_records, key, records, seconds_of
+from w2v2.data.records import as_text, csv_records, key, records, seconds_of
 from w2v2.data.sources import Row, audio_paths
 from w2v2.data.splits import named_split
 from w2v2.errors import UsageError, printable
@@ -137,23 +136,6 @@ def _table_row(where: str, line: int, values: dict[str, Any], names: Mapping[str
     )
 
 
-def as_text(value: Any) -> str | None:
-    """A value of a table as text, 1.0 as 1; None for NaN and null.
-
-    Raises:
-        ValueError: it is neither text nor a number.
-    """
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        value = int(value) if value.is_integer() else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value == math.inf or value == -math.inf:
-        raise ValueError(f"expected text, got {value!r}")
-    return str(value)
-
-
 def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
     """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``.
 
@@ -196,11 +178,14 @@ def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int
     line = 0
     for split, part in parts.items():
         features = part.features or {}
-        if names["audio"] not in features:
-            raise UsageError(
-                f"dataset {name} has no column {names['audio']!r}: got {', '.join(features)}; "
-                "name it with `columns` audio=NAME"
-            )
+        for column in ("audio", *(columns or {})):
+            if names[column] not in features:
+                raise UsageError(
+                    f"dataset {name} has no column {names[column]!r}: got {', '.join(features)}; "
+                    f"name it with `columns` {column}=NAME"
+                )
+        if not line and (unread := ", ".join(column for column in features if column not in names.values())):
+            log.warning("dataset %s: nobody reads the columns %s; name them with `columns`", name, unread[:500])
         rows: Iterable[dict[str, Any]] = part.cast_column(names["audio"], datasets.Audio(decode=False))
         for record in rows:
             line += 1

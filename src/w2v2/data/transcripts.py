@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from w2v2.data.names import nfc
-from w2v2.data.records import records
+from w2v2.data.records import as_text, records
 from w2v2.errors import UsageError
 from w2v2.files import read_text
 
@@ -108,16 +108,23 @@ def _metadata(path: Path) -> Iterator[tuple[str, str]]:
         raise text
     head = text.partition("\n")[0]
     if path.suffix == ".csv" and "|" in head:
-        for row in (line.split("|") for line in text.split("\n")):
-            if len(row) > 1:
-                yield nfc(row[0]), row[2] if len(row) > 2 and row[2].strip() else row[1]
+        names = [name.strip().lower() for name in head.split("|")]
+        said = names.index("text") if "text" in names[1:] else None  # as Coqui's tables, which begin with names
+        for row in [line.split("|") for line in text.split("\n")][said is not None :]:
+            if len(row) > (said or 1):
+                yield nfc(row[0]), row[said] if said else row[2] if len(row) > 2 and row[2].strip() else row[1]
         return
     for line, record in records(path):
         column = next((name for name in ("transcription", "text", "sentence", "transcript") if name in record), None)
         if column is None or not isinstance(record.get("file_name"), str):
             raise UsageError(f"{path}, row {line}: expected columns file_name and text, got {', '.join(record)}")
-        if record[column] is not None:
-            yield nfc(record["file_name"]), str(record[column])
+        try:
+            value = as_text(record[column])
+            f"{value}".encode()  # half a character cannot be
+        except ValueError as error:
+            raise UsageError(f"{path}, row {line}: {error}") from None
+        if value is not None:
+            yield nfc(record["file_name"]), value
 
 
 def transcript_in(path: Path) -> str | UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2v2.data.audio import load_audio
+from w2v2.data.audio import AudioError, load_audio
 from w2v2.data.corpora import Split
-from w2v2.errors import Show
+from w2v2.errors import Show, UsageError
 from w2v2.evaluation.phones import Labels, frame_classes, nothing_labelled
 from w2v2.model.pretraining import Wav2Vec2ForPretraining
 from w2v2.model.warm_start import log_mel, mel_filters
@@ -22,6 +23,8 @@ from w2v2.model.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 if TYPE_CHECKING:
     from lhotse import MonoCut
+
+log = logging.getLogger(__name__)
 
 Features = Callable[[Tensor], dict[str, Tensor]]
 """Audio (1, S) to named features (T, C)."""
@@ -60,8 +63,15 @@ def label_frames(
     bounds, heard, who = [(0, 0)], [], []
     features: dict[str, list[Tensor]] = {}
     for i, cut in enumerate(cuts):
-        audio = config.normalized(torch.from_numpy(load_audio(cut))[None])
+        try:
+            audio = config.normalized(torch.from_numpy(load_audio(cut))[None])
+        except AudioError as error:
+            log.warning("not probed: %s", error)
+            continue
         n = config.frames([audio.shape[1]])[0]
+        if not n:
+            log.warning("not probed: %s is shorter than a frame", cut.id)
+            continue
         for compute in maps:
             for name, values in compute(audio).items():
                 features.setdefault(name, []).append(values.half() if values.is_floating_point() else values)
@@ -70,6 +80,8 @@ def label_frames(
         who.append(torch.full((n,), voices.index(speaker_of(cut))))
         bounds.append((bounds[-1][1], bounds[-1][1] + n))
         show("features", (i + 1) / len(cuts))
+    if not heard:
+        raise UsageError("no labelled utterance can be probed; the lines above say why")
     laid = {name: torch.cat(parts) for name, parts in features.items()}
     return Frames(bounds[1:], torch.cat(heard), torch.cat(who), laid)
 

@@ -79,10 +79,10 @@ def probe(
         check_abx(len({speaker_of(cut) for cut in cuts[1]}))
     with _still(model), torch.no_grad():
         torch.default_generator.manual_seed(seed)
-        maps = [spectra(model.config)] if "spectra" in beside else []
-        maps.append(layer_outputs("model", model, wanted))
+        maps = [*([spectra(model.config)] if "spectra" in beside else []), layer_outputs("model", model, wanted)]
         if "random" in beside:
-            maps.append(layer_outputs("random", Wav2Vec2(model.config).eval(), wanted))
+            untrained = Wav2Vec2(model.config).eval().to(next(model.parameters()).device)
+            maps.append(layer_outputs("random", untrained, wanted))
         train, scored = (label_frames(part, maps, model.config, phones, classes, voices, show) for part in cuts)
         rows = list(_rows(train, scored, len(classes), len(voices), seed, abx, quick, show))
     return {

@@ -93,4 +93,4 @@ def _remarks(evaluation: dict[str, Any]) -> list[str]:
     if strange["utterances"]:
         named = " ".join(strange["characters"])
         lines.append(f"{strange['utterances']} utterances with what the model has no label for, always wrong: {named}")
-    return lines + [f"not read and not scored: {why}" for why in evaluation["unreadable"].values()]
+    return lines + [f"not read and not scored: {name}: {why}" for name, why in evaluation["unreadable"].items()]

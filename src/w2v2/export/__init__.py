@@ -191,15 +191,22 @@ def _error_rates(
     """WER and CER of each graph on a split, greedily decoded, utterance by utterance; of too short ones, no text."""
     split, decode = splits[name], Greedy(vocabulary)
     references: list[str] = []
+    unreadable: dict[str, str] = {}
     hypotheses: dict[str, list[str]] = {run: [] for run in runs}
     for batch in whole_utterances(name, split, DataConfig(batch_seconds=60.0, num_workers=0)):
         for text, row, samples in zip(batch.texts, batch.audio, batch.lengths.tolist(), strict=True):
-            references.append(vocabulary.normalize(text or ""))
+            if text is None:
+                continue  # as in evaluation
+            references.append(vocabulary.normalize(text))
             for graph, run in runs.items():
-                hypotheses[graph].append(decode(run(row[None, :samples])[0]).text if samples >= least else "")
+                hypothesis = decode(run(row[None, :samples])[0]).text if samples >= least else ""
+                hypotheses[graph].append(vocabulary.normalize(hypothesis))
+        unreadable |= batch.bad
         show("error rates", len(references) / len(split))
+    if not any(references):
+        raise UsageError(f"no utterance of {name} has words to compare with; name another `split`, or leave `data` out")
     rates = {graph: asdict(error_rates(references, texts)) for graph, texts in hypotheses.items()}
-    return {"split": name, "utterances": len(references), **rates}
+    return {"split": name, "utterances": len(references), "unreadable": unreadable, **rates}
 
 
 def _finish(

@@ -224,6 +224,9 @@ def _as_written(written: Sequence[tuple[str, str]], words: Sequence[Word], secon
             continue
         end = words[place].start if place < len(words) else seconds
         start = min(result[-1].end if result else 0.0, max(end - 0.02 * len(texts), 0.0))
+        if place == 0 < len(words) and end < 0.02 * len(texts):  # of the first word's time, as they have none
+            end = min(0.02 * len(texts), (words[0].start + words[0].end) / 2)
+            words = [replace(words[0], start=end), *words[1:]]
         if result:
             start = max(start, (result[-1].start + result[-1].end) / 2)
             result[-1] = replace(result[-1], end=start)

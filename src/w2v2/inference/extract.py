@@ -222,7 +222,7 @@ def extract_files(
     """
     check_wanted(model, wanted.layers, codes=wanted.codes, pool=wanted.pool)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / INDEX).open("w", encoding="utf-8") as index:
+    with (out / INDEX).open("w", encoding="utf-8", errors="backslashreplace") as index:  # half a character as in JSON
         for row in _rows(model, items, out, wanted, batch_seconds):
             index.write(public(json.dumps(row, ensure_ascii=False)) + "\n")
             yield row
@@ -276,6 +276,6 @@ def _write(model: Wav2Vec2 | OnnxModel, items: Sequence[Item], out: Path, wanted
                     np.savez(partial, **{name: value.numpy() for name, value in features.items()})  # type: ignore[arg-type]
                 else:
                     save_file(features, partial, metadata={"id": item.id, "source": public(item.source)})
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UnicodeEncodeError) as error:
             about = {"error": f"cannot write {file}: {getattr(error, 'strerror', None) or error}"}
         yield {"id": item.id, "source": item.source, **about}

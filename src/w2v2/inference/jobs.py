@@ -38,12 +38,11 @@ def in_processes(
     if any(source.path == STDIN for source in sources):
         raise UsageError(f"`jobs` {jobs} are for files, got - for standard input; leave `jobs` out")
     context = get_context("spawn")
-    devices = context.SimpleQueue()
+    numbers = context.SimpleQueue()
     for job in range(jobs):
-        devices.put(
-            f"cuda:{job % torch.cuda.device_count()}" if device is None and torch.cuda.is_available() else device
-        )
-    pool = ProcessPoolExecutor(jobs, context, _begin, (load, devices, max(1, torch.get_num_threads() // jobs)))
+        numbers.put(job)
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool = ProcessPoolExecutor(jobs, context, _begin, (load, device, numbers, threads))
     try:
         for done, result in enumerate(pool.map(_work, sources), 1):
             yield result
@@ -58,11 +57,14 @@ _loaded: Work | UsageError
 """In a process of ours: its work, or why there can be none."""
 
 
-def _begin(load: Load, devices: SimpleQueue[str | None], threads: int) -> None:
+def _begin(load: Load, device: str | None, numbers: SimpleQueue[int], threads: int) -> None:
     global _loaded
     torch.set_num_threads(threads)
+    number = numbers.get()
+    if device is None and torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
     try:
-        _loaded = load(devices.get())
+        _loaded = load(device)
     except UsageError as error:  # raised by the first recording: a pool only knows that a process has ended
         _loaded = error
 

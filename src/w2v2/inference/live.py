@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -245,8 +246,35 @@ def stream_pieces(stream: BinaryIO) -> Iterator[bytes]:
         yield data
 
 
+def until_interrupted(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces to their end or to the first Ctrl-C, after which what has been heard is told; a second one ends all."""
+    reading, stopped = False, False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+        if reading:
+            raise KeyboardInterrupt
+
+    before, rest = signal.signal(signal.SIGINT, stop), iter(pieces)
+    try:
+        while not stopped:
+            reading = True
+            piece = next(rest, None)
+            reading = False
+            if piece is None:
+                return
+            yield piece
+    except KeyboardInterrupt:
+        if not reading:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def microphone_pieces(rate: int) -> Iterator[bytes]:
-    """PCM of the default microphone, until it is interrupted.
+    """PCM of the default microphone, without end.
 
     Raises:
         UsageError: no sounddevice, PortAudio or microphone.

@@ -189,7 +189,8 @@ def silenced(log_probs: Tensor, speech: Tensor, vocabulary: Vocabulary) -> Tenso
     filled[:, vocabulary.blank] = 0.0
     if vocabulary.boundary is not None:
         ends = torch.cat([torch.ones(1, dtype=torch.bool), speech[:-1]])[: len(speech)] & ~speech
-        filled[ends] = torch.full_like(filled[0], -100.0).index_fill(0, torch.tensor(vocabulary.boundary), 0.0)
+        filled[ends] = -100.0
+        filled[ends, vocabulary.boundary] = 0.0
     if len(log_probs):
         filled[speech] = log_probs[speech]
     return filled

@@ -248,7 +248,7 @@ def _spread(words: Sequence[Word], seconds: float) -> Iterator[Word]:
 
 def _units(transcript: Transcript, timestamps: str) -> Iterator[Word]:
     for word in transcript.words:
-        yield from word.characters if timestamps == "char" else (word,)
+        yield from (word.characters or (word,)) if timestamps == "char" else (word,)
 
 
 Write = Callable[[Transcript, str], str]

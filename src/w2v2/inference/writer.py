@@ -78,7 +78,7 @@ class TranscriptWriter:
             return
         path = self.out / self.paths[transcript.name, transcript.channel]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, text, as_said=True)
 
 
 def _is_beside(path: Path, audio: str) -> bool:

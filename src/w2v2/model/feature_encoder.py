@@ -209,7 +209,7 @@ class FeatureProjection(nn.Module):
         if self.utterance_norm:
             rows = features.split(list(lengths), dim=1) if lengths is not None else (features,)
             features = torch.cat([_normalize_over_time(row) for row in rows], dim=1)
-        normalised = self.norm(features)
+        normalised = self.norm(features.to(self.norm.weight.dtype))  # bf16 in bf16-true
         with low_precision(normalised, self.linear) as (x, linear):
             return normalised, linear(x)
 

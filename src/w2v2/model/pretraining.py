@@ -106,7 +106,7 @@ class Wav2Vec2ForPretraining(Wav2Vec2):
         quantized = [self.quantizer(part, temperature) for part in source.split(masked)]
         codes = _laid([q.codes for q in quantized])  # (M, G)
         targets = _laid([q.quantized for q in quantized])
-        targets = targets if self.project_q is None else self.project_q(targets)  # (M, P)
+        targets = targets if self.project_q is None else self.project_q(targets.to(context.dtype))  # (M, P)
 
         logits = contrastive_logits(context, targets, codes, draws.distractors, draws.counts, config.logit_temperature)
         contrastive = contrastive_loss(logits)

@@ -51,9 +51,9 @@ def log_mel(audio: Tensor, config: Wav2Vec2Config, filters: Tensor) -> Tensor:
     frames = config.frames([audio.shape[1]])[0]
     with torch.autocast(audio.device.type, enabled=False):
         windows = F.pad(audio.float(), (-start, _WINDOW)).unfold(1, _WINDOW, round(following - center))[:, :frames]
-        window = torch.hann_window(_WINDOW, periodic=False, device=audio.device)
+        window = torch.hann_window(_WINDOW, periodic=False, dtype=torch.float32, device=audio.device)
         power = torch.fft.rfft(windows * window, _FFT).abs().square()  # (B, T, frequencies)
-        spectrum = torch.log(power @ filters + 1e-7)
+        spectrum = torch.log(power @ filters.float() + 1e-7)
         deviation, mean = torch.std_mean(spectrum, dim=1, correction=0, keepdim=True)
         return (spectrum - mean) / (deviation + 1e-3)
 

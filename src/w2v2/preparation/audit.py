@@ -24,7 +24,7 @@ from w2v2.data.audio import (
     TruncatedError,
 )
 from w2v2.data.headers import examine
-from w2v2.data.storage import is_remote, open_binary
+from w2v2.data.storage import UnreachableError, is_remote, open_binary
 from w2v2.data.vad import Vad, speech_spans
 from w2v2.preparation.config import AuditConfig
 from w2v2.preparation.findings import Finding, Part
@@ -148,11 +148,13 @@ def audit(location: str, parts: Sequence[Part], config: AuditConfig, vad: bool =
             raise AudioError("not a regular file")  # a pipe would keep us waiting
         with AudioFile(location) as file:
             for part, finding in zip(parts, findings, strict=True):
-                _audit_part(file, part, finding, config, vad=vad and not part.text)
+                _audit_part(file, part, finding, config, vad=vad)
                 if file.missing and not any(reason == "truncated" for reason, _ in finding.reasons):
                     finding.reasons = [reason for reason in finding.reasons if reason[0] != "empty"]
                     finding.add("truncated", file.missing)
                 _check_extension(location, file.format, finding)
+    except UnreachableError:
+        raise  # of no file: the next call goes on
     except (AudioError, OSError) as error:
         reason = "truncated" if isinstance(error, TruncatedError) else _why_undecodable(location)
         for finding in findings:
@@ -182,7 +184,9 @@ def _audit_part(file: AudioFile, part: Part, finding: Finding, config: AuditConf
     whole = part.start is None and part.end is None
     expected = file.frames - finding.first if part.end is None else round(part.end * file.rate) - finding.first
     limit = round(config.max_seconds * file.rate)
-    scan = _Scan(file, part.channel, energies=not part.text and expected > limit, vad=vad)
+    plain = not (part.text or "").strip()
+    vad &= plain
+    scan = _Scan(file, part.channel, energies=plain and (vad or expected + file.slack > limit), vad=vad)
     file.seek(finding.first)
     for block in _blocks(file, None if part.end is None else expected):
         scan.add(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Iterator
@@ -50,14 +51,17 @@ class CorpusWriter:
         splits = [split for split in SPLITS if self.journal.summary(split).utterances]
         if not splits:
             raise JobError(f"nothing of the source can be used; {self.out / 'audit.jsonl'} says why")
-        splits += [self._choose(subset) for subset in self.config.labelled]
-        if self.journal.get("pieces") != content:
-            for split in [*SPLITS, *splits]:
+        if "train" not in splits and self.journal.value("SELECT count(*) FROM rows WHERE part = 'train'"):
+            raise JobError(f"nothing of train can be used; {self.out / 'audit.jsonl'} says why")
+        chosen = dict(map(self._choose, self.config.labelled))
+        splits += chosen
+        for split, of in ({split: "" for split in SPLITS} | chosen).items():
+            if self.journal.get(f"content of {split}") != content + of:
                 shutil.rmtree(self.out / split, ignore_errors=True)
-            self.journal.put("pieces", content)
+                self.journal.put(f"content of {split}", content + of)
         summaries = {split: self.journal.summary(split) for split in splits}
         total, done = sum(summary.seconds for summary in summaries.values()), 0.0
-        seconds = self._piece_seconds(total) if self.config.shards else float("inf")
+        seconds = self._piece_seconds(total, splits[0]) if self.config.shards else float("inf")
         described = {}
         for split, summary in summaries.items():
             pieces = []
@@ -74,8 +78,8 @@ class CorpusWriter:
             }
         return described
 
-    def _choose(self, subset: str) -> str:
-        """Choose a labelled subset; returns the name of its split."""
+    def _choose(self, subset: str) -> tuple[str, str]:
+        """Choose a labelled subset; returns the name of its split, and a hash of what is in it."""
         name, _, file = subset.partition("=")
         rows = self.journal.transcribed()
         if file:
@@ -88,7 +92,7 @@ class CorpusWriter:
         if not chosen:
             raise UsageError(f"`labelled` {subset}: no utterance of train has a transcript and is on the list")
         self.journal.choose(f"train-{name}", chosen)
-        return f"train-{name}"
+        return f"train-{name}", hashlib.sha256(repr(sorted(chosen)).encode()).hexdigest()
 
     def _cuts(self, split: str) -> Iterator[MonoCut]:
         for row in self.journal.members(split):
@@ -103,10 +107,10 @@ class CorpusWriter:
         )
         return in_order(self.executor, write_shard, tasks, 2 * self.jobs)
 
-    def _piece_seconds(self, total: float) -> float:
+    def _piece_seconds(self, total: float, first: str) -> float:
         """Audio in a shard of the size wanted, seconds, after a look whether the disk holds all of them."""
         known = self.journal.get("bytes_per_second")
-        rate = float(known or 0) or bytes_per_second(islice(self._cuts("train"), 20), self.config.shards)
+        rate = float(known or 0) or bytes_per_second(islice(self._cuts(first), 20), self.config.shards)
         self.journal.put("bytes_per_second", str(rate))
         have = sum(path.stat().st_size for path in self.out.glob("*/recording.*.tar"))
         need, free = max(1.05 * total * rate - have, 0.0), shutil.disk_usage(self.out).free

@@ -132,6 +132,9 @@ class Journal:
                 )
             if not keep_old:
                 self.db.execute("DELETE FROM rows WHERE seen != ?", (seen,))
+            self.db.execute(  # a codec may have been installed, or a right given
+                "UPDATE rows SET done = 0 WHERE id IN (SELECT row FROM reasons WHERE reason = 'unreadable')"
+            )
             self.db.execute("DELETE FROM reasons WHERE row NOT IN (SELECT id FROM rows WHERE done)")
 
     def source_hash(self) -> str:

@@ -29,8 +29,13 @@ def source_rows(source: Path, config: PrepareConfig, passed_over: Counter[str]) 
         UsageError: neither; or what is wrong in it, as rows are read.
     """
     if source.is_dir():
-        return source, layout_rows(source) or folder_rows(source, config.speaker or None, passed_over)
+        if rows := layout_rows(source, passed_over):
+            refuse_unused(config, ("speaker", "columns", "audio_folder"), "a folder of Kaldi or with STM")
+            return source, rows
+        refuse_unused(config, ("columns", "audio_folder"), "a folder of audio")
+        return source, folder_rows(source, config.speaker or None, passed_over)
     if source.suffix.lower() in TABLES and source.exists():
+        refuse_unused(config, ("speaker",), "a table, whose column speaker tells it")
         columns = dict(pair.split("=", 1) for pair in config.columns)
         audio = Path(config.audio_folder).absolute() if config.audio_folder else None
         least = config.min_confidence
@@ -38,6 +43,12 @@ def source_rows(source: Path, config: PrepareConfig, passed_over: Counter[str]) 
     if source.exists():
         raise UsageError(f"cannot read {source}: expected a folder, or a table ending in {', '.join(TABLES)}")
     raise UsageError(f"no folder or table {source}: expected audio, a table of it, or hf:NAME")
+
+
+def refuse_unused(config: PrepareConfig, names: tuple[str, ...], source: str) -> None:
+    """Refuse settings that are of another kind of source (:class:`UsageError`)."""
+    if given := [name for name in names if getattr(config, name)]:
+        raise UsageError(f"`{given[0]}` is not for {source}; leave it out")
 
 
 def stamped(root: Path, rows: Iterable[Row]) -> Iterator[tuple[Row, str, int]]:

@@ -27,7 +27,7 @@ from w2v2.preparation.config import PrepareConfig
 from w2v2.preparation.executors import in_order, local_executor
 from w2v2.preparation.findings import REASONS
 from w2v2.preparation.journal import Journal, open_journal
-from w2v2.preparation.reading import source_rows, stamped
+from w2v2.preparation.reading import refuse_unused, source_rows, stamped
 from w2v2.preparation.settle import settle
 from w2v2.preparation.summary import Corpus
 from w2v2.serial import checked, parse_json, read_json
@@ -167,6 +167,8 @@ def _changes(journal: Journal, finished: dict[str, Any], now: dict[str, str], ou
             rows = (checked(parse_json(line, audit), _Finding, str(audit)) for line in lines)
             new, gone = journal.differences((row["path"], row.get("row", 0)) for row in rows)
         changed.append(f"{new} new and {gone} gone of {_ROWS}" if new or gone else f"some of {_ROWS}")
+    if unread := journal.value("SELECT count(*) FROM rows WHERE NOT done") and now == before:
+        changed.append(f"{unread} that could not be read")
     return ", ".join(changed)
 
 
@@ -199,7 +201,7 @@ def _other(old: dict[str, Any], options: dict[str, Any]) -> list[str]:
 def _begin(source: str, out: Path, config: PrepareConfig, options: dict[str, Any], show: Show) -> Path:
     """Start or take up a journal, and enter the rows of the source; returns the folder that their paths start from.
 
-    A folder that is new is removed again if the source cannot be used: nothing has been done, so nothing is lost.
+    A folder that is new is removed again if the source cannot be used, unless audio has been downloaded into it.
     """
     new = not out.exists()
     (out / ".prepare").mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def _begin(source: str, out: Path, config: PrepareConfig, options: dict[str, Any
                 )
             journal.put("options", json.dumps(options))
     except UsageError:
-        if new:
+        if new and not (out / "audio").exists():
             shutil.rmtree(out)
         raise
     return root
@@ -234,6 +236,7 @@ def _enter(
         journal.enter(stamped(root, rows))
         journal.put("passed_over", json.dumps({what: count for what, count in passed_over.most_common() if count}))
         return root
+    refuse_unused(config, ("speaker", "audio_folder"), "a dataset of Hugging Face; `columns` speaker=NAME tells it")
     root = (out / "audio").absolute()
     columns = dict(pair.split("=", 1) for pair in config.columns)
     rows = hf_rows(source.removeprefix(HF), root, columns, journal.last_line(), config.hf_config or None)

@@ -96,11 +96,18 @@ def _list(journal: Journal, listed: Iterable[tuple[str, str]]) -> None:
 def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
     """Hold out whole speakers of train for each split that is missing; recordings, where there are not two.
 
+    A source that is all of other splits is train where folders are called so, and left as it is where a list or rows
+    say so.
+
     Speakers of one recording stay together, and so do the recordings of a speaker. What was held out when the corpus
     was prepared before stays so.
     """
     if not journal.value("SELECT count(*) FROM kept WHERE part = 'train'"):
+        by_hand = journal.value("SELECT count(*) FROM rows WHERE part = 'train' OR line")
+        if by_hand or journal.value("SELECT count(*) FROM listed"):  # to evaluate on; or all of train is rejected
+            return
         journal.db.execute("UPDATE rows SET part = 'train' WHERE part IS NOT NULL")
+        log.warning("no folder is called train: the others are taken for it, and divided")
     _group(journal)
     left = 1.0
     for split, wanted in shares.items():

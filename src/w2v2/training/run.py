@@ -201,7 +201,11 @@ def _wandb(config: RunConfig, out: Path) -> list[Logger]:
 
 
 def tune(model: torch.nn.Module, train: TrainConfig) -> None:
-    """Trade memory for time, or compile, block by block."""
+    """Trade memory for time, or compile, block by block; choose the kernels of attention.
+
+    cuDNN's, which torch prefers on Hopper, plans anew for each pair of lengths, and of these there are hundreds.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if train.activation_checkpointing:
         for block in transformer_blocks(model, "`train.activation_checkpointing`"):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
