@@ -135,6 +135,24 @@ def test_what_has_been_aligned_is_not_aligned_again(
     assert (tmp_path / "out-cut.jsonl").read_text() == before
 
 
+def test_what_is_cut_keeps_its_folder_its_list_of_splits_and_what_was_passed_over(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, seconds in enumerate((20.0, 2.0, 2.0)):
+        Path("in", f"s{i}").mkdir(parents=True)
+        soundfile.write(f"in/s{i}/u{i}.wav", sound(seconds, i), 16_000)
+        Path("in", f"s{i}", f"u{i}.txt").write_text("ABBA CAFE " * (9 if seconds > 9 else 1))
+    Path("in/notes.pdf").write_text("")
+    Path("in/splits.tsv").write_text("utt\trole\ns0_u0\ttrain\ns1_u1\tvalid\ns2_u2\ttest\n")
+    command = ["prepare", "in", "work/out", "--cut-by", str(model), "--min-confidence", "0", "--max-seconds", "8"]
+    with caplog.at_level("INFO"):
+        assert main([*command, "--jobs", "1"]) == 0
+    assert any("out-cut.jsonl: " in line and "1 .pdf" in line for line in caplog.messages)
+    made = json.loads(Path("work/out/corpus.json").read_text())["splits"]
+    assert made["train"]["transcribed"] >= 2 and made["valid"]["transcribed"] == made["test"]["transcribed"] == 1
+
+
 def ids_of(corpus: Path) -> dict[str, list[str]]:
     splits = read_corpus(str(corpus)).items()
     return {name: [row.id for piece in split.pieces for row in piece.rows()] for name, split in splits}

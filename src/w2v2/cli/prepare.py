@@ -136,12 +136,16 @@ class Prepare:
         recognizer = load_recognizer(model)
         place(recognizer.model, None)
         table = self.out.with_name(self.out.name + "-cut.jsonl").absolute()
+        table.parent.mkdir(parents=True, exist_ok=True)
         with progress("cut") as show:
             counts = cut_table(recognizer, weights_key(model), path, table, config, show)
-        log.info("%s: %s", table, ", ".join(f"{count} {what}" for what, count in counts.items()) or "nothing to cut")
-        listed = (path if path.is_dir() else path.parent) / "splits.tsv"
+        log.info(
+            "%s: %s", table, ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing to cut"
+        )
+        folder = path if path.is_dir() else path.parent
+        audio, listed = str(Path(config.audio_folder or folder).absolute()), folder / "splits.tsv"
         splits = config.splits or (str(listed) if listed.exists() else "")
-        return table, replace(config, splits=splits, columns=(), audio_folder="", speaker="")
+        return table, replace(config, splits=splits, columns=(), audio_folder=audio, speaker="")
 
     def _synthesize(self) -> Path:
         from w2v2.synthetic.corpus import synthesize

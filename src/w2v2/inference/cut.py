@@ -117,11 +117,12 @@ def cut_table(
     Args:
         key: of its weights (``weights_key``).
         source: folder of audio or table.
-        table: to write, JSONL.
+        table: to write, JSONL; its paths are the source's own, relative to its folder.
         config: how the source is read; ``min_confidence`` tells which words match.
 
     Returns:
-        How many recordings were cut, into how many utterances, and how many could not be.
+        How many recordings were cut, into how many utterances, how many could not be, and what of the source was
+        passed over.
 
     Raises:
         UsageError: as of reading the source.
@@ -132,7 +133,7 @@ def cut_table(
     for line in cache.read_text(encoding="utf-8").split("\n") if cache.exists() else ():
         with contextlib.suppress(ValueError):  # half a line, of a call that was killed
             known.update([json.loads(line)])
-    root, rows = source_rows(source, config, Counter())
+    root, rows = source_rows(source, config, counts)
     with whole(table) as partial, partial.open("w", encoding="utf-8") as out, cache.open("a", encoding="utf-8") as kept:
         for done, (row, stamp, _) in enumerate(stamped(root, rows)):
             location, cuts = locate(root, row.path), None
@@ -147,7 +148,7 @@ def cut_table(
                 counts["could not be aligned" if len(cuts) == 1 and not cuts[0][3] else "cut"] += 1
                 counts["utterances"] += len(cuts)
             for start, end, text, confidence in cuts or [(row.start, row.end, row.text, None)]:
-                fields = {"path": location, "start": start, "end": end, "text": text, "speaker": row.speaker}
+                fields = {"path": row.path, "start": start, "end": end, "text": text, "speaker": row.speaker}
                 fields |= {"split": row.split, "channel": row.channel, "confidence": confidence}
                 out.write(json.dumps(fields, ensure_ascii=False) + "\n")
             show("cut", 1 - 0.99**done)
