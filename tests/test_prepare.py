@@ -694,6 +694,23 @@ def test_shards_that_the_disk_cannot_hold_are_refused_before_any_is_written(
         assert run(speakers, disk / "out", workers, shards="wav")["splits"]["train"]["utterances"] == 36
 
 
+def test_an_unfinished_preparation_goes_on_with_other_options_of_what_follows_the_audit(
+    speakers: Path, tmp_path: Path, workers: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "ids").write_text("nobody")
+    with small_disk(tmp_path / "disk", 1000) as disk:
+        with pytest.raises(UsageError, match="no utterance of train has a transcript and is on the list"):
+            run(speakers, disk / "out", workers, labelled=(f"mine={tmp_path / 'ids'}",))
+        with pytest.raises(JobError, match="or `shards` opus"):
+            run(speakers, disk / "out", workers, shards="wav")
+        made = run(speakers, disk / "out", workers, shards="opus")
+        assert caplog.text.count("40 of 40 checked already") == 2
+        assert {piece["audio"] for piece in made["splits"]["train"]["pieces"]} == {"train/recording.000000.tar"}
+        with pytest.raises(UsageError, match=r"already holds a prepared corpus with other options \(shards\)"):
+            run(speakers, disk / "out", workers, shards="wav")
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 

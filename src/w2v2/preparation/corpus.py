@@ -55,10 +55,11 @@ class CorpusWriter:
             raise JobError(f"nothing of train can be used; {self.out / 'audit.jsonl'} says why")
         chosen = dict(map(self._choose, self.config.labelled))
         splits += chosen
-        for split, of in ({split: "" for split in SPLITS} | chosen).items():
-            if self.journal.get(f"content of {split}") != content + of:
+        for split, names in ({split: "" for split in SPLITS} | chosen).items():
+            of = f"{content} {names} {self.config.shards} {self.config.shard_mb}"
+            if self.journal.get(f"content of {split}") != of:
                 shutil.rmtree(self.out / split, ignore_errors=True)
-                self.journal.put(f"content of {split}", content + of)
+                self.journal.put(f"content of {split}", of)
         summaries = {split: self.journal.summary(split) for split in splits}
         total, done = sum(summary.seconds for summary in summaries.values()), 0.0
         seconds = self._piece_seconds(total, splits[0]) if self.config.shards else float("inf")
@@ -109,9 +110,9 @@ class CorpusWriter:
 
     def _piece_seconds(self, total: float, first: str) -> float:
         """Audio in a shard of the size wanted, seconds, after a look whether the disk holds all of them."""
-        known = self.journal.get("bytes_per_second")
-        rate = float(known or 0) or bytes_per_second(islice(self._cuts(first), 20), self.config.shards)
-        self.journal.put("bytes_per_second", str(rate))
+        key = f"bytes of {self.config.shards} per second"
+        rate = float(self.journal.get(key) or 0) or bytes_per_second(islice(self._cuts(first), 20), self.config.shards)
+        self.journal.put(key, str(rate))
         have = sum(path.stat().st_size for path in self.out.glob("*/recording.*.tar"))
         need, free = max(1.05 * total * rate - have, 0.0), shutil.disk_usage(self.out).free
         log.info("shards take about %.2f GB, %.2f GB are free", need / 1e9, free / 1e9)

@@ -140,14 +140,15 @@ def _as_it_is(finished: dict[str, Any], out: Path, *, strict: bool) -> dict[str,
 
 def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The corpus that is there already, if it is this one."""
-    path = out / "corpus.json"
+    path, why = out / "corpus.json", ""
     if path.exists():
         with contextlib.suppress(UsageError):  # not of ours
             corpus = read_json(path)
             checked(corpus, Corpus, str(path))
-            if corpus.get("schema") == SCHEMA and not _other(corpus["options"], options):
+            if corpus.get("schema") == SCHEMA and not (differ := _other(corpus["options"], options)):
                 return corpus
-        raise UsageError(f"{out} already holds a prepared corpus; choose another folder, or remove it")
+            why = f" with other options ({', '.join(differ)})" if corpus.get("schema") == SCHEMA else ""
+        raise UsageError(f"{out} already holds a prepared corpus{why}; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no unfinished preparation; choose another folder")
     return None
@@ -195,6 +196,10 @@ def _other(old: dict[str, Any], options: dict[str, Any]) -> list[str]:
     return [name for name in options if json.loads(json.dumps(old.get(name))) != options[name]]
 
 
+_AFTER_AUDIT = ("splits", "valid_share", "test_share", "seed", "labelled", "shards", "shard_mb")
+"""Options that may be others when an unfinished preparation is taken up: what has been heard serves them, too."""
+
+
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +214,7 @@ def _begin(source: str, out: Path, config: PrepareConfig, options: dict[str, Any
         with open_journal(out / ".prepare" / _JOURNAL) as journal:
             if (begun := journal.get("options")) is not None:
                 old = json.loads(begun)
-                if changed := _other(old, options):
+                if changed := [name for name in _other(old, options) if name not in _AFTER_AUDIT]:
                     raise UsageError(
                         f"{out} holds an unfinished preparation with other options ({', '.join(changed)}): finish it "
                         "with those, or choose another folder"

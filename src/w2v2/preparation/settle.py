@@ -96,8 +96,7 @@ def _list(journal: Journal, listed: Iterable[tuple[str, str]]) -> None:
 def _divide(journal: Journal, shares: dict[str, float], seed: int) -> None:
     """Hold out whole speakers of train for each split that is missing; recordings, where there are not two.
 
-    A source that is all of other splits is train where folders are called so, and left as it is where a list or rows
-    say so.
+    Without train the other splits are taken for it where folders are called so, not where a list or rows say so.
 
     Speakers of one recording stay together, and so do the recordings of a speaker. What was held out when the corpus
     was prepared before stays so.
