@@ -102,7 +102,7 @@ def probe_rows(probes: dict[int, Any], key: str) -> list[dict[str, Any]]:
 
 
 def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds of each change to ``tiny``, and what they are more than ``tiny`` of the same seeds."""
+    """Means over seeds of each change to ``tiny``, and what is more than ``tiny`` of the same seed: mean, least, most."""
     runs = {(row["name"], row["seed"]): row for row in rows}
     out = []
     for name in dict.fromkeys(row["name"] for row in rows):
@@ -111,7 +111,10 @@ def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         out.append({"name": name, "seeds": ", ".join(f"{row['seed']}" for row in of_name)})
         for count in ("one", "five"):
             out[-1][count] = statistics.fmean(row[count] for row in of_name)
-            out[-1][f"{count}_more"] = statistics.fmean(row[count] - tiny[count] for row, tiny in pairs)
+            if name == "tiny":
+                continue
+            more = [row[count] - tiny[count] for row, tiny in pairs]
+            out[-1][f"{count}_more"] = [statistics.fmean(more), min(more), max(more)] if len(more) > 1 else more[0]
     return out
 
 
