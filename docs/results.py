@@ -102,7 +102,7 @@ def probe_rows(probes: dict[int, Any], key: str) -> list[dict[str, Any]]:
 
 
 def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds of each change to ``tiny``, and what is more than ``tiny`` of the same seed: mean, least, most."""
+    """Means over seeds of each change to ``tiny``; mean, least and most of what is more than ``tiny`` of its seed."""
     runs = {(row["name"], row["seed"]): row for row in rows}
     out = []
     for name in dict.fromkeys(row["name"] for row in rows):
