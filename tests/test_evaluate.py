@@ -551,7 +551,7 @@ def test_tuning_notices_other_audio_of_the_same_length_and_a_transcript_that_is_
         (["--tune", "dev"], "--tune must be one of train, valid, test"),
         (["--lm", "words.arpa", "--tune", "test"], "--tune test is what is scored"),
         (["--data", "audio", "--lm", "words.arpa", "--tune", "test-clean"], "--tune test-clean is what is scored, 4"),
-        (["--trials", "3"], "--trials is of --tune SPLIT"),
+        (["--trials", "3"], "--trials is of --tune; add that, or leave --trials out"),
         (["--lm", "none.arpa"], "no file none.arpa"),
         (["--beam-size", "0"], "--beam-size of a beam search must be 1 or more, got 0"),
         (["--beam-width", "3"], "Unrecognized options: --beam-width"),
