@@ -320,11 +320,9 @@ def test_one_whose_text_cannot_be_written_for_its_name_stops_no_other(run: Path,
         with open(path, "wb") as file:
             soundfile.write(file, sound(1.0, 3), RATE, format="WAV")
     for verb, ending in (("transcribe", "json"), ("extract", "safetensors")):
-        options = ["--format", "json"] if verb == "transcribe" else []
-        command = [sys.executable, "-m", "w2v2.cli.main", verb, run, name, tmp_path / "b.wav", "--out", tmp_path / verb]
-        done = subprocess.run(
-            [*command, *options], capture_output=True, check=False
-        )  # no runner of tests bears the name
+        options = ["--out", tmp_path / verb, *(["--format", "json"] if verb == "transcribe" else [])]
+        command = [sys.executable, "-m", "w2v2.cli.main", verb, run, name, tmp_path / "b.wav", *options]
+        done = subprocess.run(command, capture_output=True, check=False)  # no runner of tests bears the name
         assert done.returncode == 1 and b"1 of 2" in done.stderr.splitlines()[-1], done.stderr
         assert [path.stem for path in (tmp_path / verb).glob(f"*.{ending}")] == ["b"]
 
