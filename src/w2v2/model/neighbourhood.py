@@ -74,12 +74,8 @@ class Neighbourhood(nn.Module):
         with torch.autocast(context.device.type, enabled=False):
             target = (self.stack(features.detach().float(), packed) - self.mean.float()) @ self.basis.float()
         error = (self.head(context).flatten(0, 1).float() - target).square().mean(1)
-        seen = torch.cat(
-            [
-                torch.full((n,), count / (n - count), dtype=torch.float32)
-                for n, count in zip(frames, counts, strict=True)
-            ]
-        )
+        ratios = [count / (n - count) for n, count in zip(frames, counts, strict=True)]
+        seen = torch.tensor(ratios, dtype=torch.float32).repeat_interleave(torch.tensor(frames))
         weights = to_device(seen, error.device).index_fill(0, covered, 1.0)
         total: Tensor = error @ weights
         return total

@@ -145,9 +145,10 @@ def _finished(out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
         with contextlib.suppress(UsageError):  # not of ours
             corpus = read_json(path)
             checked(corpus, Corpus, str(path))
-            if corpus.get("schema") == SCHEMA and not (differ := _other(corpus["options"], options)):
-                return corpus
-            why = f" with other options ({', '.join(differ)})" if corpus.get("schema") == SCHEMA else ""
+            if corpus.get("schema") == SCHEMA:
+                if not (differ := _other(corpus["options"], options)):
+                    return corpus
+                why = f" with other options ({', '.join(differ)})"
         raise UsageError(f"{out} already holds a prepared corpus{why}; choose another folder, or remove it")
     if out.exists() and not (out / ".prepare").exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no unfinished preparation; choose another folder")
