@@ -251,6 +251,12 @@ def test_a_form_without_a_file_is_refused(server: Server, body: bytes) -> None:
     )
     assert status == 400 and answer["error"]["message"]
     assert server.ask("POST", "/v1/audio/format", b'{"words": 3}')[0] == 400
+    for kind in ("srt", "vtt", "textgrid", "ctm"):
+        for where in (
+            '"words": [], "seconds": Infinity',
+            '"words": [{"word": "A", "start": 0, "end": 1e999}], "seconds": 1',
+        ):
+            assert server.ask("POST", "/v1/audio/format", f'{{{where}, "format": "{kind}"}}'.encode())[0] in (200, 400)
 
 
 def test_a_decoder_that_dies_takes_one_file_with_it_at_most(server: Server) -> None:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,6 +70,34 @@ def test_a_table_that_would_lose_or_invent_something_is_refused(tmp_path: Path, 
         rows(tmp_path / name, text)
 
 
+TWICE = {
+    "x.trans.txt": "a OH\nb NO\na OH\na WELL\n",
+    "transcripts.txt": "a\tOH\na\tWELL\n",
+    "metadata.csv": "a|OH|OH\na|WELL|WELL\n",
+    "metadata.jsonl": '{"file_name": "a.wav", "text": "OH"}\n{"file_name": "a.wav", "text": "WELL"}\n',
+    "wav.scp": "a a.wav\na b.wav\n",
+    "text": "a OH\na WELL\n",
+    "utt2spk": "a ann\na bob\n",
+    "segments": "a a 0 0.5\na a 0.5 1\n",
+    "splits.tsv": "utt\trole\na\ttrain\na.wav\ttest\n",
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_one_name_of_which_two_things_are_said_is_refused_and_said_twice_it_is_read_once(
+    tmp_path: Path, name: str
+) -> None:
+    save(tmp_path / "a.wav")
+    if name in ("text", "utt2spk", "segments"):
+        (tmp_path / "wav.scp").write_text("a a.wav\n")
+    (tmp_path / name).write_text(TWICE[name])
+    with pytest.raises(UsageError, match=rf"{name}: a(\.wav)? stands twice, as '.+' and as '.+'; keep one of them"):
+        prepare(tmp_path, tmp_path / "out", PrepareConfig(valid_share=0.0))
+    *lines, _ = TWICE[name].splitlines()
+    (tmp_path / name).write_text("\n".join([*lines, lines[-1]]) + "\n")
+    assert prepare(tmp_path, tmp_path / "out", PrepareConfig(valid_share=0.0))["audit"]["ok"] == 1
+
+
 WHOLE = {
     "t.csv": b'path,text,speaker,start,end\na.wav,"OH, WELL",1,0,1\nb.wav,NO,2.0,,\n',
     "t.tsv": b"path\ttext\tspeaker\na.wav\tOH\t1\n",
@@ -100,14 +127,14 @@ def test_damaged_tables_are_read_or_refused_in_one_line(tmp_path: Path, seed: in
         for other in ("a.wav", "wav.scp") if name == "segments" else ("a.wav",):
             (folder / other).write_bytes(WHOLE.get(other, b""))
         (folder / name).write_bytes(damaged)
-        rows: Iterable[Any]
-        if name.startswith("t."):
-            rows = table_rows(folder / name)
-        else:
-            rows = listed_splits(folder / name) if name == "splits.tsv" else layout_rows(folder) or folder_rows(folder)
         refusal = ""
         try:
-            list(rows)
+            if name.startswith("t."):
+                list(table_rows(folder / name))
+            elif name == "splits.tsv":
+                listed_splits(folder / name)
+            else:
+                list(layout_rows(folder) or folder_rows(folder))
         except UsageError as error:
             refusal = str(error)
         assert "\n" not in refusal
@@ -185,7 +212,7 @@ def test_names_meet_in_either_unicode_form(tmp_path: Path, audio: str, other: st
     (tmp_path / "t.csv").write_text(f"path\n{other}/{other}.wav\n", encoding="utf-8")
     assert [row.path for row in table_rows(tmp_path / "t.csv")] == [f"{audio}/{audio}.wav"]
     (tmp_path / "splits.tsv").write_text(f"utt\trole\n{other}/{other}.wav\ttest\n", encoding="utf-8")
-    assert dict(listed_splits(tmp_path / "splits.tsv")) == {NFC: "test"}
+    assert listed_splits(tmp_path / "splits.tsv") == {NFC: "test"}
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------
@@ -284,7 +311,7 @@ def test_a_kaldi_folder_is_read(tmp_path: Path) -> None:
     told = [(Path(r.path).name, r.start, r.end, r.text, r.speaker) for r in layout_rows(tmp_path) or ()]
     assert told == [("other.wav", None, None, "NO", "cid"), ("talk.wav", None, None, "OH", "ann")]
     kaldi(tmp_path, wav_scp="talk sph2pipe -f wav talk.sph |\n")
-    with pytest.raises(UsageError, match=r"wav.scp, row 1: a command, which is not run"):
+    with pytest.raises(UsageError, match=r"wav.scp, talk: a command, which is not run"):
         list(layout_rows(tmp_path) or ())
 
 

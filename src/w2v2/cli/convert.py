@@ -77,8 +77,7 @@ class Export:
 
         if self.to != "onnx" and (self.int8 or self.data):
             raise UsageError(f"`int8` and `data` are for `to` onnx, got `to` {self.to}")
-        if not self.data:
-            refuse_without("data", ("split",), named)
+        refuse_without("data", ("split",), named, given=bool(self.data))
         has_hub = find_spec("huggingface_hub") is not None
         if not has_hub and (self.license or self.push_to_hub):
             raise UsageError("`license` and `push_to_hub` need huggingface_hub: pip install huggingface_hub")

@@ -112,8 +112,7 @@ class Evaluate(Decoding):
         needless = of_probe[:-1] if isinstance(model, FrameClassifier) else of_probe  # its labels are frames' classes
         refuse_without("probe", needless, named)
         if isinstance(model, Recognizer):
-            if self.tune is None:
-                refuse_without("tune", ("trials",), named)
+            refuse_without("tune", ("trials",), named, given=self.tune is not None)
             self._warn(one_split=len(splits) == 1)
             self._recognizer(splits, named)
             return

@@ -68,8 +68,7 @@ class Extract:
 
         if bool(self.audio) == bool(self.data):
             raise UsageError("name either files and folders of audio, or a corpus with `data`")
-        if not self.data:
-            refuse_without("data", ("split", "workers"), named)
+        refuse_without("data", ("split", "workers"), named, given=bool(self.data))
         if self.data and self.channel:
             raise UsageError("`channel` is of files; the utterances of a corpus have theirs already, leave it out")
         layers = self.layers or (() if self.codes else (-1,))

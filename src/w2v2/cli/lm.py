@@ -44,8 +44,7 @@ class LM:
 
         if not self.paths:
             raise UsageError("name the file to write: w2v2 lm [TEXT ...] OUT.arpa")
-        if not self.data:
-            refuse_without("data", ("split",), named)
+        refuse_without("data", ("split",), named, given=bool(self.data))
         *texts, out = self.paths
         options = {
             name: getattr(self, name) for name in ("split", "keep_case", "language", "order", "prune", "held_out")

@@ -50,9 +50,9 @@ def default(what: str, metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {what})")
 
 
-def refuse_without(mode: str, names: Collection[str], named: Collection[str]) -> None:
-    """Refuse options that are only of a mode which was not asked for (:class:`UsageError`)."""
-    if needless := sorted({*names} & {*named}):
+def refuse_without(mode: str, names: Collection[str], named: Collection[str], *, given: bool = False) -> None:
+    """Refuse options that are only of a mode, unless that is given (:class:`UsageError`)."""
+    if (needless := sorted({*names} & {*named})) and not given:
         raise UsageError(f"`{needless[0]}` is of `{mode}`; add that, or leave `{needless[0]}` out")
 
 

@@ -28,7 +28,7 @@ def folder_cuts(root: Path, *, training: bool) -> dict[str, list[MonoCut]]:
     rows = list(folder_rows(root))
     if not rows:
         raise UsageError(f"no audio in {root}: expected files such as .flac, .wav, .mp3, .ogg, .opus; check the path")
-    listed = dict(listed_splits(root / "splits.tsv")) if (root / "splits.tsv").exists() else {}
+    listed = listed_splits(root / "splits.tsv") if (root / "splits.tsv").exists() else {}
     roles: dict[str, list[MonoCut]] = {}
     subsets: dict[str, list[MonoCut]] = {}
     paths: dict[str, str] = {}

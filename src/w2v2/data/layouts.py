@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from w2v2.data.names import existing, nfc, speaker_name, split_of
-from w2v2.data.records import seconds_of
+from w2v2.data.records import say_once, seconds_of
 from w2v2.data.sources import Row, audio_paths
 from w2v2.data.transcripts import transcript_in
 from w2v2.errors import UsageError
@@ -60,32 +60,26 @@ def _kaldi_rows(root: Path, passed_over: Counter[str]) -> Iterator[Row]:
 
     def read(name: str) -> dict[str, str]:
         lines = _lines(root / name, 2) if (root / name).is_file() else ()
-        return {key: rest[0] if rest else "" for _, (key, *rest) in lines}
+        return say_once(root / name, ((key, rest[0] if rest else "") for _, (key, *rest) in lines), {})
 
-    texts, speakers, paths = read("text"), read("utt2spk"), {}
-    for number, (recording, *place) in _lines(root / "wav.scp", 2):
-        if not place or place[0].endswith("|") or "\0" in place[0]:
-            what = "a command, which is not run: write its output to a file" if "|" in "".join(place) else "no path"
-            raise UsageError(f"{root / 'wav.scp'}, row {number}: {what}, and name that")
-        here = existing(root, place[0])
-        elsewhere = not os.path.exists(root / here) and os.path.exists(
-            here
-        )  # Kaldi's are relative to where it was called
+    texts, speakers, paths, segments = map(read, ("text", "utt2spk", "wav.scp", "segments"))
+    for recording, said in paths.items():
+        if not said or said.endswith("|") or "\0" in said:
+            what = "a command, which is not run: write its output to a file" if "|" in said else "no path"
+            raise UsageError(f"{root / 'wav.scp'}, {recording}: {what}, and name that")
+        here = existing(root, said)
+        elsewhere = not os.path.exists(root / here) and os.path.exists(here)  # Kaldi's: from where it was called
         paths[recording] = os.path.abspath(here) if elsewhere else here
-    segments = list(_lines(root / "segments", 5)) if (root / "segments").is_file() else None
-    names = paths.keys() if segments is None else {name for _, (name, *_) in segments}
-    passed_over["transcripts without audio"] += len(texts.keys() - names)
-    if segments is None:
-        for line, (name, path) in enumerate(paths.items(), 1):
-            yield Row(path, line, text=texts.get(name), speaker=speaker_name(speakers.get(name)))
-        return
-    for line, (name, *segment) in segments:
-        where = f"{root / 'segments'}, row {line}"
-        if len(segment) < 3 or segment[0] not in paths:
-            raise UsageError(f"{where}: expected an id, a recording of wav.scp, start and end; got {' '.join(segment)}")
-        start, end = _seconds(where, segment[1:3])
+    cut = (root / "segments").is_file()
+    passed_over["transcripts without audio"] += len(texts.keys() - (segments if cut else paths).keys())
+    for line, name in enumerate(segments if cut else paths, 1):
+        where = f"{root / 'segments'}, {name}"
+        recording, *place = (segments[name].split() or [""]) if cut else [name]
+        if cut and (len(place) < 2 or recording not in paths):
+            raise UsageError(f"{where}: expected a recording of wav.scp, start and end, got {segments[name]}")
+        start, end = _seconds(where, place[:2]) if cut else (None, None)
         stop = None if end == -1 else end  # Kaldi's "to the end"
-        yield Row(paths[segment[0]], line, start, stop, texts.get(name), speaker_name(speakers.get(name)))
+        yield Row(paths[recording], line, start, stop, texts.get(name), speaker_name(speakers.get(name)))
 
 
 def _stm_rows(root: Path, tables: list[Path], passed_over: Counter[str]) -> Iterator[Row]:

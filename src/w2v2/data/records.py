@@ -70,6 +70,14 @@ def _record_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+def say_once(path: Path, pairs: Iterable[tuple[str, str]], said: dict[str, str]) -> dict[str, str]:
+    """Add to ``said`` what a file says of each name; raises :class:`UsageError` where that is two things."""
+    for name, value in pairs:
+        if said.setdefault(name, value) != value:
+            raise UsageError(f"{path}: {name} stands twice, as {said.pop(name)!r} and as {value!r}; keep one of them")
+    return said
+
+
 def csv_records(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Row number, from 1, and fields of each row; those that a short row lacks are missing."""
     commas = table.suffix.lower() == ".csv"

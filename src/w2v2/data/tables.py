@@ -12,7 +12,7 @@ from typing import Any
 
 from w2v2.data.audio import FORMATS, MOST_CHANNELS
 from w2v2.data.names import existing, nfc, speaker_name, utterance_id
-from w2v2.data.records import as_text, csv_records, key, records, seconds_of
+from w2v2.data.records import as_text, csv_records, key, records, say_once, seconds_of
 from w2v2.data.sources import Row, audio_paths
 from w2v2.data.splits import named_split
 from w2v2.errors import UsageError, printable
@@ -136,11 +136,12 @@ def _table_row(where: str, line: int, values: dict[str, Any], names: Mapping[str
     )
 
 
-def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
-    """(utterance id, split) of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``.
+def listed_splits(path: Path) -> dict[str, str]:
+    """Split by utterance id, of a table with the columns ``utt`` and ``role``, such as ``splits.tsv``.
 
-    An utterance may be named by its file, too. One with an empty role is in no split.
+    An utterance may be named by its file, too. One with an empty role is in no split, one of two refused.
     """
+    said: dict[str, str] = {}
     for line, row in csv_records(path):
         if not {"role", "utt"} <= row.keys():
             raise UsageError(f"{path} needs the columns role and utt, got {', '.join(row)}")
@@ -148,7 +149,9 @@ def listed_splits(path: Path) -> Iterator[tuple[str, str]]:
         if name and role:
             if (split := named_split(role)) is None:
                 raise UsageError(f"{path}, row {line}: expected train, dev, valid or test as role, got {role!r}")
-            yield utterance_id(name) if os.path.splitext(name)[1].lower() in FORMATS else nfc(name), split
+            utt = utterance_id(name) if os.path.splitext(name)[1].lower() in FORMATS else nfc(name)
+            say_once(path, [(utt, split)], said)
+    return said
 
 
 def hf_rows(name: str, audio: Path, columns: Mapping[str, str] | None, done: int, config: str | None) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from w2v2.data.names import nfc
-from w2v2.data.records import as_text, records
+from w2v2.data.records import as_text, records, say_once
 from w2v2.errors import UsageError
 from w2v2.files import read_text
 
@@ -75,13 +75,11 @@ def folder_transcripts(folder: Path, names: list[str]) -> Transcripts:
     for name in names:
         try:
             if name.endswith(".trans.txt"):
-                transcripts.texts.update(_ids(folder / name))
-            elif name == "transcripts.txt":  # Multilingual LibriSpeech
-                transcripts.texts.update(_ids(folder / name))
+                say_once(folder / name, _ids(folder / name), transcripts.texts)
+            elif name in ("transcripts.txt", "metadata.csv", "metadata.jsonl"):  # the first: Multilingual LibriSpeech
                 transcripts.below = True
-            elif name in ("metadata.csv", "metadata.jsonl"):
-                transcripts.texts.update(_metadata(folder / name))
-                transcripts.below = True
+                said = _ids(folder / name) if name == "transcripts.txt" else _metadata(folder / name)
+                say_once(folder / name, said, transcripts.texts)
             else:
                 continue
         except UsageError as error:

@@ -116,7 +116,7 @@ def _write(
         table = _splits(options)
         known = config.splits or (table.exists() and not options["source"].startswith(HF))
         shares = {"valid": config.valid_share, "test": config.test_share}
-        settle(journal, listed_splits(table) if known else (), shares, config.seed)
+        settle(journal, listed_splits(table).items() if known else (), shares, config.seed)
         counts, content = _write_audit(journal, out), journal.content_hash()
         if strict:
             _refuse_findings(counts, out)

@@ -145,5 +145,5 @@ async def rewritten(request: Request, config: ServeConfig) -> Response:
         text = " ".join(word.text for word in words)
         kind, transcript = fields["format"], Transcript("audio", float(fields["seconds"]), text, words)
         return PlainTextResponse(FORMATS[TEXTS[kind]](transcript, "none" if kind == "text" else "word"))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise HTTPException(400, f"expected words, seconds and format of a transcript: {error!r}") from None
