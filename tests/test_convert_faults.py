@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,6 +236,15 @@ def test_every_refused_name_is_in_the_line(tmp_path):
     torch.save([Evil(os.system, "true"), Evil(shutil.rmtree, "x")], tmp_path / "a.pt")
     with pytest.raises(UsageError, match=r"posix\.system, shutil\.rmtree"):
         read_pickle(tmp_path / "a.pt")
+
+
+def test_a_name_that_no_class_can_have_is_refused(tmp_path):
+    torch.save(Evil(argparse.ArgumentParser, "prog"), tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"ArgumentParser", b"Argument\0arser"))
+    with pytest.raises(UsageError, match=r"would run or build argparse\.Argument"):
+        read_pickle(tmp_path / "b.pt")
 
 
 def test_names_that_only_look_like_fairseqs_are_inert(tmp_path, monkeypatch):

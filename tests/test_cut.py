@@ -126,7 +126,9 @@ def test_what_has_been_aligned_is_not_aligned_again(
     assert main(command) == 0
     before = (tmp_path / "out-cut.jsonl").read_text()
     _, first, second = (tmp_path / "out-cut.aligned.jsonl").read_text().split("\n")
-    (tmp_path / "out-cut.aligned.jsonl").write_text(f"\n{first}\n{second[:30]}")  # killed while it wrote the second
+    (tmp_path / "out-cut.aligned.jsonl").write_bytes(
+        f"\n{first}\n{second[:30]}Ä".encode()[:-1]
+    )  # killed while it wrote the second
     aligned: list[str] = []
     real = w2v2.inference.cut.align
     monkeypatch.setattr(w2v2.inference.cut, "align", lambda *a, **k: aligned.append(a[1].name) or real(*a, **k))

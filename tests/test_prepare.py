@@ -560,6 +560,24 @@ def test_labelled_subsets_are_balanced_nested_and_of_their_size(
     assert summary["splits"]["train-0.3m"]["transcribed"] == len(large)
 
 
+def test_shards_of_a_source_whose_files_have_other_endings_now_hold_each_utterance_once(
+    tmp_path: Path, workers: Executor
+) -> None:
+    for i in range(24):
+        path = tmp_path / "in" / f"s{i % 4}" / f"u{i:02d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, sound(1.0 + i * 7 % 24 / 8, seed=i), 16_000, subtype="PCM_16")
+    run(tmp_path / "in", tmp_path / "out", workers, valid_share=0.0, shards="wav", shard_mb=0.2)
+    for path in (tmp_path / "in").rglob("*.wav"):
+        soundfile.write(path.with_suffix(".flac"), *soundfile.read(path, dtype="int16"))
+        path.unlink()
+    told = run(tmp_path / "in", tmp_path / "out", workers, valid_share=0.0, shards="wav", shard_mb=0.2)
+    train = read_corpus(tmp_path / "out")["train"]
+    assert Counter(cut.id for cut in train) == Counter(f"s{i % 4}_u{i:02d}" for i in range(24))
+    pieces = [len(list(piece.rows())) for piece in train.pieces]
+    assert [piece["utterances"] for piece in told["splits"]["train"]["pieces"]] == pieces and len(pieces) > 4
+
+
 def test_a_list_of_labels_that_has_changed_is_what_is_written(
     speakers: Path, tmp_path: Path, workers: Executor
 ) -> None:

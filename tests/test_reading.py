@@ -110,13 +110,19 @@ def test_json_of_any_kind_of_wrong_is_one_line(content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["step,a\n1,x\n", "a\n1\n", 'step,a\n1,"', "step\n" + "1" * 200_000, "step,a\nx\0,1\n"]
+    "content", ["step,a\n1,x\n", "a\n1\n", 'step,a\n1,"\n', "step\n" + "1" * 200_000 + "\n", "step,a\nx\0,1\n"]
 )
 def test_figures_of_any_kind_of_wrong_are_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(content)
     with pytest.raises(UsageError, match=r"metrics\.csv: expected a column step and numbers") as caught:
         list(read_figures(tmp_path / "metrics.csv"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("torn", ["1", "150", "150,", "150,1.2e-"])
+def test_figures_of_a_row_that_was_not_written_to_its_end_are_not_read(torn: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"step,a\r\n50,1.0\r\n100,2.0\r\n" + torn.encode())
+    assert dict(read_figures(tmp_path / "metrics.csv")) == {50: {"a": 1.0}, 100: {"a": 2.0}}
 
 
 def not_regular(path: Path, kind: str) -> Path:

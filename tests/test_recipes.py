@@ -15,6 +15,7 @@ from w2v2 import recipes
 from w2v2.checkpoint.formats import read
 from w2v2.checkpoint.native import save_weights
 from w2v2.cli.main import main
+from w2v2.errors import UsageError
 from w2v2.model.quantizer import gumbel_temperature
 from w2v2.recipes import recipe_names
 from w2v2.serial import load_config, save_config
@@ -166,6 +167,13 @@ def test_another_shape_than_the_runs_is_refused_not_forgotten(
     assert main([*call, *shlex.split(FEWER), "--model.n-layer", "3"]) == 2
     assert "missing transformer.1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["random", "torch"])
+def test_a_recipe_file_that_would_stand_in_for_a_module_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text("from w2v2 import recipes\n\n\ndef mine():\n    return recipes.tiny()\n")
+    with pytest.raises(UsageError, match=f"{name}.py has the name of a module that Python or w2v2 uses; rename it"):
+        recipes.load_recipe(f"{tmp_path / name}.py:mine", PretrainConfig)
 
 
 def test_adapt_has_a_constant_low_rate_and_the_final_temperature_at_every_step() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from chromium import BINARY, Page, chromium
 from conftest import sound
 from test_live import MODEL, PCM, RATE, VOCABULARY, narrow, voice
@@ -32,6 +33,7 @@ from w2v2.inference.recordings import source_of
 from w2v2.inference.transcribe import transcribe
 from w2v2.inference.transcripts import FORMATS, Transcript
 from w2v2.serial import save_config
+from w2v2.serve.engine import Engine
 from w2v2.training.config import FinetuneConfig
 
 pytest.importorskip("starlette")
@@ -251,6 +253,9 @@ def test_a_form_without_a_file_is_refused(server: Server, body: bytes) -> None:
     )
     assert status == 400 and answer["error"]["message"]
     assert server.ask("POST", "/v1/audio/format", b'{"words": 3}')[0] == 400
+    assert server.ask("POST", "/v1/audio/format", b"[" * 100_000)[0] == 400
+    silent = b'{"words": [{"word": " ", "start": 0, "end": 1}], "seconds": 1, "format": "srt"}'
+    assert server.ask("POST", "/v1/audio/format", silent)[:2] == (200, "")
     for kind in ("srt", "vtt", "textgrid", "ctm"):
         for where in (
             '"words": [], "seconds": Infinity',
@@ -347,11 +352,12 @@ def test_the_websocket_gives_what_the_pipe_gives(server: Server) -> None:
 @pytest.mark.parametrize(
     ("query", "messages", "error"),
     [
-        ("", [b"abc"], "expected 16-bit PCM, got 3 bytes, which is half a sample too many"),
+        ("", [b"a", b"bc", "end"], "PCM ends with half a sample"),
         ("", ["hello"], "expected 16-bit PCM in binary messages, or the text \"end\", got 'hello'"),
         ("rate=3000000000", [], "must be 1000 to 768000 Hz, got 3000000000"),
         ("rate=fast", [], "`rate` must be a number, got 'fast'"),
-        ("look_ahead=-1", [], "`look_ahead` must be more than 0, got -1"),
+        ("look_ahead=-1", [], "`look_ahead` must be more than 0, at most 10, got -1"),
+        ("look_ahead=1e305", [], "`look_ahead` must be more than 0, at most 10, got 1e+305"),
         ("", [], "nothing came, or nothing was read, for 3 s"),
     ],
 )
@@ -372,6 +378,30 @@ def test_a_stream_that_breaks_off_is_forgotten(server: Server) -> None:
         client.send(PCM[:20_000])
         client.socket.close()
     until(lambda: server.ask("GET", "/health")[1]["streams"] == 0)
+
+
+def test_clients_that_leave_are_nothing_to_log(model: Path) -> None:
+    server = Server(model)
+    with contextlib.suppress(OSError), server.live() as client:
+        client.send(PCM[:20_000])
+        client.socket.close()
+    head = "Host: 127.0.0.1\r\nContent-Length: 9999\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    for path in ("transcriptions", "format"):
+        with socket.create_connection(("127.0.0.1", server.port)) as upload:
+            upload.sendall(f"POST /v1/audio/{path} HTTP/1.1\r\n{head}".encode())
+            until(lambda path=path: path == "format" or server.ask("GET", "/health")[1]["requests"] == 1)
+    until(lambda: server.ask("GET", "/health")[1]["requests"] == server.ask("GET", "/health")[1]["streams"] == 0)
+    assert server.well()
+    server.end()
+    assert server.process.stderr is not None and "Traceback" not in server.process.stderr.read()
+
+
+def test_a_request_that_is_given_up_does_not_end_the_model() -> None:
+    engine, audio = Engine(MODEL, batch_size=1), torch.from_numpy(AUDIO[0])
+    first, second = [engine.submit(row) for row in (torch.zeros(300 * RATE), audio)]
+    assert second.cancel()
+    assert torch.equal(engine.submit(audio).result(60), MODEL.emissions([audio])[0])
+    assert first.done()
 
 
 # --- Who may ask ------------------------------------------------------------------------------------------------------
@@ -407,6 +437,8 @@ def test_a_token_is_asked_for(model: Path) -> None:
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached by others: name a --token that they must know"),
         (["--port", "70000"], "--port must be 0 to 65535, got 70000"),
+        (["--token", " "], "--token must be ASCII without blanks"),
+        (["--token", "Schlüssel"], "--token must be ASCII without blanks"),
         (["--queue", "0"], "--queue must be 1 or more, got 0"),
         (["--host", "203.0.113.1", "--token", "t"], "cannot be used"),
     ],

@@ -167,6 +167,8 @@ def test_a_mapping_names_columns_that_there_are(tmp_path: Path) -> None:
         rows(tmp_path / "t.csv", text, {"transcript": "sentence"})
     with pytest.raises(UsageError, match="`columns` names text twice"):
         PrepareConfig(columns=("text=a", "text=b")).check()
+    with pytest.raises(UsageError, match="`labelled` names 10m twice"):
+        PrepareConfig(labelled=(f"10m={tmp_path / 't.csv'}", "10m")).check()
 
 
 def findings(out: Path) -> list[dict[str, Any]]:

@@ -205,7 +205,7 @@ def test_a_vocabulary_that_loses_something_is_found_by_its_round_trip() -> None:
         def decode(self, ids):
             return super().decode(ids).replace("GO", "G")
 
-    with pytest.raises(UsageError, match="do not come back from their labels"):
+    with pytest.raises(UsageError, match=r"back from their labels \('.+' comes back as '.+'\): "):
         look([], Deaf(labels=LETTERS.labels))
 
 

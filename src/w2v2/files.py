@@ -188,5 +188,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
+    if not path.name:
+        raise UsageError(f"{path} has no name of its own; name a new folder")
     # A hash, since a name may be as long as names can be.
     return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.partial{path.suffix}")

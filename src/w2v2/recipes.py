@@ -466,6 +466,8 @@ def _from_file(name: str) -> Callable[[], Any]:
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
         raise UsageError(f"no recipe file {path}: expected FILE.py:FUNCTION")
+    if Path(path).stem in sys.stdlib_module_names or hasattr(sys.modules.get(Path(path).stem), "__path__"):
+        raise UsageError(f"{path} has the name of a module that Python or w2v2 uses; rename it")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -200,7 +200,8 @@ def read_figures(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     """
     with open_text(path, newline="") as lines:
         try:
-            for row in csv.DictReader(lines, strict=True):
+            ended = (line for line in lines if line.endswith("\n"))  # the last one may have been torn
+            for row in csv.DictReader(ended, strict=True):
                 step = int(row.pop("step"))
                 yield step, {name: float(value) for name, value in row.items() if value}
         except (KeyError, TypeError, ValueError, csv.Error) as error:

@@ -115,13 +115,14 @@ def read_pickle(path: Path) -> Any:
         names = sorted(set(_zipped_names(path) if zipped else _legacy_names(path)))
     except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise UsageError(f"{path} is damaged, or not a checkpoint of torch.save: {error}") from error
-    refused = [name for name in names if name.split(".")[0] not in _INERT and not _TENSORS.fullmatch(name)]
+    inert = {name for name in names if name.split(".")[0] in _INERT and name.isprintable()}
+    refused = [name for name in names if name not in inert and not _TENSORS.fullmatch(name)]
     if refused:
         raise UsageError(
             f"{path} would run or build {', '.join(refused)} when read, which a checkpoint has no need of; "
             "nothing was run; do not use this file"
         )
-    known: list[Any] = [(type(name, (Inert,), {}), name) for name in names if name.split(".")[0] in _INERT]
+    known: list[Any] = [(type(name, (Inert,), {}), name) for name in inert]
     known += [(type(name, (Inert,), {}), f"builtins.{name}") for name in _PLAIN_TYPES]
     known.append((_plain_dict, "collections.defaultdict"))
     try:

@@ -135,7 +135,7 @@ class Prepare:
         path = Path(source)
         recognizer = load_recognizer(model)
         place(recognizer.model, None)
-        table = self.out.with_name(self.out.name + "-cut.jsonl").absolute()
+        table = (out := self.out.absolute()).with_name(f"{out.name}-cut.jsonl")
         table.parent.mkdir(parents=True, exist_ok=True)
         with progress("cut") as show:
             counts = cut_table(recognizer, weights_key(model), path, table, config, show)
@@ -151,7 +151,7 @@ class Prepare:
         from w2v2.synthetic.corpus import synthesize
         from w2v2.synthetic.speakers import SyntheticConfig
 
-        audio = self.out.with_name(self.out.name + "-audio")
+        audio = (out := self.out.absolute()).with_name(f"{out.name}-audio")
         with progress("synthesise") as show:
             synthesize(audio, SyntheticConfig.sized(self.hours, self.seed, self.speakers), show)
         return audio

@@ -37,10 +37,10 @@ class BeamConfig:
     """Whether probabilities of paths that spell the same are added, not only the best one taken (``log_add``)."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("beam_size", 1), ("beam_size_token", 1), ("beam_threshold", 0)):
+        for name, low, high in (("beam_size", 1, 1e6), ("beam_size_token", 1, 1e6), ("beam_threshold", 0, math.inf)):
             value = getattr(self, name)
-            if value is not None and not value >= smallest:
-                raise UsageError(f"`{name}` of a beam search must be {smallest} or more, got {value}")
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"`{name}` of a beam search must be {low} to {high:,.0f}, got {value}")
         for name in ("lm_weight", "word_score", "silence_score", "hot_word_boost"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"`{name}` of a beam search must be a finite number, got {getattr(self, name)}")

@@ -16,9 +16,10 @@ def evaluation_table(evaluation: dict[str, Any]) -> list[str]:
             f"{row['substitutions']:>8,}{row['deletions']:>8,}{row['insertions']:>8,}"
         )
     lines += ["", *_remarks(evaluation), *_comparison(evaluation["against"])]
+    worst = sorted(evaluation["by_speaker"], key=lambda row: -row["wer"])
     for title, rows in (
         ("seconds", [(_span(row), row) for row in evaluation["by_length"]]),
-        ("speaker, worst first", [(row["speaker"] or "unknown", row) for row in _worst(evaluation["by_speaker"])]),
+        ("speaker, worst first", [(row["speaker"] or "unknown", row) for row in worst[:10]]),
     ):
         lines += ["", f"{title:24}{'utterances':>12}{'words':>9}{'WER':>9}{'CER':>9}"]
         lines += [
@@ -50,10 +51,6 @@ def probe_table(probe: dict[str, Any]) -> list[str]:
     if probe["codes"] is not None:
         lines.append("codes: purity {purity:.3f}, {information:.3f} of the phones' entropy".format(**probe["codes"]))
     return [about, "", *lines]
-
-
-def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda row: -row["wer"])[:10]
 
 
 def _span(row: dict[str, Any]) -> str:

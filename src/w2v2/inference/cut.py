@@ -130,7 +130,7 @@ def cut_table(
     counts = Counter[str]()
     cache = table.with_name(f"{table.stem}.aligned.jsonl")
     known: dict[str, Any] = {}
-    for line in cache.read_text(encoding="utf-8").split("\n") if cache.exists() else ():
+    for line in cache.read_bytes().split(b"\n") if cache.exists() else ():
         with contextlib.suppress(ValueError):  # half a line, of a call that was killed
             known.update([json.loads(line)])
     root, rows = source_rows(source, config, counts)

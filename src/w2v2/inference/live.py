@@ -14,7 +14,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import soxr
@@ -24,7 +24,7 @@ from torch import Tensor
 from w2v2.data.audio import RATES, SAMPLE_RATE, FloatArray
 from w2v2.data.vad import THRESHOLD, WINDOW, Vad
 from w2v2.decoding.greedy import Greedy, Hypothesis
-from w2v2.errors import Positive, UsageError, check_ranges
+from w2v2.errors import Positive, Range, UsageError, check_ranges
 from w2v2.inference.recognizer import NOT_FINITE, Recognizer
 from w2v2.inference.transcribe import Window
 from w2v2.inference.transcripts import word_fields
@@ -41,7 +41,7 @@ LONGEST_WORD = 10.0
 class LiveLayout:
     """How a stream is heard, in seconds."""
 
-    look_ahead: Positive = 0.64
+    look_ahead: Annotated[float, Range(0, 10, above=True)] = 0.64
     """What follows a frame before its label is final."""
     step: Positive = 0.16
     """Between two windows."""
@@ -127,7 +127,7 @@ class Live:
 
     def finish(self) -> Iterator[Window]:
         """The last window of the stream, which makes final what it has heard; none after silence."""
-        if self._goes_on():
+        if self._goes_on() or self.speaking:  # a pause may have begun since the last step
             yield self._window(last=True)
 
     def _due(self) -> Iterator[Window]:

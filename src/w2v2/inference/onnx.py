@@ -34,7 +34,7 @@ def open_session(path: Path) -> Any:
 
 
 class OnnxModel(nn.Module):
-    """A graph in the place of a model in PyTorch. Rows of equal length go through it together, others one by one."""
+    """A graph in the place of a model in PyTorch. Rows go through one by one: in 8 bits a batch has common scales."""
 
     def __init__(self, path: Path, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -53,13 +53,8 @@ class OnnxModel(nn.Module):
     ) -> tuple[Tensor, list[int]]:
         """As ``Wav2Vec2ForCTC.forward``, or, of ``VECTORS``, as ``Wav2Vec2.encode``."""
         samples = [audio.shape[1]] * len(audio) if lengths is None else list(lengths)
-        frames = self.config.frames(samples)
-        rows: list[Tensor] = [torch.empty(0)] * len(samples)
-        for length in dict.fromkeys(samples):
-            places = [i for i, n in enumerate(samples) if n == length]
-            for place, row in zip(places, self.run(audio[places, :length].contiguous(), output), strict=True):
-                rows[place] = row
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), frames
+        rows = [self.run(audio[i : i + 1, :n].contiguous(), output)[0] for i, n in enumerate(samples)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), self.config.frames(samples)
 
 
 def load_onnx(path: Path) -> tuple[OnnxModel, Vocabulary | None]:

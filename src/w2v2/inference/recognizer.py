@@ -92,7 +92,10 @@ def _emissions(model: CTCModel, n_labels: int, audio: Sequence[Tensor]) -> list[
 
 def resampled(audio: npt.NDArray[np.floating[Any]] | Tensor, rate: int) -> Tensor:
     """(S,) samples of one channel -> (S,) float32 at 16 kHz."""
-    samples = np.asarray(audio, dtype=np.float32)
+    samples = np.asarray(audio)
+    if samples.dtype.kind != "f":
+        raise UsageError(f"audio must be floating-point, full scale 1, got {samples.dtype}; divide int16 by 32768")
+    samples = samples.astype(np.float32, copy=False)
     if samples.ndim != 1:
         raise UsageError(f"audio must be (samples,) of one channel, got {samples.shape}; take the mean of channels")
     if rate != SAMPLE_RATE:

@@ -223,10 +223,6 @@ _SHORT = 16
 """So many short windows in the place of a whole one at most: they are padded before they are packed."""
 
 
-def _samples(item: _Item) -> int:
-    return 0 if item[1] is None else len(item[1].audio)
-
-
 def transcribe(
     recognizer: Recognizer,
     sources: Sequence[Source],
@@ -256,7 +252,7 @@ def transcribe(
     done = 0
     windows = (item for recording in recordings for item in recording.windows(layout))
     samples = batch_size * round(layout.seconds * SAMPLE_RATE / hop) * hop
-    batches = together(windows, _samples, samples, batch_size * _SHORT)
+    batches = together(windows, lambda item: len(item[1].audio) if item[1] else 0, samples, batch_size * _SHORT)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         heard = (
             (batch, writer.submit(_texts, batch, recognizer.emissions([w.audio for _, w in batch if w is not None])))

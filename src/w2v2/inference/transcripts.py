@@ -8,6 +8,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -155,14 +156,10 @@ def to_srt(transcript: Transcript, timestamps: str) -> str:
 def to_vtt(transcript: Transcript, timestamps: str) -> str:
     """WebVTT (W3C)."""
     blocks = (
-        f"\n{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n" + "\n".join(map(_escape, cue.lines)) + "\n"
+        f"\n{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n{escape(chr(10).join(cue.lines), quote=False)}\n"
         for cue in cues(transcript.words)
     )
     return "WEBVTT\n" + "".join(blocks)
-
-
-def _escape(line: str) -> str:
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -88,10 +88,10 @@ class PrepareConfig:
         for pair in self.columns:
             if "=" not in pair:
                 raise UsageError(f"`columns` must be pairs such as text=sentence, got {pair!r}")
-        fields = [pair.partition("=")[0] for pair in self.columns]
-        for name in fields:
-            if fields.count(name) > 1:
-                raise UsageError(f"`columns` names {name} twice: {' '.join(self.columns)}")
+        for option, pairs in (("columns", self.columns), ("labelled", self.labelled)):
+            names = [pair.partition("=")[0] for pair in pairs]
+            if len({*names}) < len(names):
+                raise UsageError(f"`{option}` names {max(names, key=names.count)} twice: {' '.join(pairs)}")
         for subset in self.labelled:
             name, listed, file = subset.partition("=")
             if not listed:

@@ -53,10 +53,10 @@ class CorpusWriter:
             raise JobError(f"nothing of the source can be used; {self.out / 'audit.jsonl'} says why")
         if "train" not in splits and self.journal.value("SELECT count(*) FROM rows WHERE part = 'train'"):
             raise JobError(f"nothing of train can be used; {self.out / 'audit.jsonl'} says why")
-        chosen = dict(map(self._choose, self.config.labelled))
+        chosen = list(map(self._choose, self.config.labelled))
         splits += chosen
-        for split, names in ({split: "" for split in SPLITS} | chosen).items():
-            of = f"{content} {names} {self.config.shards} {self.config.shard_mb}"
+        for split in (*SPLITS, *chosen):
+            of = f"{content} {self._order(split)} {self.config.shards} {self.config.shard_mb}"
             if self.journal.get(f"content of {split}") != of:
                 shutil.rmtree(self.out / split, ignore_errors=True)
                 self.journal.put(f"content of {split}", of)
@@ -79,8 +79,13 @@ class CorpusWriter:
             }
         return described
 
-    def _choose(self, subset: str) -> tuple[str, str]:
-        """Choose a labelled subset; returns the name of its split, and a hash of what is in it."""
+    def _order(self, split: str) -> str:
+        """A hash of what is in a split, in the order that pieces are cut in."""
+        members = [(row["name"], row["held"]) for row in self.journal.members(split)]
+        return hashlib.sha256(repr(members).encode()).hexdigest()
+
+    def _choose(self, subset: str) -> str:
+        """Choose a labelled subset; returns the name of its split."""
         name, _, file = subset.partition("=")
         rows = self.journal.transcribed()
         if file:
@@ -93,7 +98,7 @@ class CorpusWriter:
         if not chosen:
             raise UsageError(f"`labelled` {subset}: no utterance of train has a transcript and is on the list")
         self.journal.choose(f"train-{name}", chosen)
-        return f"train-{name}", hashlib.sha256(repr(sorted(chosen)).encode()).hexdigest()
+        return f"train-{name}"
 
     def _cuts(self, split: str) -> Iterator[MonoCut]:
         for row in self.journal.members(split):

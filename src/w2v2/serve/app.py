@@ -16,7 +16,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -24,7 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from w2v2.data.vad import Vad
 from w2v2.decoding.greedy import Decoder
 from w2v2.errors import AudioError, UsageError, printable
-from w2v2.inference.live import Live, LiveLayout, Pcm, Update
+from w2v2.inference.live import Live, LiveLayout, Pcm
 from w2v2.inference.recognizer import Recognizer
 from w2v2.inference.recordings import Failure
 from w2v2.inference.transcribe import Window, transcribe
@@ -143,26 +143,21 @@ class Service:
     async def _piece(self, client: WebSocket) -> bytes | None:
         """PCM; None: that was all."""
         message = await client.receive()
-        if message["type"] == "webclient.disconnect":
+        if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect
         data: bytes | None = message.get("bytes")
         if message.get("text") == "end":
             return None
         if data is None:
             raise UsageError(f'expected 16-bit PCM in binary messages, or the text "end", got {message["text"]!r:.50}')
-        if len(data) % 2:
-            raise UsageError(f"expected 16-bit PCM, got {len(data)} bytes, which is half a sample too many")
         return data
 
     async def _answer(self, client: WebSocket, live: Live, windows: Iterator[Window]) -> None:
         for window in windows:
             log_probs = await asyncio.wrap_future(self.engine.submit(window.audio, live=True))
-            fields = _fields(live.take(window, log_probs))
+            update = live.take(window, log_probs)
+            fields = update.fields() | {"words": [word_fields(word) for word in update.words]}
             await asyncio.wait_for(client.send_json(fields), self.config.stall_seconds)
-
-
-def _fields(update: Update) -> dict[str, Any]:
-    return update.fields() | {"words": [word_fields(word) for word in update.words]}
 
 
 def _number(text: str, kind: type[Any], name: str) -> Any:
@@ -207,7 +202,8 @@ def build_app(recognizer: Recognizer, name: str, decoder: Decoder, config: Serve
         Route("/v1/audio/format", service.format, methods=["POST"]),
         WebSocketRoute("/v1/audio/live", service.live),
     ]
-    handlers: dict[Any, Any] = {HTTPException: _http_error, UsageError: _usage_error, Exception: _bug}
+    handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _bug}
+    handlers |= dict.fromkeys((UsageError, ClientDisconnect), _usage_error)  # the second is read by nobody
     return Starlette(
         routes=routes, middleware=[Middleware(Guard, config)], exception_handlers=handlers, lifespan=lifespan
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from w2v2.errors import Count, Positive, UsageError, Whole, check_ranges
@@ -36,6 +37,8 @@ class ServeConfig:
         check_ranges(self)
         if not self.local and not self.token:
             raise UsageError(f"`host` {self.host} can be reached by others: name a `token` that they must know")
+        if self.token and not re.fullmatch("[!-~]+", self.token):
+            raise UsageError("`token` must be ASCII without blanks, which clients can send; take another")
         if self.port > 65_535:
             raise UsageError(f"`port` must be 0 to 65535, got {self.port}")
 

@@ -52,6 +52,7 @@ class Engine:
                     self.jobs.put(job)
                     break
                 jobs.append(job)
+            jobs = [job for job in jobs if job[3].set_running_or_notify_cancel()]
             if not self._run(jobs) and len(jobs) > 1:  # such as for want of memory
                 for job in jobs:
                     self._run([job])

@@ -141,9 +141,11 @@ async def rewritten(request: Request, config: ServeConfig) -> Response:
     """
     try:
         fields = json.loads(await limited(request, replace(config, upload_mb=FORMAT_MB)).body())
-        words = tuple(Word(str(w["word"]), float(w["start"]), float(w["end"])) for w in fields["words"])
+        words = tuple(
+            Word(str(w["word"]), float(w["start"]), float(w["end"])) for w in fields["words"] if w["word"].strip()
+        )
         text = " ".join(word.text for word in words)
         kind, transcript = fields["format"], Transcript("audio", float(fields["seconds"]), text, words)
         return PlainTextResponse(FORMATS[TEXTS[kind]](transcript, "none" if kind == "text" else "word"))
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise HTTPException(400, f"expected words, seconds and format of a transcript: {error!r}") from None

@@ -91,7 +91,9 @@ class TranscriptCheck:
         self.labels += len(ids)
         self.unknown += ids.count(vocabulary.unknown) if vocabulary.unknown is not None else 0
         if not strange and vocabulary.decode(ids) != plain:
-            self.changed.add(name, [f"{plain!r} comes back as {vocabulary.decode(ids)!r}"] if not self.changed else ())
+            self.changed.add(
+                name, [f"{plain!r} comes back as {vocabulary.decode(ids)!r}"] if not self.changed.count else ()
+            )
         if not self.fits(seconds, text):
             self.infeasible.add(name)
 

@@ -46,7 +46,8 @@ def clear_begun(out: Path) -> None:
         return
     best, warm = out / "best" / "best.json", out / WARM_START / WEIGHTS
     every = read_checked(out / CONFIG, _Begun)["train"]["checkpoint_every"] if best.exists() else 0
-    if warm.exists() or (best.exists() and read_checked(best, _Step)["step"] >= every):
+    kept = any((out / "checkpoints").glob("[!.]*"))  # of somebody else, as ours would be resumed
+    if kept or warm.exists() or (best.exists() and read_checked(best, _Step)["step"] >= every):
         return  # its checkpoints were there, and somebody took them away
     for path in entries:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -112,17 +113,14 @@ def _refuse_changes(out: Path, config: RunConfig, splits: Splits) -> None:
 def environment(splits: Splits, threads: int) -> dict[str, Any]:
     """Versions, machine, source revision and data of a run."""
     packages = ("w2v2", "torch", "pytorch-lightning", "lhotse", "soundfile", "numpy")
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+    has_git = shutil.which("git") is not None
+    revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout if has_git else ""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in packages},
-        "git_revision": revision.stdout.strip() or None,
+        "git_revision": revision.strip() or None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": threads,
         "data": describe(splits),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from w2v2.errors import Count, NotNegative, Positive, Whole
+from w2v2.errors import Count, NotNegative, Positive, ShareBelowOne, Whole
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ class OptimConfig:
 
     schedule: WarmupCosine | WarmupLinear | TriStage = field(default_factory=WarmupCosine)
     """Learning rate by optimiser step; the recipe chooses which."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.98)
     """Adam's (fairseq ``adam_betas``)."""
     eps: Positive = 1e-6
     """Adam's (``adam_eps``)."""

@@ -221,13 +221,13 @@ class Checkpoints(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Leave a validation, which may take long, with the state of the step before it saved."""
-        if not self.signal or self.config.train.shard:
+        if self.config.train.shard or not (number := self._agreed(trainer)):
             return
         path = self.out / "checkpoints" / _NAME.format(self.step)
         if trainer.is_global_zero and self.before_validation and not path.exists():
             trainer.strategy.checkpoint_io.save_checkpoint(self.before_validation, path)
-        name = signal.Signals(self.signal).name
-        raise StoppedError(self.signal, f"{name} in the validation of step {self.step}: saved; go on with `resume`")
+        name = signal.Signals(number).name
+        raise StoppedError(number, f"{name} in the validation of step {self.step}: saved; go on with `resume`")
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.out / "checkpoints" / _NAME.format(self.step))

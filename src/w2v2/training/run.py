@@ -58,13 +58,10 @@ def fit_task(task: NormalizedTask, data: SpeechDataModule, config: RunConfig, ou
     Raises:
         StoppedError: a signal asked for the end, and everything is saved.
     """
-    train, optim = config.train, config.optim
-    max_steps = config.max_steps
+    train, optim, max_steps = config.train, config.optim, config.max_steps
     metrics = CSVMetrics(out / METRICS)
-    last = None
-    if resume and checkpoint_files(out):
-        last = _take_up(out, data, metrics, max_steps)
-    else:
+    last = _take_up(out, data, metrics, max_steps) if resume and checkpoint_files(out) else None
+    if last is None:
         metrics.resume_at(-1)
     checkpoints = Checkpoints(out, config, max_steps)
     pretraining = isinstance(config, PretrainConfig)
@@ -144,15 +141,13 @@ def _failures_named(checkpoints: Checkpoints, last: Path | None) -> Iterator[Non
     try:
         with dead_workers_named():
             yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise error if last is None or checkpoints.started else _unusable(last, error) from error
         raise JobError(
             f"out of memory ({first_line(error)}); lower `data.batch_seconds` and raise `train.accumulate` as much, or "
             "choose `train.activation_checkpointing` True; go on with `resume`"
         ) from error
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise error if last is None or checkpoints.started else _unusable(last, error) from error
     except SystemExit as stop:
         raise checkpoints.interruption() from stop
     finally:
@@ -179,9 +174,8 @@ def _strategy(model: torch.nn.Module, train: TrainConfig) -> Strategy | str:
 
 def _slurm() -> list[SLURMEnvironment]:
     """SLURM's processes without Lightning's own requeueing, which would save and resume beside ours."""
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        return [SLURMEnvironment(auto_requeue=False)]
-    return []
+    alone = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if alone else []
 
 
 def is_first_process() -> bool:
@@ -239,6 +233,8 @@ def check_world(train: TrainConfig) -> None:
         launcher, world, nodes = "torchrun", int(os.environ["WORLD_SIZE"]), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     elif SLURMEnvironment.detect():
         launcher, world, nodes = "SLURM", int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    elif train.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        launcher, world = "w2v2 without torchrun or SLURM", train.devices
     if launcher and (world, nodes) != (train.devices * train.num_nodes, train.num_nodes):
         raise UsageError(
             f"{launcher} started {world} processes on {nodes} machines, `train.devices` is {train.devices} and "
@@ -248,8 +244,12 @@ def check_world(train: TrainConfig) -> None:
 
 def check_device(train: TrainConfig) -> None:
     """Refuse a device or precision that is not there."""
-    if train.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UsageError(f"`train.accelerator` {train.accelerator} needs a CUDA device, none is visible; use cpu")
+    gpus = torch.cuda.device_count()
+    there = ["auto", "cpu"] + ["gpu", "cuda"] * (gpus > 0) + ["mps"] * torch.backends.mps.is_available()
+    if train.accelerator not in there:
+        raise UsageError(f"`train.accelerator` must be one of {', '.join(there)} here, got {train.accelerator!r}")
+    if _on_gpu(train) and train.devices > gpus:
+        raise UsageError(f"`train.devices` {train.devices} needs as many GPUs, {gpus} are visible; use fewer")
     known = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
     if train.precision not in known:
         raise UsageError(f"`train.precision` must be one of {', '.join(known)}, got {train.precision!r}")

@@ -291,17 +291,23 @@ function start() {
       context = new AudioContext();
       source = context.createMediaStreamSource(media);
     }
-    await context.audioWorklet.addModule("page.js");
+    const close = () => {
+      media.getTracks().forEach(track => track.stop());
+      if (context.state !== "closed") context.close();
+    };
+    try {
+      await context.audioWorklet.addModule("page.js");
+    } catch (problem) {
+      close();
+      return fail(`The browser could not start to listen (${problem.name}). Open a recording instead.`);
+    }
+    if (mine !== job) return close();
     const query = new URLSearchParams({rate: context.sampleRate, vad: server.vad ? 1 : 0});
     if (token) query.set("token", token);
     const socket = new WebSocket(`${location.href.split(/[?#]/)[0].replace(/^http/, "ws")}v1/audio/live?${query}`);
     const node = new AudioWorkletNode(context, "pcm");
     const mySound = sound = newSound(context.sampleRate);
     let waiting = [], ended = false, done = false;
-    const close = () => {
-      media.getTracks().forEach(track => track.stop());
-      if (context.state !== "closed") context.close();
-    };
     stream = {
       end() {
         close();
