@@ -1,6 +1,8 @@
 # CPU:  docker build -t w2v2 .
 # CUDA: docker build -t w2v2:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-#       docker run --gpus all -v "$PWD:/work" w2v2:cuda pretrain base --data manifest --out runs/base
+#       docker run --gpus all --ipc=host --user "$(id -u):$(id -g)" -e HOME=/tmp -v "$PWD:/work" w2v2:cuda \
+#           pretrain base --data manifest --out runs/base
+# Workers hand batches over in /dev/shm, of which Docker gives 64 MB without --ipc=host. There is no compiler for --train.compile.
 FROM python:3.12-slim-bookworm
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /opt/w2v2

@@ -34,6 +34,18 @@ def db(ratio: float) -> float:
     return 10 * np.log10(ratio)
 
 
+def test_what_a_model_that_normalises_is_given_is_normalised_after_augmentation(splits: Splits) -> None:
+    cuts = list(splits["train"])[:6]
+    rows = [Row(cut.duration, cut.id, cut) for cut in cuts]
+    loud, plain = (
+        SpeechDataset(normalize=1e-5, augmentation=Augmentation(AugmentConfig(gain_db=gain, noise=0.5)))[(0, 0), rows]
+        for gain in (12.0, 1e-6)
+    )
+    for row, same, length in zip(loud.audio, plain.audio, loud.lengths, strict=True):
+        assert abs(row[:length].mean()) < 1e-4 and abs(row[:length].std() - 1) < 0.01
+        assert (row - same).abs().max() < 0.05  # so the gain, which is drawn before the noise, is not noticed
+
+
 @pytest.fixture(scope="module")
 def splits(corpus: Path) -> Splits:
     return read_corpus(corpus)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_it_learns_what_is_plain_to_hear_and_says_how_sure_it_is(trained: Path, 
     assert results["utterances"] == 12 and results["label"] == "text"
     assert results["accuracy"] > 0.8  # a third by chance
     low, high = results["interval"] or (0, 1)
-    assert low <= results["accuracy"] <= high
+    assert 0 <= low <= results["accuracy"] <= high <= 1
     assert {row["class"]: row["utterances"] for row in results["classes"]} == {"high": 4, "low": 4, "middle": 4}
     wrong = sum(row["count"] for row in results["confusions"])
     assert results["accuracy"] == pytest.approx(1 - wrong / 12)
@@ -242,7 +243,7 @@ def test_frames_are_learned_scored_where_they_have_a_label_and_found_in_time(fra
     assert results["label"] == "frame" and results["over"] == "speakers" and len(results["layers"]) == 3
     assert results["accuracy"] > 0.8  # a third by chance
     low, high = results["interval"] or (0, 1)  # none where all is right
-    assert low <= results["accuracy"] <= high
+    assert 0 <= low <= results["accuracy"] <= high <= 1
     labelled = 0.0
     for path in (melodies / "times").glob("10*.ctm"):  # the test voices
         rows = [line.split() for line in path.read_text().splitlines()]
@@ -253,6 +254,17 @@ def test_frames_are_learned_scored_where_they_have_a_label_and_found_in_time(fra
     page = (framed / "report.html").read_text()
     assert "What the classifier listens to" in page
     assert all(f"<td>{share:.1%}</td>" in page for share in results["layers"])
+    shutil.copytree(melodies / "times", melodies / "renamed")
+    renamed = 0
+    for path in (melodies / "renamed").glob("10*.ctm"):
+        text, tone = (
+            path.read_text(),
+            next(word for line in path.read_text().splitlines() if (word := line.split()[-1]) != "SIL"),
+        )
+        renamed += text.count(f" {tone}\n")
+        path.write_text(text.replace(f" {tone}\n", " NEW\n"))
+    others = json.loads(run([*words, "--json", "--labels", "renamed"], melodies).stdout)
+    assert others["left_out"] == {"phones that the model does not know": renamed} and renamed
     table = run(words, melodies).stdout
     assert f"accuracy {results['accuracy']:.2%}" in table and f"{results['frames']:,} frames" in table
     (path,) = (melodies / "audio").rglob("100-1-0000.flac")

@@ -72,6 +72,8 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["tiny", "--train.precision", "fp8"], "--train.precision must be one of"),
         (["tiny", "--train.accelerator", "gpu"], "--train.accelerator must be one of auto, cpu here, got 'gpu'"),
         (["tiny", "--train.accelerator", "cuda0"], "--train.accelerator must be one of auto, cpu here, got 'cuda0'"),
+        (["tiny", "--model.gumbel-decay", "1.01"], "--model.gumbel-decay must be more than 0, at most 1, got 1.01"),
+        (["tiny", "--recipe", "base"], "the recipe is named without --recipe, as the first word after the verb"),
         (["tiny", "--optim.betas", "0.9", "1"], "--optim.betas must be 0 or more, less than 1, got"),
         (["tiny", "--data.max-seconds", "25", "--data.batch-seconds", "25"], "gives crops of 1250 frames, more than"),
         (["tiny", "--data.batch-seconds", "1"], "must hold at least one crop"),

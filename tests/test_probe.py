@@ -143,7 +143,9 @@ def test_a_text_grid_says_the_same_as_a_ctm(tmp_path: Path) -> None:
     grid = read_labels(tmp_path)
     assert grid == {"x": [Phone("HH", 0.0, 0.25), Phone("AY", 0.25, 0.75)]}
     (tmp_path / "x.TextGrid").rename(tmp_path / "x.txt")
-    (tmp_path / "a.ctm").write_text("x 1 0.25 0.5 AY1\n;; comment\nx 1 0 0.25 HH\nx 1 0.75 0.25 sil\n")
+    (tmp_path / "a.ctm").write_text(
+        "x 1 0.25 0.5 AY1_E\n;; comment\nx 1 0 0.25 HH_B\nx 1 0.75 0.2 h#\nx 1 0.95 0.05 SIL_S\n"
+    )
     assert read_labels(tmp_path) == grid
 
 
@@ -162,6 +164,7 @@ def test_labels_that_cannot_be_used_are_one_line_and_exit_code_2(
 
     good = "1-1-0000 1 0 1 a\n4-1-0000 1 0 1 a\n"
     assert "phone 'a' of 4-1-0000, 2 to 4 s, leaves its audio of 3 s" in refused(good + "4-1-0000 1 2 2 a\n")
+    assert "phone 'a' of 4-1-0000, nan to nan s, leaves its audio of 3 s" in refused(good + "4-1-0000 1 nan nan a\n")
     assert "phones in no class: q" in refused(good + "4-1-0000 1 1 1 q\n")
     assert "--layers must be 0 to 2, the blocks of this model, got 7" in refused(good, "--layers", "7")
     assert "no utterance of split 'test' has phones with times" in refused("1-1-0000 1 0 1 a\n")

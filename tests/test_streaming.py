@@ -240,6 +240,19 @@ def test_a_pass_goes_on_from_a_window_as_if_nothing_had_happened(lengths, parts,
         )[rank]
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_pass_of_crops_of_one_length_goes_on_as_if_nothing_had_happened(share: float) -> None:
+    split = split_of([20.0] * 510, [17] * 30)
+    whole = ids_of(plan(split, limit=60.0, crop=15.6, buffer=50, accumulate=4))[0]
+    done = int(share * len(whole))
+    before = sampler_of(split, limit=60.0, crop=15.6, buffer=50, accumulate=4)
+    list(itertools.islice(before, done))
+    position = before.position(done)
+    assert position.carried
+    after = sampler_of(split, limit=60.0, crop=15.6, buffer=50, accumulate=4, skip=done, start=position)
+    assert [[row.id for row in rows] for _, rows in after] == whole[done:]
+
+
 def test_a_pass_that_goes_on_reads_nothing_of_the_windows_before(tmp_path: Path) -> None:
     split = many_rows(tmp_path, 4_000, 100)
     whole = ids_of(plan(split, world=2, buffer=500))[0]
@@ -292,6 +305,12 @@ def test_updates_of_a_corpus_that_is_less_than_one_have_their_size_all_the_same(
     assert len(set(repeats)) == len(repeats)  # each with masks and crops of its own
     assert "an update is 8 batches of 200 s, all utterances" in caplog.text
     assert [[r.id for r in rows] for rows in batches(0, skip=11)] == [[r.id for r in rows] for rows in ranks[0]][11:]
+
+
+def test_a_split_that_comes_rarely_and_is_less_than_an_update_is_heard_all_the_same() -> None:
+    sampler = sampler_of(split_of([5.0] * 20, [20], [0.02]), accumulate=2, buffer=100)
+    sampler.fill_updates()
+    assert sum(len(rows) for _, rows in sampler) > 1
 
 
 def test_a_pass_that_is_an_update_or_more_is_left_alone() -> None:

@@ -119,7 +119,15 @@ def test_seed_changes_the_plan_and_jobs_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n_speakers": 2}, {"jobs": 0}, {"hours": 0.01}, {"valid_hours": float("nan")}, {"test_hours": -1.0}]
+    "wrong",
+    [
+        {"n_speakers": 2},
+        {"jobs": 0},
+        {"hours": 0.01},
+        {"valid_hours": float("nan")},
+        {"test_hours": -1.0},
+        {"hours": float("inf")},
+    ],
 )
 def test_impossible_config_is_refused_in_one_line(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"^`{next(iter(wrong))}`.* got [^\n]*$"):

@@ -54,17 +54,14 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[Iterator[str]]
         UsageError: no such file, something else in it, or a line that nobody would want in memory.
     """
     try:
-        with open_file(path) as file, _unzipped(file, path) as content:
+        with open_file(path) as file:
+            content = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
             yield _lines(io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline), path)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(
             f"cannot read {path}: {what}; expected a file of UTF-8 text, gzipped if it ends in .gz"
         ) from error
-
-
-def _unzipped(file: BinaryIO, path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
 
 
 def _lines(text: TextIO, path: Path) -> Iterator[str]:

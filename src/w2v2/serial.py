@@ -29,7 +29,9 @@ def to_dict(config: Any) -> Any:
     """Dataclasses to JSON values; each keeps its type as ``_type``."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        return {"_type": _type_name(type(config)), **values}
+        kind = type(config)
+        name = kind.__name__ if _is_ours(kind.__module__) else f"{kind.__module__}:{kind.__qualname__}"
+        return {"_type": name, **values}
     if isinstance(config, dict):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
@@ -101,10 +103,6 @@ def checked(value: Any, kind: Any, name: str) -> Any:
 
 _RENAMED = {"w2v2.model.wav2vec2:Wav2Vec2Config": "ContrastiveConfig"}
 """What types that older versions stored are called today: until December 2026 that one held the objective, too."""
-
-
-def _type_name(kind: type) -> str:
-    return kind.__name__ if _is_ours(kind.__module__) else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _is_ours(module: str) -> bool:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("w2v2")
 
 Out = Annotated[Positional[Path], arg(metavar="OUT")]
+_MODEL = MODEL.replace(", fairseq or 'w2v2 export'", " or fairseq")
 
 
 @dataclass(kw_only=True)
 class Convert:
     """See ``main.VERBS``."""
 
-    source: Annotated[Positional[str], arg(metavar="SOURCE", help=MODEL)]
+    source: Annotated[Positional[str], arg(metavar="SOURCE", help=_MODEL)]
     out: Out
     """Folder to write; new or empty."""
     to: Literal["ours", "hf", "fairseq"]
@@ -51,7 +52,7 @@ class Convert:
 class Export:
     """See ``main.VERBS``."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL", help=MODEL)]
+    model: Annotated[Positional[str], arg(metavar="MODEL", help=_MODEL)]
     out: Out
     """Folder to write; new or empty."""
     to: Literal["onnx", "torch"]

@@ -107,6 +107,8 @@ def parse_run(kind: Any, argv: Sequence[str], prog: str, description: str) -> An
     config_kind = kind.__dataclass_fields__["config"].default_factory
     names = recipe_names(config_kind)
     description += f". Recipes: {', '.join(names)}; with RECIPE, this lists its settings as they are in it."
+    if "recipe" in named_options(argv):
+        raise UsageError("the recipe is named without `recipe`, as the first word after the verb")
     name = next((word for word in argv if word in names or ".py:" in word), None)  # where settings stand before it
     config = config_kind() if name is None else load_recipe(name, config_kind)
     words = list(argv) if name is None else [word for word in argv if word not in ("-h", "--help")]

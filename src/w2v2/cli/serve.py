@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +31,11 @@ class Serve(Decoding):
 
     def run(self, named: Collection[str]) -> None:
         """Serve until interrupted."""
-        try:
-            from w2v2.serve.app import serve
-        except ModuleNotFoundError as error:
-            if error.name not in ("starlette", "uvicorn", "python_multipart"):
-                raise
-            raise UsageError(f"`serve` needs {error.name}: pip install starlette uvicorn python-multipart") from None
+        for name in ("starlette", "uvicorn", "websockets", "python_multipart"):
+            if find_spec(name) is None:
+                raise UsageError(f"`serve` needs {name}: pip install starlette uvicorn websockets python-multipart")
+        from w2v2.serve.app import serve
+
         config = replace(self.server, token=self.server.token or os.environ.get("W2V2_TOKEN"))
         config.check()
         recognizer = load_recognizer(self.model, self.language)

@@ -164,14 +164,18 @@ class SpeechDataset(Dataset[Batch]):
         # Same-length batches are for training, so crops move with the epoch; elsewhere they depend on the id alone.
         key = f"{self.seed}/{epoch}/{cut.id}" if self.same_length else cut.id
         offset = random.Random(key).uniform(0, cut.duration - duration)
-        if self.normalize:
-            samples = load_audio(cut, data=data)
-            samples = (samples - samples.mean()) / np.sqrt(samples.var() + self.normalize)
+        if self.normalize and self.augmentation is None:
             start = round(offset * SAMPLE_RATE)
-            samples = samples[start : start + round(duration * SAMPLE_RATE)]
-        else:
-            samples = load_audio(cut, offset, duration, data)
-        return offset, samples if self.augmentation is None else self.augmentation(samples, stretch, rng)
+            samples = self._normalized(load_audio(cut, data=data))
+            return offset, samples[start : start + round(duration * SAMPLE_RATE)]
+        samples = load_audio(cut, offset, duration, data)
+        if self.augmentation is not None:  # which wants samples at their own level, and changes it
+            samples = self._normalized(self.augmentation(samples, stretch, rng))
+        return offset, samples
+
+    def _normalized(self, samples: FloatArray) -> FloatArray:
+        """To mean 0 and variance 1, where that is wanted."""
+        return (samples - samples.mean()) / np.sqrt(samples.var() + self.normalize) if self.normalize else samples
 
 
 def unreadable_reason(cut: MonoCut) -> str:

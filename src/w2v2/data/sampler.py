@@ -102,7 +102,7 @@ class EpochSampler:
         if (batches := len(self._batches(rows, random.Random(0)))) >= self.update:
             return
         seconds = sum(min(row.seconds, self.max_seconds) for row in rows)
-        self.passes.times = math.ceil(_UPDATES * self.update * self.batch_seconds / seconds)
+        self.passes.times = math.ceil(_UPDATES * self.update * self.batch_seconds / max(seconds, 1.0))
         if self.rank == 0:
             what = f"an update is {self.update} batches of {self.batch_seconds:g} s, all utterances {batches} of them"
             log.warning("%s: %s: a pass takes each %d times", self.passes.name, what, self.passes.times)
@@ -189,7 +189,7 @@ class EpochSampler:
         def seconds(row: Row) -> float:
             return min(row.seconds, self.max_seconds)
 
-        rows.sort(key=seconds)
+        rows.sort(key=lambda row: (seconds(row), row.place))  # carried rows come in another order where a run goes on
         if self.passes.shuffle:
             bounds = [seconds(row) for row in rows[:: math.ceil(len(rows) / self.num_buckets) or 1]]
             rng.shuffle(rows)

@@ -88,11 +88,12 @@ def evaluate_classifier(
 
 def _summary(classifier: Classifier | FrameClassifier, pairs: Counter[tuple[str, str]], units: Units) -> dict[str, Any]:
     kind, counts = units.choose()
+    ends = ratio_interval(counts[:, 0], counts[:, 1])
     return {
         "label": classifier.classes.label,
         _counted(classifier): pairs.total(),
         "accuracy": sum(count for (a, b), count in pairs.items() if a == b) / pairs.total(),
-        "interval": ratio_interval(counts[:, 0], counts[:, 1]),
+        "interval": ends and (max(ends[0], 0.0), min(ends[1], 1.0)),
         "over": kind,
         "classes": _by_class(pairs, _counted(classifier)),
         "confusions": [{"reference": a, "prediction": b, "count": n} for (a, b), n in pairs.most_common() if a != b],
@@ -124,6 +125,8 @@ def _predictions(
             about |= {"reference": pair[0], "prediction": pair[1], "probability": round(row.max().exp().item(), 6)}
             yield about, [pair]
             continue
+        if unknown := sum(phone.label not in names.ids for phone in labels[text]):
+            left_out["phones that the model does not know"] += unknown
         truth = frames_to_last(labels[text], config, names.ids)
         pairs = [(names.labels[a], names.labels[b]) for a, b in zip(truth, best.tolist(), strict=False) if a >= 0]
         yield about | {"frames": len(pairs), "right": sum(a == b for a, b in pairs)}, pairs

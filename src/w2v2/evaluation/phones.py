@@ -16,7 +16,7 @@ from w2v2.errors import UsageError
 from w2v2.files import read_text
 from w2v2.model.wav2vec2 import Wav2Vec2Config
 
-_SILENCE = {"", "sil", "sp", "spn", "pau", "_", "<eps>"}
+_SILENCE = {"", "sil", "<sil>", "h#", "sp", "spn", "pau", "_", "<eps>"}
 _RARE = 0.0005
 """Share of the labelled time below which a phone is no class."""
 
@@ -35,8 +35,8 @@ Labels = dict[str, list[Phone]]
 
 
 def fold(label: str) -> str:
-    """The phone without stress, length and tone: ``AH0`` is ``AH``, espeak's ``i:`` stays."""
-    return label.rstrip("0123456789#-[;!") or label
+    """The phone without stress, length, tone, Kaldi's place in a word: ``AH0_B`` is ``AH``, espeak's ``i:`` stays."""
+    return re.sub("_[BIES]$", "", label).rstrip("0123456789#-[;!") or label
 
 
 def read_labels(folder: Path) -> Labels:
@@ -55,7 +55,7 @@ def read_labels(folder: Path) -> Labels:
     labels: Labels = {}
     for name, phone in rows:
         labels.setdefault(name, [])
-        if phone.label.lower() not in _SILENCE:
+        if not {phone.label.lower(), fold(phone.label).lower()} & _SILENCE:
             labels[name].append(phone._replace(label=fold(phone.label)))
     return {name: sorted(phones, key=lambda phone: phone.start) for name, phones in labels.items()}
 
@@ -100,7 +100,7 @@ def check_times(labels: Mapping[str, Sequence[Phone]], seconds: Mapping[str, flo
     """
     for name, length in seconds.items():
         for phone in labels.get(name, ()):
-            if phone.start < 0 or phone.end > length + 0.05 or phone.end < phone.start:
+            if not 0 <= phone.start <= phone.end <= length + 0.05:
                 raise UsageError(
                     f"phone {phone.label!r} of {name}, {phone.start:g} to {phone.end:g} s, leaves its audio of "
                     f"{length:g} s; expected the labels of this very audio"

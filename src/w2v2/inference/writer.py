@@ -59,7 +59,8 @@ class TranscriptWriter:
         self.paths = _output_paths(sources, name)
         for source in sources:
             path = out / self.paths[source.name, source.channel]
-            if path.exists() and _is_beside(path, source.path):
+            audio = Path(source.path)
+            if path.exists() and audio.is_file() and path.parent.samefile(audio.parent):
                 raise UsageError(f"{path} is beside its audio, may be its transcript and stays; choose another `out`")
 
     def write(self, transcript: Transcript) -> None:
@@ -79,10 +80,6 @@ class TranscriptWriter:
         path = self.out / self.paths[transcript.name, transcript.channel]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text, as_said=True)
-
-
-def _is_beside(path: Path, audio: str) -> bool:
-    return os.path.isfile(audio) and path.parent.samefile(os.path.dirname(audio) or ".")
 
 
 def _output_paths(sources: Sequence[Source], ending: str) -> dict[tuple[str, int | None], str]:

@@ -71,7 +71,7 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         # One of 2**16 numbers for each probability: four of them cost as much as one draw of a Bernoulli variable.
-        share = round((1 - dropout) * 2**16)
+        share = max(round((1 - dropout) * 2**16), 1)
         shape, (queries, keys), scale = q.shape, (q.shape[2], k.shape[2]), q.shape[3] ** -0.5
         count = queries * keys * shape[0] * shape[1]
         bits = torch.empty(-(-count // 4), dtype=torch.int64, device=q.device).random_(-(2**63), None)

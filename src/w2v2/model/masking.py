@@ -60,7 +60,7 @@ def sample_span_mask(length: int, prob: float, span: int, rng: torch.Generator, 
 
     Returns:
         (length,) bool, True where masked. At least two frames are (with the default ``min_spans``), and never the last
-        one, as in the published code.
+        one, as in the published code (which below 13 frames of the defaults masks more).
 
     Raises:
         ValueError: the utterance has fewer than three frames, so that no target could have a distractor.

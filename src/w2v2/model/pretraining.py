@@ -239,7 +239,7 @@ class ContrastiveConfig(Wav2Vec2Config):
     """Gumbel temperature at step 0 (``latent_temp[0]``)."""
     gumbel_end: Positive = 0.5
     """Its lower bound (``latent_temp[1]``)."""
-    gumbel_decay: Positive = 0.999995
+    gumbel_decay: Annotated[float, Range(0, 1, above=True)] = 0.999995
     """Its factor per optimiser step (``latent_temp[2]``)."""
     neighbourhood: Annotated[int, Range(0, 100_000)] = 0
     """Frames around each, itself among them, whose conv features it has to tell: odd, 9 in ``tiny``; 0: none, as in the

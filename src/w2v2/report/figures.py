@@ -264,14 +264,11 @@ def layers(rows: list[dict[str, Any]]) -> list[Drawing]:
 
     figures = []
     for key, frames in (("phones_one", "one frame"), ("phones_five", "five frames")):
-        shares = "; ".join(f"{row['features']} {_layer(row)}{row[key]:.1%}" for row in rows)
+        layers = ["" if row["layer"] is None else f"layer {row['layer']} " for row in rows]
+        shares = "; ".join(f"{row['features']} {at}{row[key]:.1%}" for row, at in zip(rows, layers, strict=True))
         title = f"Phones told from {frames}"
         figures.append(_figure(title, f"{title}, % of frames by layer: {shares}.", partial(draw, key=key), (4.7, 2.4)))
     return figures
-
-
-def _layer(row: dict[str, Any]) -> str:
-    return "" if row["layer"] is None else f"layer {row['layer']} "
 
 
 def title_of(name: str) -> str:

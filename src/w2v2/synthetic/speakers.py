@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Annotated, Literal
 
 from w2v2.data.augment import keyed_rng
-from w2v2.errors import Count, Range, UsageError, check_ranges
+from w2v2.errors import Count, Positive, Range, UsageError, check_ranges
 
 Split = Literal["train", "valid", "test"]
 ACCENTS = (
@@ -26,11 +26,11 @@ _MIN_SPEAKER_SECONDS = 4.0
 class SyntheticConfig:
     """What to synthesise."""
 
-    hours: float = 2.0
+    hours: Positive = 2.0
     """Audio of the training split, hours."""
-    valid_hours: float = 0.1
+    valid_hours: Positive = 0.1
     """Audio of the validation split, hours."""
-    test_hours: float = 0.2
+    test_hours: Positive = 0.2
     """Audio of the test split, hours."""
     n_speakers: Annotated[int, Range(3)] = 96
     """Speakers of all splits together; an eighth each for validation and test."""

@@ -94,7 +94,7 @@ def measure(config: PretrainConfig, steps: int = 20) -> Measured:
         cores=float(np.median(cpu / wall)),
         memory_gb=torch.cuda.max_memory_reserved() / 1e9 if cuda else _peak_rss(),
         parameters=sum(p.numel() for p in model.parameters()),
-        corpus_hours=splits["train"].seconds / 3600 if config.data.sources else None,
+        corpus_hours=sum(p.seconds * p.weight for p in splits["train"].pieces) / 3600 if config.data.sources else None,
     )
 
 
