@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run, start
+from commands import Running, run, start
 from conftest import NANO, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import MODULE, command, launch, losses, until
@@ -341,9 +341,8 @@ def marked():
 """
 
 
-def terminated(words: list[str], mark: Path) -> str:
+def terminated(process: Running | subprocess.Popen[str], mark: Path) -> str:
     """What a command says that gets SIGTERM, its first process alone, as soon as a file is there."""
-    process = start(words)
     while not mark.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -358,7 +357,8 @@ def test_sigterm_in_a_validation_of_two_processes_ends_both(tmp_path: Path) -> N
     (tmp_path / "marked.py").write_text(NANO + MARKED)
     often = ["--train.val-every", "3", "--train.checkpoint-every", "1000", "--train.max-steps", "6"]
     words = command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / "run", *often, "--train.devices", "2")
-    message = terminated(words, tmp_path / "validates")
+    process = subprocess.Popen([sys.executable, "-m", "w2v2.cli.main", *words], stderr=subprocess.PIPE, text=True)
+    message = terminated(process, tmp_path / "validates")
     assert "Traceback" not in message and "SIGTERM in the validation of step 3: saved; go on with --resume" in message
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
 
@@ -371,7 +371,7 @@ def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(tmp_path: P
     whole, ended = (
         command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / n, *often) for n in ("whole", "ended")
     )
-    message = terminated(ended, tmp_path / "validates")
+    message = terminated(start(ended), tmp_path / "validates")
     assert message.splitlines()[-1] == "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume"
     assert [path.name for path in (tmp_path / "ended" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
     assert not (tmp_path / "ended" / "best").exists()  # it has not been validated
