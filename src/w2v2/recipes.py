@@ -367,7 +367,7 @@ def tiny_ctc() -> FinetuneConfig:
         w2v2 finetune tiny_ctc --init-from runs/tiny --data my_speech --minutes 10 --out runs/tiny_ctc
 
     Convolutions stay frozen, a quarter of the frames is masked in spans of 100 ms. On synthetic speech and unseen
-    voices CER .372, WER .85, with a tuned trigram .52, one seed; docs/results.md.
+    voices CER .372, WER .85, with a tuned trigram .52, one seed; LOG.md.
     """
     model = tiny().model
     model.mask_prob, model.conv_gradient_scale = 0.3, 0.0
@@ -386,7 +386,7 @@ def tiny_ctc() -> FinetuneConfig:
 def tiny_ctc_scratch() -> FinetuneConfig:
     """``tiny_ctc`` from random weights: the same labels and updates, in the regime that is best for it.
 
-    Everything learns, as random convolutions must, nothing is masked. On a CPU in 300 s. CER .461, WER .91. ::
+    Everything learns, as random convolutions must, nothing is masked. On a CPU in 300 s. CER .461, WER .91; LOG.md. ::
 
         w2v2 finetune tiny_ctc_scratch --data my_speech --minutes 10 --out runs/tiny_ctc_scratch
     """
