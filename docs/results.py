@@ -118,15 +118,21 @@ def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def long_arms(demo: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arms of a demo, to stand beside a longer pretraining."""
+def long_arms(demo: dict[str, Any], cer_trigram: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms of a demo, to stand beside a longer pretraining, with what has been scored of them besides."""
     names = {
         "finetuned": "the demo's pretraining, 10 h",
         "warm_start_only": "its warm start",
         "scratch": "random weights",
     }
     return [
-        {"name": name, "cer": arm(demo, key), "wer": demo[key]["wer"], "trigram": demo[key].get("wer_trigram")}
+        {
+            "name": name,
+            "cer": arm(demo, key),
+            "wer": demo[key]["wer"],
+            "trigram": demo[key].get("wer_trigram"),
+            "cer_trigram": cer_trigram.get(key),
+        }
         for key, name in names.items()
     ]
 
