@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -341,12 +342,12 @@ def marked():
 """
 
 
-def terminated(process: Running | subprocess.Popen[str], mark: Path) -> str:
-    """What a command says that gets SIGTERM, its first process alone, as soon as a file is there."""
+def terminated(process: Running | subprocess.Popen[str], mark: Path, kill: Callable[[int, int], None]) -> str:
+    """What a command says that gets SIGTERM, by ``kill``, as soon as a file is there."""
     while not mark.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
+    kill(process.pid, signal.SIGTERM)
     _, message = process.communicate(timeout=300)
     assert process.returncode == 75
     return message
@@ -358,7 +359,7 @@ def test_sigterm_in_a_validation_of_two_processes_ends_both(tmp_path: Path) -> N
     often = ["--train.val-every", "3", "--train.checkpoint-every", "1000", "--train.max-steps", "6"]
     words = command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / "run", *often, "--train.devices", "2")
     process = subprocess.Popen([sys.executable, "-m", "w2v2.cli.main", *words], stderr=subprocess.PIPE, text=True)
-    message = terminated(process, tmp_path / "validates")
+    message = terminated(process, tmp_path / "validates", os.kill)  # the first of them alone
     assert "Traceback" not in message and "SIGTERM in the validation of step 3: saved; go on with --resume" in message
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
 
@@ -371,7 +372,7 @@ def test_sigterm_in_a_validation_ends_it_promptly_with_its_step_kept(tmp_path: P
     whole, ended = (
         command(f"{tmp_path / 'marked.py'}:marked", corpus, tmp_path / n, *often) for n in ("whole", "ended")
     )
-    message = terminated(start(ended), tmp_path / "validates")
+    message = terminated(start(ended), tmp_path / "validates", os.killpg)
     assert message.splitlines()[-1] == "w2v2: SIGTERM in the validation of step 3: saved; go on with --resume"
     assert [path.name for path in (tmp_path / "ended" / "checkpoints").iterdir()] == ["step=00000003.ckpt"]
     assert not (tmp_path / "ended" / "best").exists()  # it has not been validated

@@ -74,14 +74,12 @@ def folder_transcripts(folder: Path, names: list[str]) -> Transcripts:
     transcripts = Transcripts(folder, files=files, unread=dict(files))
     for name in names:
         try:
-            if name.endswith(".trans.txt"):
-                say_once(folder / name, _ids(folder / name), transcripts.texts)
-            elif name in ("transcripts.txt", "metadata.csv", "metadata.jsonl"):  # the first: Multilingual LibriSpeech
-                transcripts.below = True
-                said = _ids(folder / name) if name == "transcripts.txt" else _metadata(folder / name)
-                say_once(folder / name, said, transcripts.texts)
-            else:
+            here = name.endswith(".trans.txt")
+            if not here and name not in ("transcripts.txt", "metadata.csv", "metadata.jsonl"):  # the first: MLS
                 continue
+            transcripts.below |= not here
+            read = _ids if name.endswith(".txt") else _metadata
+            say_once(folder / name, read(folder / name), transcripts.texts)
         except UsageError as error:
             transcripts.fault = error
         transcripts.unread.pop(nfc(name))

@@ -81,8 +81,10 @@ class CorpusWriter:
 
     def _order(self, split: str) -> str:
         """A hash of what is in a split, in the order that pieces are cut in."""
-        members = [(row["name"], row["held"]) for row in self.journal.members(split)]
-        return hashlib.sha256(repr(members).encode()).hexdigest()
+        total = hashlib.sha256()
+        for row in self.journal.members(split):
+            total.update(f"{row['name']} {row['held']}\n".encode())
+        return total.hexdigest()
 
     def _choose(self, subset: str) -> str:
         """Choose a labelled subset; returns the name of its split."""

@@ -263,9 +263,9 @@ def layers(rows: list[dict[str, Any]]) -> list[Drawing]:
         figure.legend(loc="outside upper left", ncols=3)
 
     figures = []
+    names = [f"{row['features']} " + ("" if row["layer"] is None else f"layer {row['layer']} ") for row in rows]
     for key, frames in (("phones_one", "one frame"), ("phones_five", "five frames")):
-        layers = ["" if row["layer"] is None else f"layer {row['layer']} " for row in rows]
-        shares = "; ".join(f"{row['features']} {at}{row[key]:.1%}" for row, at in zip(rows, layers, strict=True))
+        shares = "; ".join(f"{name}{row[key]:.1%}" for name, row in zip(names, rows, strict=True))
         title = f"Phones told from {frames}"
         figures.append(_figure(title, f"{title}, % of frames by layer: {shares}.", partial(draw, key=key), (4.7, 2.4)))
     return figures

@@ -91,9 +91,8 @@ class TranscriptCheck:
         self.labels += len(ids)
         self.unknown += ids.count(vocabulary.unknown) if vocabulary.unknown is not None else 0
         if not strange and vocabulary.decode(ids) != plain:
-            self.changed.add(
-                name, [f"{plain!r} comes back as {vocabulary.decode(ids)!r}"] if not self.changed.count else ()
-            )
+            example = f"{plain!r} comes back as {vocabulary.decode(ids)!r}"
+            self.changed.add(name, () if self.changed.count else [example])
         if not self.fits(seconds, text):
             self.infeasible.add(name)
 

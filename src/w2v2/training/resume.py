@@ -201,7 +201,7 @@ class Checkpoints(pl.Callback):
         if step == self.step:
             return
         self.step, self.started = step, True
-        number = self._agreed(trainer)
+        number = self._agreed(trainer, step)
         if number or step == self.max_steps or step % self.config.train.checkpoint_every == 0:
             self._save(trainer)
         if number:
@@ -209,19 +209,21 @@ class Checkpoints(pl.Callback):
         if step % self.config.train.val_every == 0 and not self.config.train.shard:  # references, not copies
             self.before_validation = trainer._checkpoint_connector.dump_checkpoint()
 
-    def _agreed(self, trainer: pl.Trainer) -> int:
-        """The signal that any process got; all learn of it at the same step."""
+    def _agreed(self, trainer: pl.Trainer, count: int) -> int:
+        """The signal that any process got; all learn of it at the same step or batch, whose number ``count`` is."""
         if trainer.world_size == 1:
             return self.signal
-        if self.step % 10 and trainer.strategy.root_device.type == "cuda":
+        if count % 10 and trainer.strategy.root_device.type == "cuda":
             return 0  # asking the others means waiting for the device
         number = torch.tensor(self.signal, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
         return int(number)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Leave a validation, which may take long, with the state of the step before it saved."""
-        if self.config.train.shard or not (number := self._agreed(trainer)):
+        if self.config.train.shard or not (number := self._agreed(trainer, batch_idx)):
             return
         path = self.out / "checkpoints" / _NAME.format(self.step)
         if trainer.is_global_zero and self.before_validation and not path.exists():
