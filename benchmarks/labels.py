@@ -20,7 +20,6 @@ from typing import Any
 from w2v2 import demo, recipes
 from w2v2.data.corpora import labelled_subset, read_corpus
 from w2v2.files import write_json
-from w2v2.text.spelling import normalize_text
 
 MINUTES = (60.0, 1e6)
 """Of labels; the second is all of them."""
@@ -37,11 +36,7 @@ def hear(arm: str, minutes: float, folder: Path, seed: int, updates: int) -> dic
             (out / name).symlink_to(folder.resolve() / name)
     shrink = recipes.tiny_ctc().optim.schedule.total_steps / updates
     heard = demo.hear_arm(arm, splits, labelled, "test", out, seed, shrink)
-    rows = []
-    for cut in splits["test"]:
-        label = cut.supervisions[0]
-        row = {"reference": normalize_text(label.text or ""), "speaker": label.speaker or ""}
-        rows.append(row | {name: texts[cut.id] for name, texts in heard.items()})
+    rows = demo.heard_rows(splits["test"], heard)
     return {"arm": arm, "minutes": labelled.seconds / 60, "updates": updates, "seed": seed} | demo.arm_rates(rows, arm)
 
 

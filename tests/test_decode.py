@@ -75,6 +75,7 @@ def free_scores(
         for path, ids, score in paths(log_probs, vocabulary):
             words = spelled_words(ids, vocabulary)
             score += config.silence_score * (0 if vocabulary.boundary is None else path.count(vocabulary.boundary))
+            score += config.blank_score * path.count(vocabulary.blank)
             yield ids, score + config.hot_word_boost * times(hot, words)
 
     return gather(every(), config)
@@ -93,6 +94,7 @@ def lexicon_scores(
             words = spelled_words(ids, vocabulary)
             if all(word in lexicon for word in words):
                 score += config.silence_score * path.count(vocabulary.boundary) + config.word_score * len(words)
+                score += config.blank_score * path.count(vocabulary.blank)
                 score += config.lm_weight * lm.log_probs(words).sum() if lm else 0.0
                 yield words, score + config.hot_word_boost * times(hot, words)
 
@@ -126,17 +128,17 @@ weights = st.floats(-3, 3).map(lambda x: round(x, 3))
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, lengths, st.booleans(), st.sampled_from([0.0, -1.5, 0.7]))
+@given(seeds, lengths, st.booleans(), st.sampled_from([0.0, -1.5, 0.7]), st.sampled_from([0.0, -1.2, 0.5]))
 def test_lexicon_free_beam_finds_the_best_of_all_paths(
-    seed: int, frames: int, sum_paths: bool, silence_score: float
+    seed: int, frames: int, sum_paths: bool, silence_score: float, blank_score: float
 ) -> None:
     log_probs = random_log_probs(seed, frames)
-    config = replace(WIDE, sum_paths=sum_paths, silence_score=silence_score)
+    config = replace(WIDE, sum_paths=sum_paths, silence_score=silence_score, blank_score=blank_score)
     found = make_decoder(SMALL, beam=config)(log_probs)
     check_best(found, found.ids, free_scores(log_probs, SMALL, config))
     assert found.text == SMALL.decode(found.ids)
     acoustic = check_frames(found, log_probs, SMALL)
-    if not sum_paths and not silence_score:
+    if not sum_paths and not silence_score and not blank_score:
         greedy = Greedy(SMALL)(log_probs)
         assert (found.ids, found.starts, found.ends) == (greedy.ids, greedy.starts, greedy.ends)
         assert found.score == pytest.approx(greedy.score, abs=1e-4)
@@ -147,7 +149,8 @@ def test_lexicon_free_beam_finds_the_best_of_all_paths(
 @given(seeds, lengths, st.booleans())
 def test_labels_without_a_word_boundary_are_decoded_too(seed: int, frames: int, sum_paths: bool) -> None:
     pieces = Vocabulary(labels=("<blank>", "▁A", "▁B", "C"), blank=0, unknown=None, boundary=None)
-    log_probs, config = random_log_probs(seed, frames), replace(WIDE, sum_paths=sum_paths, silence_score=-2.0)
+    config = replace(WIDE, sum_paths=sum_paths, silence_score=-2.0, blank_score=-0.8)
+    log_probs = random_log_probs(seed, frames)
     found = make_decoder(pieces, beam=config)(log_probs)
     check_best(found, found.ids, free_scores(log_probs, pieces, config))
 
@@ -169,12 +172,13 @@ def lexicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=30, deadline=None)
-@given(seeds, lengths, st.booleans(), st.floats(0, 4), weights, st.sampled_from([0.0, -1.5, 0.7]))
+@given(seeds, lengths, st.booleans(), st.floats(0, 4), weights, st.sampled_from([(0.0, 0.0), (-1.5, 0.4), (0.7, -2.0)]))
 def test_scores_with_an_lm_equal_the_formula_on_all_paths(
-    lm: Path, seed: int, frames: int, sum_paths: bool, lm_weight: float, word_score: float, silence_score: float
+    lm: Path, seed: int, frames: int, sum_paths: bool, lm_weight: float, word_score: float, others: tuple[float, float]
 ) -> None:
-    log_probs = random_log_probs(seed, frames)
-    config = replace(WIDE, sum_paths=sum_paths, lm_weight=lm_weight, word_score=word_score, silence_score=silence_score)
+    log_probs, (silence_score, blank_score) = random_log_probs(seed, frames), others
+    config = replace(WIDE, sum_paths=sum_paths, lm_weight=lm_weight, word_score=word_score)
+    config = replace(config, silence_score=silence_score, blank_score=blank_score)
     found = make_decoder(SMALL, lm=lm, beam=config)(log_probs)
     model = read_arpa(lm)
     scores = lexicon_scores(log_probs, SMALL, config, ("A", "B", "AB", "BA"), model)
@@ -509,20 +513,23 @@ def test_tuning_finds_weights_that_err_less_and_says_which(lm: Path, dev: tuple)
     start = BeamConfig(beam_size=20, lm_weight=0.0, word_score=-5.0)
     found = tune(decoder.tuned, emissions, references, start=start, trials=25, seed=3)
     assert len(found.trials) == 25
-    assert (found.trials[0].lm_weight, found.trials[0].word_score) == (0.0, -5.0)
-    assert all(0 <= t.lm_weight <= 5 and -5 <= t.word_score <= 5 for t in found.trials)
+    assert found.trials[0].beam == start
+    beams = [t.beam for t in found.trials]
+    assert all(0 <= b.lm_weight <= 5 and -5 <= b.word_score <= 5 and -4 <= b.blank_score <= 0 for b in beams)
+    for weight in ("lm_weight", "word_score", "blank_score"):
+        assert len({getattr(beam, weight) for beam in beams}) == 25
     best = min(found.trials, key=lambda t: (t.wer, t.cer))
-    assert found.best == replace(start, lm_weight=best.lm_weight, word_score=best.word_score)
+    assert found.best == best.beam
     assert best.wer < found.trials[0].wer
     # the weights are really those of the trial: decode again, and count with a plain edit distance
     wrong = sum(edits(references[n].split(), decoder.tuned(found.best)(e).text.split()) for n, e in emissions)
     assert best.wer == pytest.approx(wrong / sum(len(text.split()) for text in references.values()))
     # later rounds look closer to the best
-    spread = [abs(t.lm_weight - best.lm_weight) for t in found.trials]
+    spread = [abs(beam.lm_weight - best.beam.lm_weight) for beam in beams]
     assert max(spread[-4:]) < max(spread[1:13])
     again = tune(decoder.tuned, emissions, references, start=start, trials=25, seed=3)
     assert again.trials == found.trials
-    assert found.table()[1].split()[0] == f"{best.lm_weight:.3f}"
+    assert found.table()[1].split()[0] == f"{best.beam.lm_weight:.3f}"
 
 
 def edits(a: list[str], b: list[str]) -> int:

@@ -513,7 +513,8 @@ def test_with_an_lm_only_its_words_are_heard_and_its_weights_are_tuned_on_kept_l
     assert main([*call, "--out", str(tmp_path / "again")]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["decoder"] == about and again["wer"] == found["wer"]
-    weights = ["--lm-weight", str(about["lm_weight"]), "--word-score", str(about["word_score"]), "--beam-size", "20"]
+    names = ("lm_weight", "word_score", "blank_score", "beam_size")
+    weights = [word for name in names for word in (f"--{name.replace('_', '-')}", str(about[name]))]
     assert main([*argv, "--lm", str(manifest / "words.arpa"), *weights, "--out", str(tmp_path / "given")]) == 0
     given = json.loads(capsys.readouterr().out)
     assert given["decoder"] == about | {"tuned_on": None} and given["wer"] == found["wer"]

@@ -590,7 +590,7 @@ def test_a_list_of_splits_is_read_whole_or_refused(tmp_path: Path, ids: list[str
     }  # fmt: skip
     assert summary["audit"]["unlisted"] == 1 and "1 of these are in no split" in " ".join(summary_table(summary))
     listed.write_text(f"utt\trole\n{ids[0]}\ttrain\n{ids[1]}\tpretrain\n")
-    with pytest.raises(UsageError, match=r"row 2: expected train, dev, valid or test as role, got 'pretrain'"):
+    with pytest.raises(UsageError, match=r"row 2: role: expected train, dev, valid, test or nothing, got 'pretrain'"):
         prepare(tmp_path / "in", tmp_path / "other")
 
 

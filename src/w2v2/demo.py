@@ -53,7 +53,9 @@ from w2v2.training.resume import WARM_START
 log = logging.getLogger(__name__)
 
 LABELLED_MINUTES, PROBE_MINUTES, TUNE_TRIALS, BEAM_SIZE, TRIGRAM = 10.0, 10.0, 16, 500, "trigram.arpa"
-TUNE_BEAM = BeamConfig(beam_size=100, beam_size_token=10, sum_paths=True)
+TUNE_BEAM = BeamConfig(
+    beam_size=100, beam_size_token=10, lm_weight=2.2, word_score=-3.0, blank_score=-2.2, sum_paths=True
+)
 ARMS = ("finetuned", "warm_start_only", "scratch")
 FIGURES = ("accuracy", "accuracy_all_masked", "code_perplexity", "prob_perplexity", "codes_per_utterance")
 _MARK = "demo.json"
@@ -101,7 +103,7 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         with _stage("evaluate", seconds):
             _write_codebook(out, pretrained, splits, config)
             _write_example(out, splits, config)
-            rows = _hypotheses(out, splits, split, heard | others[0].result() | others[1].result())
+            rows = heard_rows(splits[split], heard | others[0].result() | others[1].result())
     rates = {arm: arm_rates(rows, arm) for arm in ARMS}
     summary = {
         "schema": 2,
@@ -117,12 +119,15 @@ def run_demo(out: Path, *, data: Path | None = None, seed: int = 0, hours: float
         "data": describe(splits),
     }
     write_json(out / "summary.json", summary)
-    _tell(rows, rates)
+    _tell(rows, rates, splits[split], out)
     return write_demo_report(out)
 
 
-def _tell(rows: list[dict[str, str]], rates: dict[str, Any]) -> None:
-    """What came of it, in figures and in some sentences, to the log."""
+def _tell(rows: list[dict[str, str]], rates: dict[str, Any], cuts: Split, out: Path) -> None:
+    """What came of it, in figures and in some sentences, to the log; ten rows and three to listen to, to files."""
+    write_json(out / "hypotheses.json", _spread(rows, 10))
+    model = load_recognizer(out / "finetuned" / "best")
+    write_json(out / "listening.json", listening_examples(list(cuts), rows, model))
     for row in _spread(rows, 3):
         log.info("%-15s %s", "spoken:", row["reference"])
         for arm, name in (("finetuned", "pretrained"), ("scratch", "random weights")):
@@ -243,16 +248,13 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     log.info("%s: %.0f s", name, seconds[name])
 
 
-def _hypotheses(out: Path, splits: Splits, split: str, heard: Heard) -> list[dict[str, str]]:
-    """Reference and hypotheses of each arm, greedy and with the trigram, of every transcribed utterance of a split."""
+def heard_rows(cuts: Split, heard: Heard) -> list[dict[str, str]]:
+    """Reference and hypotheses of each arm, greedy and with the trigram, of every transcribed utterance."""
     rows = []
-    for cut in splits[split]:
+    for cut in cuts:
         if text := normalize_text(cut.supervisions[0].text or ""):
             row = {"id": cut.id, "speaker": cut.supervisions[0].speaker or "", "reference": text}
             rows.append(row | {name: texts[cut.id] for name, texts in heard.items()})
-    write_json(out / "hypotheses.json", _spread(rows, 10))
-    model = load_recognizer(out / "finetuned" / "best")
-    write_json(out / "listening.json", listening_examples(list(splits[split]), rows, model))
     return rows
 
 

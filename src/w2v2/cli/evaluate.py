@@ -60,7 +60,7 @@ class Evaluate(Decoding):
     split: str = "test"
     """Split, or subset such as test-other."""
     tune: Annotated[str | None, default("none", "SPLIT")] = None
-    """Split to tune the weights of LM and words on, such as valid."""
+    """Split to tune the weights of LM, words and blanks on, such as valid."""
     trials: Count = 64
     """Weights to try with --tune."""
     json: bool = False

@@ -148,7 +148,7 @@ def listed_splits(path: Path) -> dict[str, str]:
         name, role = row["utt"].strip(), row["role"].strip()
         if name and role:
             if (split := named_split(role)) is None:
-                raise UsageError(f"{path}, row {line}: expected train, dev, valid or test as role, got {role!r}")
+                raise UsageError(f"{path}, row {line}: role: expected train, dev, valid, test or nothing, got {role!r}")
             utt = utterance_id(name) if os.path.splitext(name)[1].lower() in FORMATS else nfc(name)
             say_once(path, [(utt, split)], said)
     return said

@@ -83,6 +83,7 @@ class _Beam:
     """What both searches share: other weights for the same words, one utterance at a time in flashlight's decoder."""
 
     _decoder: LexiconDecoder | LexiconFreeDecoder
+    vocabulary: Vocabulary
 
     def tuned(self, config: BeamConfig) -> Self:
         """The same with other weights; what was read from files is shared."""
@@ -97,6 +98,11 @@ class _Beam:
 
     def _search(self, config: BeamConfig) -> None:
         raise NotImplementedError
+
+    def _weighed(self, log_probs: Tensor) -> Tensor:
+        weights = torch.zeros(log_probs.shape[1])
+        weights[self.vocabulary.blank] = self.config.blank_score
+        return log_probs + weights
 
     def _best(self, log_probs: Tensor) -> DecodeResult:
         emissions = log_probs.float().contiguous()
@@ -137,7 +143,7 @@ class FreeBeam(_Beam):
         """Decode (T, labels)."""
         # flashlight begins as if a boundary had just been said; a blank in front makes a boundary at once a label.
         first = _frame(log_probs, self.vocabulary.blank)
-        best = self._best(torch.cat([first, log_probs]))
+        best = self._best(torch.cat([first, self._weighed(log_probs)]))
         return path_hypothesis(torch.tensor(best.tokens[2:-1]), self.vocabulary, best.score)
 
 
@@ -207,7 +213,7 @@ class LexiconBeam(_Beam):
         assert boundary is not None
         # A boundary after the end, for nothing: otherwise flashlight drops a last word that has none.
         last = _frame(log_probs, boundary) - self.config.silence_score
-        best = self._best(torch.cat([log_probs, last]))
+        best = self._best(torch.cat([self._weighed(log_probs), last]))
         path = best.tokens[1:-2]
         words = [(frame, word) for frame, word in enumerate(best.words[1:-1]) if word >= 0]
         if best.score < _NEVER / 2:  # no hypothesis ends with a word: what was begun is left out

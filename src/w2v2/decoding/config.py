@@ -13,7 +13,7 @@ class BeamConfig:
     """How a beam search weighs and prunes. The score of a hypothesis is
 
         sum of ln p(label of each frame) + lm_weight * log10 p_LM(words, end of sentence) + word_score * words
-        + silence_score * frames of word boundary + hot_word_boost * hot words
+        + silence_score * frames of word boundary + blank_score * frames of blank + hot_word_boost * hot words
 
     of its best path, or of all its paths together (``sum_paths``). Terms of words are there with a lexicon alone,
     those of the LM with an LM, and hot words count with or without either.
@@ -31,6 +31,8 @@ class BeamConfig:
     """Nats for each word of the lexicon (``word_score``). Negative: fewer words."""
     silence_score: float = 0.0
     """Nats for each frame of word boundary (``sil_weight``)."""
+    blank_score: float = 0.0
+    """Nats for each frame of blank. Negative: less is left out, for models of few labels, which are too sure of it."""
     hot_word_boost: float = 5.0
     """Nats for each hot word."""
     sum_paths: bool = False
@@ -41,6 +43,6 @@ class BeamConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"`{name}` of a beam search must be {low} to {high:,.0f}, got {value}")
-        for name in ("lm_weight", "word_score", "silence_score", "hot_word_boost"):
+        for name in ("lm_weight", "word_score", "silence_score", "blank_score", "hot_word_boost"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"`{name}` of a beam search must be a finite number, got {getattr(self, name)}")

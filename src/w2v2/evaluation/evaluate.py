@@ -137,7 +137,7 @@ def evaluate_model(
         model, language: as of ``load``.
         splits: of ``read_corpus``; ``corpus`` is its name, for the record.
         lm, lexicon, hot_words, beam: of ``make_decoder``.
-        tune: split to tune the weights of LM and words on, with so many ``trials``.
+        tune: split to tune the weights of LM, words and blanks on, with so many ``trials``.
         out: folder of results; None: RUN/evaluation/SPLIT, of a model that is a folder here.
         against, show: as in ``run_evaluation``; stage ``evaluate``, and those of ``tune_on``.
         data, device: how the corpus is read; as in ``place``.

@@ -26,8 +26,8 @@ from w2v2.files import whole, write_json
 from w2v2.inference.recognizer import Recognizer
 from w2v2.serial import read_json
 
-LM_WEIGHTS, WORD_SCORES = (0.0, 5.0), (-5.0, 5.0)
-"""Where weights are looked for (paper, appendix B)."""
+WEIGHTS = {"lm_weight": (0.0, 5.0), "word_score": (-5.0, 5.0), "blank_score": (-4.0, 0.0)}
+"""Where weights are looked for (the first two: paper, appendix B)."""
 _ROUND, _FILE_MB = 8, 64
 
 
@@ -35,8 +35,7 @@ _ROUND, _FILE_MB = 8, 64
 class Trial:
     """Error rates with some weights."""
 
-    lm_weight: float
-    word_score: float
+    beam: BeamConfig
     wer: float
     """Word errors / reference words."""
     cer: float
@@ -54,8 +53,10 @@ class Tuning:
     def table(self) -> list[str]:
         """Lines to read, best first."""
         rows = sorted(self.trials, key=_errors)
-        head = f"{'lm weight':>9} {'word score':>10} {'WER %':>7} {'CER %':>7}"
-        return [head, *(f"{t.lm_weight:9.3f} {t.word_score:10.3f} {100 * t.wer:7.2f} {100 * t.cer:7.2f}" for t in rows)]
+        weights = [[f"{getattr(t.beam, name):11.3f}" for name in WEIGHTS] for t in rows]
+        rates = [f"{100 * t.wer:7.2f} {100 * t.cer:7.2f}" for t in rows]
+        head = " ".join(f"{name.replace('_', ' '):>11}" for name in WEIGHTS) + f" {'WER %':>7} {'CER %':>7}"
+        return [head, *(" ".join((*w, rate)) for w, rate in zip(weights, rates, strict=True))]
 
 
 def tune(
@@ -68,11 +69,11 @@ def tune(
     seed: int = 0,
     progress: Show = quiet,
 ) -> Tuning:
-    """Search for the LM weight and word score of the fewest word errors.
+    """Search for the weights of LM, words and blanks of the fewest word errors.
 
     The first trial is the configuration to start from; the others are a scrambled Sobol sequence, up to half of it over
-    the whole of [0, 5] x [-5, 5] (the paper's, which it searches with 128 trials of Bayesian optimisation), the rest
-    over boxes around the best so far, which are half as wide after every eight.
+    the whole of ``WEIGHTS`` (the paper searches its two with 128 trials of Bayesian optimisation), the rest over boxes
+    around the best so far, which are half as wide after every eight.
 
     Args:
         make: a decoder with other weights; ``tuned`` of what ``make_decoder`` made.
@@ -87,25 +88,27 @@ def tune(
     if trials < 1:
         raise UsageError(f"`trials` must be 1 or more, got {trials}")
     tried: list[Trial] = []
-    for weights in _proposals(start, trials, seed, tried):
-        tried.append(_trial(make, replace(start, lm_weight=weights[0], word_score=weights[1]), emissions, references))
+    for beam in _proposals(start, trials, seed, tried):
+        tried.append(_trial(make, beam, emissions, references))
         progress("tune", len(tried) / trials)
-    best = min(tried, key=_errors)
-    return Tuning(replace(start, lm_weight=best.lm_weight, word_score=best.word_score), tuple(tried))
+    return Tuning(min(tried, key=_errors).beam, tuple(tried))
 
 
 def _errors(trial: Trial) -> tuple[float, float]:
     return trial.wer, trial.cer
 
 
-def _proposals(start: BeamConfig, trials: int, seed: int, tried: list[Trial]) -> Iterator[tuple[float, float]]:
+def _proposals(start: BeamConfig, trials: int, seed: int, tried: list[Trial]) -> Iterator[BeamConfig]:
     """Weights to try, given those that were tried."""
-    yield start.lm_weight, start.word_score
-    points = SobolEngine(2, scramble=True, seed=seed).draw(trials - 1).tolist() if trials > 1 else []
+    yield start
+    points = SobolEngine(len(WEIGHTS), scramble=True, seed=seed).draw(trials - 1).tolist() if trials > 1 else []
     whole = max(len(points) // 2, min(len(points), _ROUND))
-    for turn, (x, y) in enumerate(points):
-        best, share = min(tried, key=_errors), 0.5 ** (1 + (turn - whole) // _ROUND) if turn >= whole else None
-        yield _within(x, LM_WEIGHTS, best.lm_weight, share), _within(y, WORD_SCORES, best.word_score, share)
+    for turn, point in enumerate(points):
+        best, share = min(tried, key=_errors).beam, 0.5 ** (1 + (turn - whole) // _ROUND) if turn >= whole else None
+        weights: dict[str, Any] = {}
+        for x, (name, limits) in zip(point, WEIGHTS.items(), strict=True):
+            weights[name] = _within(x, limits, getattr(best, name), share)
+        yield replace(start, **weights)
 
 
 def _within(x: float, limits: tuple[float, float], center: float, share: float | None) -> float:
@@ -130,7 +133,7 @@ def _trial(
         texts.append(decode(log_probs).text)
     if not any(spoken):
         raise UsageError("no word in the transcripts to tune with; tune on a split that is transcribed")
-    return Trial(config.lm_weight, config.word_score, jiwer.wer(spoken, texts), jiwer.cer(spoken, texts))
+    return Trial(config, jiwer.wer(spoken, texts), jiwer.cer(spoken, texts))
 
 
 def tune_on(
