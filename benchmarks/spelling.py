@@ -32,7 +32,7 @@ from w2v2.model.feature_encoder import FeatureEncoder, frame_center
 from w2v2.preparation.run import prepare
 from w2v2.training.config import FinetuneConfig
 
-WRONG = (0.0, 0.1, 0.2, 0.3, 0.4)
+WRONG = (0.0, 0.2, 0.4)
 """Shares of the phones that are replaced by others."""
 STEP = 64
 """16-bit samples of phone k are (k + 1) STEP, those of silence 0."""

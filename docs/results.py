@@ -19,9 +19,9 @@ import jinja2
 HERE = Path(__file__).parent
 RECORDS = HERE / "results"
 RATES = {
-    "finetuned": ("cer", "wer", "wer_trigram"),
+    "finetuned": ("cer", "wer", "wer_trigram", "cer_trigram"),
     "warm_start_only": ("cer", "wer"),
-    "scratch": ("cer", "wer", "wer_trigram"),
+    "scratch": ("cer", "wer", "wer_trigram", "cer_trigram"),
 }
 """What is recorded of each arm of a demo."""
 
@@ -87,7 +87,10 @@ def _rates(demo: dict[str, Any]) -> dict[str, Any]:
         "ratio": f"{finetuned['cer'] / scratch['cer']:.2f}",
         "to_warm": f"{finetuned['cer'] / warm['cer']:.2f}",
         "wer": f"{percent(finetuned['wer'])} / {percent(scratch['wer'])}",
-        "trigram": f"{percent(finetuned['wer_trigram'])} / {percent(scratch['wer_trigram'])}",
+        **{
+            name: f"{percent(finetuned.get(name))} / {percent(scratch.get(name))}"
+            for name in ("wer_trigram", "cer_trigram")
+        },
     }
 
 
@@ -118,8 +121,8 @@ def ablation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def long_arms(demo: dict[str, Any], cer_trigram: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arms of a demo, to stand beside a longer pretraining, with what has been scored of them besides."""
+def long_arms(demo: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms of a demo, to stand beside a longer pretraining."""
     names = {
         "finetuned": "the demo's pretraining, 10 h",
         "warm_start_only": "its warm start",
@@ -130,8 +133,8 @@ def long_arms(demo: dict[str, Any], cer_trigram: dict[str, Any]) -> list[dict[st
             "name": name,
             "cer": arm(demo, key),
             "wer": demo[key]["wer"],
-            "trigram": demo[key].get("wer_trigram"),
-            "cer_trigram": cer_trigram.get(key),
+            "wer_trigram": demo[key].get("wer_trigram"),
+            "cer_trigram": demo[key].get("cer_trigram"),
         }
         for key, name in names.items()
     ]
@@ -153,6 +156,23 @@ def label_rows(demos: dict[int, Any], labels: dict[str, Any]) -> list[dict[str, 
     return rows
 
 
+def spelling_rows(demos: dict[int, Any], spelling: dict[str, Any]) -> list[dict[str, Any]]:
+    """What perfect phones and spoiled ones give, and the demo of the same seed."""
+    (seed,) = {run["seed"] for run in spelling.values()}
+    rates = {f"phones' names, {run['wrong']:.0%} of them wrong": run for run in spelling.values()}
+    rates |= {name: demos[seed][key] for key, name in (("finetuned", "pretrained"), ("scratch", "random weights"))}
+    return [
+        {"name": name, "cer": arm(rates, name)}
+        | {key: rates[name][key] for key in ("wer", "wer_trigram", "cer_trigram")}
+        for name in rates
+    ]
+
+
+def left(demos: dict[int, Any], rate: str) -> str:
+    """What pretraining leaves of an error rate of random weights; the mean over seeds."""
+    return f"{statistics.fmean(demo['finetuned'][rate] / demo['scratch'][rate] for demo in demos.values()):.2f}"
+
+
 def spread(rows: list[dict[str, Any]], count: str) -> str:
     """How far the seeds of ``tiny`` lie apart."""
     values = [row[count] for row in rows if row["name"] == "tiny"]
@@ -169,7 +189,7 @@ def page() -> str:
     """The page as it should be."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["percent"] = percent
-    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, label_rows, spread, apart)
+    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, label_rows, spelling_rows, left, spread, apart)
     environment.globals |= {function.__name__: function for function in functions}
     records = {path.stem: load(path) for path in sorted(RECORDS.glob("*.json")) if "-seed" not in path.name}
     template = environment.from_string((HERE / "results.md.jinja").read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def test_the_demo_leaves_its_summary_report_and_runs(demo: Path) -> None:
     for accuracies in summary["probe"].values():
         assert 0.1 < accuracies["one"] < 1 and 0.1 < accuracies["five"] < 1
     for arm in ("finetuned", "scratch"):
-        assert summary[arm].keys() == {"wer", "cer", "cer_interval", "wer_trigram"}
+        assert summary[arm].keys() == {"wer", "cer", "cer_interval", "wer_trigram", "cer_trigram"}
         low, high = summary[arm]["cer_interval"] or (0, 1)
         assert low <= summary[arm]["cer"] <= high
     stages = summary["seconds"]

@@ -33,6 +33,8 @@ def test_the_readme_tells_what_is_recorded() -> None:
     assert f"a character error rate of {cer[0]} against {cer[1]} and {cer[2]}, and a linear probe that tells" in readme
     assert f"tells {results.percent(told['model'])} % of the phones" in readme
     assert f"shows {results.percent(told['log-mel'])} %" in readme
+    wrong = [results.percent(summary[name]["wer_trigram"]) for name in ("finetuned", "scratch")]
+    assert f"With a trigram {wrong[0]} % of the words are wrong, and {wrong[1]} % from random weights" in readme
     mean = results.demo_rows(results.seeds("demo"))[-1]
     pretrained, warm, scratch = (results.percent(mean[name]) for name in results.RATES)
     assert f"three seeds have {pretrained}, {warm} and {scratch} % on average" in readme
@@ -63,9 +65,9 @@ def test_the_readme_tells_how_fast_a_transcription_is() -> None:
 
 def test_another_seed_needs_only_its_files() -> None:
     summary = {
-        "finetuned": {"cer": 0.4, "wer": 0.9, "cer_interval": [0.37, 0.43], "wer_trigram": 0.5},
+        "finetuned": {"cer": 0.4, "wer": 0.9, "cer_interval": [0.37, 0.43], "wer_trigram": 0.5, "cer_trigram": 0.3},
         "warm_start_only": {"cer": 0.5, "wer": 0.95},
-        "scratch": {"cer": 0.6, "wer": 1.0, "cer_interval": [0.58, 0.62], "wer_trigram": 0.8},
+        "scratch": {"cer": 0.6, "wer": 1.0, "cer_interval": [0.58, 0.62], "wer_trigram": 0.8, "cer_trigram": 0.5},
     }
     other = json.loads(json.dumps(summary))
     other["finetuned"] |= {"cer": 0.5, "cer_interval": [0.45, 0.59]}

@@ -268,9 +268,9 @@ def arm_rates(rows: list[dict[str, str]], arm: str) -> dict[str, Any]:
                 tally.add(row["reference"], row[name], speaker=row["speaker"])
         if tally.all.utterances:
             summaries[name] = tally.summary()
-    greedy, trigram = summaries[arm], summaries.get(f"{arm}_trigram", {"wer": None})
+    greedy, trigram = summaries[arm], summaries.get(f"{arm}_trigram", {"wer": None, "cer": None})
     rates = {"wer": greedy["wer"], "cer": greedy["cer"]}
-    beside = {"wer_trigram": trigram["wer"], "cer_interval": greedy["characters"]["interval"]}
+    beside = {f"{rate}_trigram": trigram[rate] for rate in rates} | {"cer_interval": greedy["characters"]["interval"]}
     return rates if arm == "warm_start_only" else rates | beside
 
 
