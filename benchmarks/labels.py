@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +35,7 @@ def hear(arm: str, minutes: float, folder: Path, seed: int, updates: int) -> dic
     for name in ("pretrain", demo.TRIGRAM):
         if not (out / name).exists():
             (out / name).symlink_to(folder.resolve() / name)
+    shutil.rmtree(out / arm, ignore_errors=True)  # of a call that was stopped
     shrink = recipes.tiny_ctc().optim.schedule.total_steps / updates
     heard = demo.hear_arm(arm, splits, labelled, "test", out, seed, shrink)
     rows = demo.heard_rows(splits["test"], heard)
