@@ -88,7 +88,7 @@ def _rates(demo: dict[str, Any]) -> dict[str, Any]:
         "to_warm": f"{finetuned['cer'] / warm['cer']:.2f}",
         "wer": f"{percent(finetuned['wer'])} / {percent(scratch['wer'])}",
         **{
-            name: f"{percent(finetuned.get(name))} / {percent(scratch.get(name))}"
+            name: " / ".join(percent(rates[name]) for rates in (finetuned, scratch) if name in rates)
             for name in ("wer_trigram", "cer_trigram")
         },
     }
@@ -156,18 +156,6 @@ def label_rows(demos: dict[int, Any], labels: dict[str, Any]) -> list[dict[str, 
     return rows
 
 
-def spelling_rows(demos: dict[int, Any], spelling: dict[str, Any]) -> list[dict[str, Any]]:
-    """What perfect phones and spoiled ones give, and the demo of the same seed."""
-    (seed,) = {run["seed"] for run in spelling.values()}
-    rates = {f"phones' names, {run['wrong']:.0%} of them wrong": run for run in spelling.values()}
-    rates |= {name: demos[seed][key] for key, name in (("finetuned", "pretrained"), ("scratch", "random weights"))}
-    return [
-        {"name": name, "cer": arm(rates, name)}
-        | {key: rates[name][key] for key in ("wer", "wer_trigram", "cer_trigram")}
-        for name in rates
-    ]
-
-
 def left(demos: dict[int, Any], rate: str) -> str:
     """What pretraining leaves of an error rate of random weights; the mean over seeds."""
     return f"{statistics.fmean(demo['finetuned'][rate] / demo['scratch'][rate] for demo in demos.values()):.2f}"
@@ -189,7 +177,7 @@ def page() -> str:
     """The page as it should be."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["percent"] = percent
-    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, label_rows, spelling_rows, left, spread, apart)
+    functions = (table, demo_rows, probe_rows, ablation_rows, long_arms, label_rows, left, spread, apart)
     environment.globals |= {function.__name__: function for function in functions}
     records = {path.stem: load(path) for path in sorted(RECORDS.glob("*.json")) if "-seed" not in path.name}
     template = environment.from_string((HERE / "results.md.jinja").read_text(encoding="utf-8"))
