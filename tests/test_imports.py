@@ -178,7 +178,7 @@ def test_files_have_at_most_300_lines_and_functions_60(file):
 
 def test_the_whole_package_stays_small():
     """Moved up only with a capability beside it, and a reason in the commit."""
-    assert sum(len((ROOT / file).read_text().splitlines()) for file in MODULES) <= 26_820
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in MODULES) <= 26_819
     assert len({Path(file).parts[0] for file in MODULES} - {"__init__.py"}) <= 19
 
 

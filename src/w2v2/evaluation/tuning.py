@@ -53,10 +53,9 @@ class Tuning:
     def table(self) -> list[str]:
         """Lines to read, best first."""
         rows = sorted(self.trials, key=_errors)
-        weights = [[f"{getattr(t.beam, name):11.3f}" for name in WEIGHTS] for t in rows]
-        rates = [f"{100 * t.wer:7.2f} {100 * t.cer:7.2f}" for t in rows]
         head = " ".join(f"{name.replace('_', ' '):>11}" for name in WEIGHTS) + f" {'WER %':>7} {'CER %':>7}"
-        return [head, *(" ".join((*w, rate)) for w, rate in zip(weights, rates, strict=True))]
+        weights = (" ".join(f"{getattr(t.beam, name):11.3f}" for name in WEIGHTS) for t in rows)
+        return [head, *(f"{w} {100 * t.wer:7.2f} {100 * t.cer:7.2f}" for w, t in zip(weights, rows, strict=True))]
 
 
 def tune(
